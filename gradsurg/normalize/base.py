@@ -1,0 +1,42 @@
+"""What every normaliser is: a frozen set of options with one pure function, (problem, state) -> (scales, state)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurg.problem import Problem, State
+
+__all__ = ["Normalizer"]
+
+
+class Normalizer(ABC):
+    """Gives every task one positive scale s_i, computed without gradient flowing through it.
+
+    Subclasses are frozen dataclasses whose fields are the options. `scales` is called once a step, before surgery,
+    with the raw Gramian. It may return scales that are right up to a common factor: the caller multiplies them by the
+    one that keeps the mean of the tasks' gradient norms, so that learning rates keep their meaning.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Return the scales and the next state.
+
+        Args:
+            problem: What is known of the step; `problem.losses` is None where the caller has none.
+            state: What this normaliser returned the last time, {} at first; plain numbers, strings, lists, dicts
+                and tensors only, because it is saved in the optimizer's state dict. Keyed by task name where it is
+                per task, since tasks come and go. Never modified in place.
+
+        Returns:
+            Scales of shape (..., m), float64, nonnegative and finite, and the state to be handed in next time.
+
+        Raises:
+            ValueError: Where the method needs something of the losses (given, positive) that does not hold; the
+                message names the task and the value.
+        """

@@ -1,0 +1,39 @@
+"""What every surgery is: a frozen set of options with one pure function, (problem, state) -> (weights, state)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurg.problem import Problem, State
+
+__all__ = ["Surgery"]
+
+
+class Surgery(ABC):
+    """Turns the Gramian of the (scaled) task gradients into one weight per task: u = Σ w_i g_i.
+
+    Subclasses are frozen dataclasses whose fields are the options of the published method.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    # What holds of u on every instance, in one line: it is shown to users in the table of methods.
+    promise: ClassVar[str]
+    # True where ⟨u, g_i⟩ ≥ 0 for every task on every instance, so that the gradient guarantee has nothing to do.
+    conflict_free: ClassVar[bool] = False
+
+    @abstractmethod
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Return the weights and the next state.
+
+        Args:
+            problem: What is known of the step. `problem.gramian` is that of the rows after normalisation; a row of
+                zeros is a task that wants nothing, and must get a finite weight.
+            state: As for `Normalizer.scales`.
+
+        Returns:
+            Weights of shape (..., m), float64 and finite, and the state to be handed in next time.
+        """
