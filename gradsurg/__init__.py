@@ -1,0 +1,27 @@
+"""Train one PyTorch model on several losses: wrap any optimizer, and no update hurts a task to first order."""
+
+from gradsurg._version import __version__
+from gradsurg.errors import MultiTaskError
+from gradsurg.functional import combine, weights
+from gradsurg.normalize import Normalizer
+from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total, unwrap, wrap
+from gradsurg.problem import Problem
+from gradsurg.report import Report
+from gradsurg.surgery import Surgery
+
+__all__ = [
+    "MultiTaskError",
+    "MultiTaskOptimizer",
+    "Normalizer",
+    "Problem",
+    "Report",
+    "Surgery",
+    "__version__",
+    "backward",
+    "combine",
+    "report",
+    "total",
+    "unwrap",
+    "weights",
+    "wrap",
+]

@@ -1,0 +1,37 @@
+"""Errors that teach: what was given, what would have been right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+__all__ = ["MultiTaskError", "choose", "unknown_name"]
+
+T = TypeVar("T")
+
+
+class MultiTaskError(RuntimeError):
+    """A step of several losses that cannot be done; the message says why and what to change."""
+
+
+def choose(argument: str, value: object, choices: Mapping[str, T], otherwise: str = "") -> T:
+    """Return choices[value], or raise a ValueError that lists the valid names and the nearest one."""
+    if isinstance(value, str) and value in choices:
+        return choices[value]
+    valid = ", ".join(repr(name) for name in choices)
+    near = difflib.get_close_matches(value, list(choices), n=1) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    or_else = f", or {otherwise}" if otherwise else ""
+    raise ValueError(f"{argument}={value!r} is not known: use one of {valid}{or_else}.{hint}")
+
+
+def unknown_name(argument: str, name: object, known: Iterable[str]) -> ValueError:
+    """Return the error for a task name that nobody has."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(
+        f"{argument} names the task {name!r}, but the tasks are {known}.{hint} "
+        "A task that comes later can be declared: wrap(..., tasks=[...])."
+    )

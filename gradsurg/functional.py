@@ -1,0 +1,136 @@
+"""The library without an optimizer: Gramian to weights, matrix to direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurg.errors import choose
+from gradsurg.normalize import Normalizer, resolve_normalizer
+from gradsurg.pipeline import GUARANTEES, Pipeline
+from gradsurg.priority import AUXILIARY, parse_levels
+from gradsurg.problem import Problem
+from gradsurg.surgery import Surgery, resolve_surgery
+
+__all__ = ["combine", "weights"]
+
+
+@torch.no_grad()
+def weights(
+    gramian: Tensor,
+    surgery: str | Surgery = "cone",
+    *,
+    normalize: str | Normalizer = "none",
+    primary: int | Sequence[Any] | None = None,
+    auxiliary: str = "protect",
+    preferences: Tensor | Sequence[float] | Mapping[int, float] | None = None,
+    guarantee: str = "none",
+    losses: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the weights w of u = Σ w_i g_i, from inner products alone.
+
+    Args:
+        gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), any real dtype and device. The problem is solved in float64.
+        surgery: A name or a Surgery.
+        normalize: A name or a Normalizer; "none" by default here, where the caller says what the rows are.
+        primary: Index of the primary row, or levels of indices such as [[0], [1, 2], [3]].
+        auxiliary: "protect" or "help": what rows below the primary do (see gradsurg.wrap).
+        preferences: r_i > 0, one per row, or a dict from row to number (1 for the others).
+        guarantee: "gradient" projects whatever the surgery returns onto the dual cone; "none" does not.
+        losses: The m loss values, for the normalisers that need them.
+        generator: Source of random choices, for methods that make any.
+
+    Returns:
+        Weights of shape (..., m), with the Gramian's dtype and device. No gradient flows through them.
+
+    Raises:
+        ValueError: For a wrong name, shape or value; the message lists what is valid.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
+        >>> gradsurg.weights(G, surgery="cone").tolist()         # row 0 is protected from the louder row 1
+        [2.0, 1.0]
+        >>> gradsurg.weights(G, surgery="sum").tolist()
+        [1.0, 1.0]
+    """
+    if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2] or gramian.is_complex():
+        raise ValueError(f"gramian has shape {tuple(gramian.shape)}, dtype {gramian.dtype}: it must be real (..., m, m)")
+    m = gramian.shape[-1]
+    if m == 0:
+        raise ValueError("gramian has no rows: at least one task is needed")
+    if guarantee == "update":
+        raise ValueError("guarantee='update' needs an optimizer's update: use 'gradient' here, or gradsurg.wrap")
+    pipeline = Pipeline(
+        normalizer=resolve_normalizer(normalize),
+        surgery=resolve_surgery(surgery),
+        levels=_levels(primary, m),
+        auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+        guarantee=choose("guarantee", guarantee, GUARANTEES),
+    )
+    problem = Problem(
+        gramian=gramian.detach().double(),
+        preferences=_preferences(preferences, m, gramian.device),
+        tasks=tuple(map(str, range(m))),
+        losses=None if losses is None else losses.detach().double(),
+        generator=generator,
+    )
+    return pipeline.direction(problem, {}).weights.to(gramian.dtype)
+
+
+@torch.no_grad()
+def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tensor:
+    """Return the direction u = Σ w_i g_i of the rows of J.
+
+    Args:
+        J: One gradient a row, shape (m, P) with m, P ≥ 1, any real floating dtype and device.
+        surgery: A name or a Surgery.
+        **options: As for `weights`.
+
+    Returns:
+        u, shape (P,), J's dtype. The Gramian and the sum are formed in float64.
+
+    Raises:
+        ValueError: As for `weights`.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> J = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="cone").tolist()         # the plain sum is (-1, 1) and hurts row 0
+        [0.0, 1.0]
+        >>> gradsurg.combine(J, surgery="sum", guarantee="gradient").tolist()
+        [0.0, 1.0]
+    """
+    if J.ndim != 2 or J.is_complex() or not J.is_floating_point():
+        raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
+    exact = J.detach().double()
+    return (weights(exact @ exact.T, surgery, **options) @ exact).to(J.dtype)
+
+
+def _levels(primary: int | Sequence[Any] | None, m: int) -> tuple[tuple[str, ...], ...] | None:
+    if primary is None:
+        return None
+    nested: list[Any] = [[primary]] if isinstance(primary, int) else list(primary)
+    as_names: list[Any] = [[str(i) for i in item] if isinstance(item, Sequence) else str(item) for item in nested]
+    levels = parse_levels(as_names)
+    for name in (name for level in levels or () for name in level):
+        if name not in map(str, range(m)):
+            raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
+    return levels
+
+
+def _preferences(value: Tensor | Sequence[float] | Mapping[int, float] | None, m: int, device: torch.device) -> Tensor:
+    if value is None:
+        return torch.ones(m, dtype=torch.float64, device=device)
+    if isinstance(value, Mapping):
+        if not set(value) <= set(range(m)):
+            raise ValueError(f"preferences={dict(value)!r}: the rows are 0 … {m - 1}")
+        value = [value.get(i, 1.0) for i in range(m)]
+    preferences = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if preferences.shape != (m,) or not bool(((preferences > 0) & preferences.isfinite()).all()):
+        raise ValueError(f"preferences={value!r}: pass {m} positive finite numbers, one per row")
+    return preferences

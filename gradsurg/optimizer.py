@@ -1,0 +1,385 @@
+"""wrap() and MultiTaskOptimizer: any torch optimizer, made to take the task losses instead of their sum.
+
+`wrap` gives the same object a subclass of its own class, so that schedulers, scalers and checkpoints go on seeing one
+real optimizer, and nothing held in two places can go stale.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurg.capture import Losses, Total, at_end_of_backward, parse_losses, value_of
+from gradsurg.report import Report
+from gradsurg.settings import settings_from
+from gradsurg.surgeon import Settings, Surgeon
+
+__all__ = ["MultiTaskOptimizer", "backward", "report", "total", "unwrap", "wrap"]
+
+STATE = "_gradsurg"  # the attribute that holds the Surgeon
+
+
+class MultiTaskOptimizer(Optimizer):
+    """What `wrap` makes of an optimizer: itself, with four more ways for gradients to come in.
+
+    Never built directly. The wrapped object stays an instance of its own class, with its state, parameter groups and
+    hooks; what is added is listed here.
+    """
+
+    _gradsurg: Surgeon
+
+    def total(self, losses: Losses, *, plain: Tensor | None = None) -> Tensor:
+        """Return the preference-weighted sum Σ r_i L_i, a scalar whose backward() does the surgery.
+
+        Each task's backward pass runs when backward() reaches this node; the surgery runs when all of that backward
+        pass is done, so `(total + penalty).backward()` adds the penalty's gradient untouched.
+
+        Args:
+            losses: Task name -> scalar loss, or a sequence of losses. None, or a loss that does not require grad, is
+                a task absent from this step.
+            plain: A loss that takes no part in surgery, such as a penalty: its gradient is added as it is.
+
+        Returns:
+            A scalar on the first loss's device, float32 at least. Under no_grad, a plain number.
+
+        Raises:
+            ValueError: No task at all; a loss that is not a real scalar; a name that is not declared.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> optimizer.total({"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
+            >>> optimizer.step()
+        """
+        surgeon = self._gradsurg
+        parsed = parse_losses(losses, surgeon.settings.tasks)
+        value = value_of(parsed, surgeon.settings.preferences, plain)
+        trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
+        if not torch.is_grad_enabled() or not trainable:
+            return value
+        surgeon.introduce(parsed)
+        surgeon.unrun += 1
+        # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
+        anchor = torch.zeros((), device=trainable[0].device, requires_grad=True)
+        run = functools.partial(_run_nested, surgeon, parsed, plain)
+        return cast(Tensor, Total.apply(anchor, run, value))
+
+    def backward(self, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
+        """Do what total(losses).backward() does, without nesting one backward pass in another.
+
+        The reference form, and the safe choice with several devices or side streams.
+
+        Args:
+            losses: As for `total`.
+            plain: As for `total`.
+            retain_graph: Keep the graph of the losses for another backward pass.
+
+        Raises:
+            ValueError: As for `total`; also where no loss requires grad.
+        """
+        surgeon = self._gradsurg
+        parsed = parse_losses(losses, surgeon.settings.tasks)
+        if not any(loss is not None and loss.requires_grad for loss in parsed.values()):
+            raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
+        surgeon.run(parsed, plain, retain_graph=retain_graph)
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[None]:
+        """Send ordinary backward calls, any number, to one task's row.
+
+        For separate loaders, alternating tasks, or code that calls backward itself. Surgery is redone at each exit,
+        so that p.grad is final before unscaling and clipping; with `tasks=[...]` declared in wrap it is done once,
+        at the exit of the last of them. Where the block raises, nothing of it is kept.
+
+        Args:
+            name: The task.
+
+        Raises:
+            ValueError: The name is not among the declared tasks.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> for name, loss in {"a": w.sum(), "b": (2 * w[0] - w[1])}.items():
+            ...     with optimizer.task(name):
+            ...         loss.backward()
+            >>> optimizer.step()
+        """
+        surgeon = self._gradsurg
+        with surgeon.entering(name):
+            yield
+
+    def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Use gradients that were computed elsewhere as one step's rows.
+
+        Args:
+            gradients: Task name -> one tensor or None per shared parameter: those given as `shared=` to wrap, in that
+                order, else all parameters of the optimizer that require grad, in the order of its groups. The tensors
+                are copied.
+
+        Raises:
+            ValueError: A wrong number of tensors, or a wrong shape or dtype; the message names task and position.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=1.0), normalize="none")
+            >>> optimizer.set_gradients({"a": [torch.tensor([1.0, 0.0])], "b": [torch.tensor([-2.0, 1.0])]})
+            >>> w.grad.tolist()
+            [0.0, 1.0]
+        """
+        self._gradsurg.receive(gradients)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Only gather rows inside this block; surgery waits for a backward outside of it, or for step().
+
+        Without it every micro-batch redoes the surgery on the rows accumulated so far, which is never wrong but costs
+        its time again.
+        """
+        surgeon = self._gradsurg
+        surgeon.deferring += 1
+        try:
+            yield
+        finally:
+            surgeon.deferring -= 1
+
+    @property
+    def report(self) -> Report | None:
+        """What the last surgery and step did; None before the first."""
+        return self._gradsurg.report
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients and rows alike; see torch.optim.Optimizer.zero_grad."""
+        self._gradsurg.forget()
+        super().zero_grad(set_to_none=set_to_none)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (_inner_class(self), self._gradsurg.settings), self.__getstate__()
+
+
+def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee."""
+    surgeon = self._gradsurg
+    before = surgeon.before_step(self, closure is not None)
+    arguments = () if closure is None else (surgeon.watch(closure),)
+    try:
+        result = _inner_step(_inner_class(self))(self, *arguments)
+    except BaseException:
+        surgeon.take_back(before)
+        raise
+    surgeon.after_step(self, before)
+    return result
+
+
+@overload
+def wrap(optimizer: Optimizer, **options: Any) -> MultiTaskOptimizer: ...
+@overload
+def wrap(optimizer: Sequence[Optimizer], **options: Any) -> list[MultiTaskOptimizer]: ...
+def wrap(
+    optimizer: Optimizer | Sequence[Optimizer], **options: Any
+) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
+    """Make any torch optimizer train on several losses, so that no update hurts a task to first order.
+
+    The object itself is extended and returned: schedulers, scalers and checkpoints that hold it stay right.
+
+    Args:
+        optimizer: An instance of any torch.optim.Optimizer, or several that together train one model; these share
+            their rows, and total() may be called on either.
+        **options: All keyword-only, each checked:
+
+            normalize: "norm" (default), "none", … or a Normalizer: what the rows are scaled by before surgery.
+            surgery: "cone" (default), "sum", "upgrad", "mgda", "pcgrad", … or a Surgery.
+            primary: A task's name, or levels [["main"], ["aux1", "aux2"], ["reg"]]; the tasks not named come last.
+            auxiliary: "protect" (default): lower levels only constrain the first. "help": they add what does not hurt
+                a higher level; guarantees then cover the first level alone.
+            preferences: Task name -> r_i > 0 (default 1): the weight in the sum that surgery starts from.
+            guarantee: "update" (default) projects the parameters' real movement, whatever the optimizer makes of the
+                gradient; "gradient" projects only what is written to p.grad; "none" trusts the surgery.
+            granularity: "model" (default), "group" or "tensor": one Gramian, one a parameter group, one a parameter.
+            tasks: The task names, where they are known beforehand.
+            shared: The parameters that surgery treats; by default those that at least two tasks of a step reached.
+            row_dtype: E.g. torch.bfloat16: store the task gradients of shared parameters in less memory.
+            nonfinite: "propagate" (default): NaN goes into p.grad, where GradScaler sees it; "skip_task" leaves such
+                a task out of the step; "raise".
+            seed: For the methods that draw random numbers.
+
+    Returns:
+        The same object (or a list of the same objects), now also a MultiTaskOptimizer.
+
+    Raises:
+        TypeError: Not an optimizer instance, or already wrapped.
+        ValueError: A wrong name or value; the message lists the valid ones.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = gradsurg.wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
+        >>> isinstance(optimizer, torch.optim.AdamW)
+        True
+    """
+    several = isinstance(optimizer, (list, tuple))
+    optimizers: list[Optimizer] = list(optimizer) if several else [optimizer]  # type: ignore[list-item, arg-type]
+    if not optimizers:
+        raise TypeError("wrap([]) has no optimizer: pass an optimizer, or a list of them")
+    for each in optimizers:
+        _check_optimizer(each)
+    surgeon = Surgeon(settings_from(options, optimizers))
+    wrapped = [_extend(each, surgeon) for each in optimizers]
+    return wrapped if several else wrapped[0]
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """Undo `wrap`: the same object with its own class again; state and parameter groups stay.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+        >>> type(gradsurg.unwrap(optimizer)) is torch.optim.SGD
+        True
+    """
+    wrapped = _find(optimizer)
+    surgeon = wrapped._gradsurg
+    surgeon.forget()
+    surgeon.optimizers.remove(wrapped)
+    patched = _scheduler_patch(wrapped)
+    del wrapped.__dict__[STATE]
+    wrapped.__class__ = _inner_class(wrapped)  # type: ignore[assignment]
+    for group in wrapped.param_groups:
+        group.pop("gradsurg", None)
+    if patched:
+        _patch_for_scheduler(wrapped)
+    return wrapped
+
+
+def total(optimizer: Any, losses: Losses, *, plain: Tensor | None = None) -> Tensor:
+    """Call optimizer.total(losses), seeing through the proxies that trainers put around an optimizer."""
+    return _find(optimizer).total(losses, plain=plain)
+
+
+def backward(optimizer: Any, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
+    """Call optimizer.backward(losses), seeing through the proxies that trainers put around an optimizer."""
+    _find(optimizer).backward(losses, plain=plain, retain_graph=retain_graph)
+
+
+def report(optimizer: Any) -> Report | None:
+    """Return optimizer.report, seeing through the proxies that trainers put around an optimizer."""
+    return _find(optimizer).report
+
+
+def _run_nested(
+    surgeon: Surgeon, losses: dict[str, Tensor | None], plain: Tensor | None, gradient: Tensor, keep: bool
+) -> None:
+    surgeon.run(losses, plain, gradient, retain_graph=keep, finish=at_end_of_backward)
+
+
+def _find(optimizer: Any) -> MultiTaskOptimizer:
+    """Follow `.optimizer` and `._optimizer` to the wrapped optimizer (Accelerate, Lightning)."""
+    seen: list[Any] = []
+    while optimizer is not None and optimizer not in seen:
+        if isinstance(optimizer, MultiTaskOptimizer):
+            return optimizer
+        seen.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+    raise TypeError(
+        f"{type(seen[0]).__name__ if seen else None} is not a wrapped optimizer, nor a proxy around one: call "
+        "gradsurg.wrap(optimizer) before handing it to the trainer"
+    )
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        raise TypeError(
+            f"wrap() was given the class {optimizer.__name__}: build it first, as in "
+            f"wrap({optimizer.__name__}(model.parameters(), lr=...))"
+        )
+    if isinstance(optimizer, MultiTaskOptimizer):
+        raise TypeError("this optimizer is wrapped already: gradsurg.unwrap() it to wrap it with other options")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"wrap() was given a {type(optimizer).__name__}: pass an instance of torch.optim.Optimizer, such as "
+            "torch.optim.AdamW(model.parameters(), lr=3e-4)"
+        )
+    if "step" in vars(optimizer) and not _scheduler_patch(optimizer):
+        raise TypeError(
+            f"step() of this {type(optimizer).__name__} was replaced on the instance, so wrap() cannot get underneath "
+            "it: wrap the optimizer before it is handed to whatever replaced step()"
+        )
+
+
+@functools.cache
+def _extended_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
+    step = functools.wraps(_step)(Optimizer.profile_hook_step(_step))
+    # Hooks registered on the optimizer run around the whole of our step: post hooks (EMA, logging) see the parameters
+    # that the guarantee left, not those before it.
+    step.hooked = True  # type: ignore[attr-defined]
+    return type(
+        f"MultiTask{inner.__name__}",
+        (MultiTaskOptimizer, inner),
+        {"step": step, "__module__": inner.__module__, "__doc__": MultiTaskOptimizer.__doc__},
+    )
+
+
+def _inner_class(optimizer: MultiTaskOptimizer) -> type[Optimizer]:
+    """Return the class that was wrapped; trainers may have put classes of their own on top."""
+    mro = type(optimizer).__mro__
+    return cast("type[Optimizer]", mro[mro.index(MultiTaskOptimizer) + 1])
+
+
+def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
+    step: Callable[..., Any] = inner.step
+    # torch wraps each class's step once to run hooks; ours runs them, so the inner one must not run them again.
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+
+
+def _extend(optimizer: Optimizer, surgeon: Surgeon) -> MultiTaskOptimizer:
+    patched = _scheduler_patch(optimizer)
+    vars(optimizer).pop("step", None)
+    optimizer.__class__ = _extended_class(type(optimizer))  # type: ignore[assignment]
+    wrapped = cast(MultiTaskOptimizer, optimizer)
+    wrapped.__dict__[STATE] = surgeon
+    surgeon.optimizers.append(wrapped)
+    _ = surgeon.memory
+    if patched:
+        _patch_for_scheduler(wrapped)
+    return wrapped
+
+
+def _scheduler_patch(optimizer: Optimizer) -> bool:
+    return hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
+
+
+def _patch_for_scheduler(optimizer: Optimizer) -> None:
+    """Do to step() what LRScheduler.__init__ did to the one it saw, so that it notices steps and does not warn."""
+    vars(optimizer).pop("step", None)
+    owner = weakref.ref(optimizer)
+    method = type(optimizer).step
+
+    @functools.wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        instance = owner()
+        assert instance is not None
+        instance._opt_called = True  # type: ignore[attr-defined]
+        return method(instance, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def _rebuild(inner: type[Optimizer], settings: Settings) -> MultiTaskOptimizer:
+    """Unpickle: the dynamic class cannot be named in a pickle, its base can."""
+    extended = _extended_class(inner)
+    optimizer = extended.__new__(extended)
+    surgeon = Surgeon(settings)
+    optimizer.__dict__[STATE] = surgeon
+    surgeon.optimizers.append(optimizer)
+    return optimizer

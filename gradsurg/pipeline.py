@@ -1,0 +1,151 @@
+"""From Gramian to weights: normalisation, surgery, priority, gradient guarantee, in that order. Pure, m x m only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradsurg.normalize import Normalizer, Unscaled
+from gradsurg.priority import Levels, levels_of, order, protected
+from gradsurg.problem import Problem, State
+from gradsurg.solvers import nonnegative
+from gradsurg.surgery import Surgery
+
+__all__ = ["GUARANTEES", "Direction", "Pipeline"]
+
+GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
+    "update": "update",
+    "gradient": "gradient",
+    "none": "none",
+}
+
+# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖).
+ROUNDING_DOUBLE = 2e-16  # products of float32 are exact in float64, and sums over blocks lose a few units
+ROUNDING_SINGLE = 1e-7  # float32 sums inside a block of 131 072: measured 2e-8 … 9e-8 on Gaussian rows
+# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
+# carries an error of rounding · S²; below 50 times that error u is indistinguishable from 0.
+STATIONARY = 50.0
+# Above this S / ‖u‖ the float32 rounding of Gramian and sum reaches the 1e-4 that the guarantee allows
+# (1e-7 · 50 = 5e-6, times up to 8 for long sums), so the step is done again in float64.
+CANCELLATION = 50.0
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The weights of one step and what is known about them, u = Σ w_i g_i over the raw gradients.
+
+    Attributes:
+        weights: Shape (..., m), float64.
+        scales: What normalisation multiplied the rows by, shape (..., m).
+        stationary: Bool, shape (...): only u = 0 satisfies what was asked, so the weights are 0.
+        cancellation: Σ |w_i| ‖g_i‖ / ‖u‖, shape (...): how many digits of the gradients cancel in u.
+        state: The next state of normaliser and surgery.
+    """
+
+    weights: Tensor
+    scales: Tensor
+    stationary: Tensor
+    cancellation: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The options of a step that concern m x m numbers, and the function that they make."""
+
+    normalizer: Normalizer
+    surgery: Surgery
+    levels: Levels | None = None
+    auxiliary: str = "protect"
+    guarantee: str = "none"
+
+    @property
+    def conflict_free(self) -> bool:
+        """Whether u itself is promised to conflict with no protected task."""
+        return self.guarantee == "gradient" or (self.surgery.conflict_free and self.levels is None)
+
+    def protected(self, problem: Problem) -> Tensor | None:
+        """Return which tasks a guarantee protects, bool of shape (m,), or None for all."""
+        levels = levels_of(problem.tasks, self.levels)
+        return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
+
+    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_DOUBLE) -> Direction:
+        """Return the weights of u for one step; every option acts here, in the order of the module's docstring."""
+        scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
+        scaled = problem
+        if not isinstance(self.normalizer, Unscaled):
+            scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
+        weights, surgery_state = self._ordered(scaled, state.get("surgery", {}))
+        if self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None):
+            inner = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+            weights = weights + nonnegative(
+                scaled.gramian, inner, allowed=self.protected(problem), rounding=rounding
+            )
+        weights, stationary, cancellation = self._settle(scaled, weights, rounding)
+        return Direction(
+            weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
+            scales=scales,
+            stationary=stationary,
+            cancellation=cancellation,
+            state={"normalize": normalizer_state, "surgery": surgery_state},
+        )
+
+    def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        scales, state = self.normalizer.scales(problem, state)
+        if isinstance(self.normalizer, Unscaled):
+            return scales, state
+        norms = problem.norms
+        lengths = scales * norms
+        alive = lengths > 0
+        # The common factor under which the mean length of the rows stays what it was, so that learning rates keep
+        # their meaning whatever the normaliser. Exactly 1 for Norm, up to rounding.
+        before, after = (norms * alive).sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)
+        factor = torch.where(after > 0, before / after.where(after > 0, torch.ones_like(after)), 1)
+        return torch.where(alive, scales * factor, 0), state
+
+    def _ordered(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        levels = levels_of(problem.tasks, self.levels)
+        if levels is None:
+            return self.surgery.weights(problem, state)
+        states: dict[str, Any] = dict(state)
+
+        def surgery(gramian: Tensor, level: list[int]) -> Tensor:
+            key = "+".join(problem.tasks[i] for i in level)
+            index = torch.tensor(level)
+            part = replace(
+                problem,
+                gramian=gramian,
+                preferences=problem.preferences[index],
+                tasks=tuple(problem.tasks[i] for i in level),
+                losses=None if problem.losses is None else problem.losses[index],
+            )
+            weights, states[key] = self.surgery.weights(part, states.get(key, {}))
+            return weights
+
+        return order(problem.gramian, levels, self.auxiliary, surgery), states
+
+    def _settle(self, problem: Problem, weights: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Set u to 0 where it is nothing but rounding, and measure how much of the gradients cancels in it."""
+        square = (weights * (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1)).sum(-1)
+        lengths = (weights.abs() * problem.norms).sum(-1)
+        cancellation = lengths / square.clamp(min=0).sqrt()
+        if not self.conflict_free:
+            return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
+        nothing = square <= STATIONARY * rounding * lengths.square()
+        return torch.where(nothing.unsqueeze(-1), 0, weights), nothing, cancellation
+
+
+def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:
+    """Return positive, finite numbers per task name, or raise a ValueError that names the task."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{argument}={value!r}: pass a dict from task name to number, such as {{'depth': 0.5}}")
+    for name, number in value.items():
+        if not 0 < float(number) < float("inf"):
+            raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite")
+    return {name: float(number) for name, number in value.items()}

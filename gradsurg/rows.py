@@ -1,0 +1,82 @@
+"""Per task name, one gradient tensor per parameter: what the surgery works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Row", "TaskRows"]
+
+Row = dict[Tensor, Tensor]
+
+
+class TaskRows:
+    """The task gradients gathered since the last step, in the order in which the tasks first came.
+
+    Gradients of the same task add up, as they do in `p.grad`. A parameter that no backward pass of a task reached is
+    missing from its row; that is how shared and task-specific parameters are told apart.
+
+    Args:
+        dtype: What to store the gradients of shared parameters in (row_dtype); None keeps them as they come. A
+            parameter that only one task reached keeps its gradient to the bit.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self._rows: dict[str, Row] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def add(self, name: str, gradients: Row) -> None:
+        """Add a task's gradients to its row. The tensors now belong to the rows."""
+        row = self._rows.setdefault(name, {})
+        for parameter, gradient in gradients.items():
+            have = row.get(parameter)
+            if have is None:
+                row[parameter] = gradient
+            elif have.is_sparse or gradient.is_sparse:
+                row[parameter] = have + gradient
+            else:
+                have.add_(gradient)
+        if self.dtype is not None:
+            self._narrow(row)
+
+    def merge(self, other: TaskRows) -> None:
+        """Add all rows of `other`, which must not be used afterwards."""
+        for name in other:
+            self.add(name, other[name])
+
+    def drop(self, name: str) -> None:
+        """Forget a task's row."""
+        del self._rows[name]
+
+    def shared(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of `parameters` that at least two tasks reached."""
+        return [p for p in parameters if sum(p in row for row in self._rows.values()) >= 2]
+
+    def table(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """Return m lists of one gradient (or None) per parameter."""
+        return [[row.get(p) for p in parameters] for row in self._rows.values()]
+
+    def of(self, parameter: Tensor) -> list[Tensor]:
+        """Return every gradient that a task has of a parameter."""
+        return [row[parameter] for row in self._rows.values() if parameter in row]
+
+    def _narrow(self, row: Row) -> None:
+        for parameter in row:
+            holders = [other for other in self._rows.values() if parameter in other]
+            if len(holders) >= 2 and parameter.is_floating_point():
+                for holder in holders:
+                    holder[parameter] = holder[parameter].to(self.dtype)

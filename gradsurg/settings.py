@@ -1,0 +1,109 @@
+"""Checking the options of wrap(), all in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradsurg.errors import choose
+from gradsurg.normalize import Normalizer, resolve_normalizer
+from gradsurg.pipeline import GUARANTEES, Pipeline, check_mapping
+from gradsurg.priority import AUXILIARY, check_names, parse_levels
+from gradsurg.surgeon import Settings
+from gradsurg.surgery import Surgery, resolve_surgery
+
+__all__ = ["settings_from"]
+
+GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
+NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
+
+
+def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
+    """Return checked settings; a wrong option's name or value is an error that lists the valid ones."""
+    valid = {name: name for name in inspect.signature(_settings).parameters if name != "optimizers"}
+    for name in options:
+        if name not in valid:
+            try:
+                choose("option", name, valid)
+            except ValueError as error:
+                raise TypeError(f"wrap() has no option {name!r}. {error}") from None
+    return _settings(optimizers, **options)
+
+
+def _settings(
+    optimizers: Sequence[Optimizer],
+    *,
+    normalize: str | Normalizer = "norm",
+    surgery: str | Surgery = "cone",
+    primary: str | Sequence[Any] | None = None,
+    auxiliary: str = "protect",
+    preferences: Mapping[str, float] | None = None,
+    guarantee: str = "update",
+    granularity: str = "model",
+    tasks: Sequence[str] | None = None,
+    shared: nn.Module | Iterable[Tensor] | None = None,
+    row_dtype: torch.dtype | None = None,
+    nonfinite: str = "propagate",
+    seed: int = 0,
+) -> Settings:
+    guarantee = choose("guarantee", guarantee, GUARANTEES)
+    names = _names(tasks)
+    levels = parse_levels(primary)
+    checked = check_mapping("preferences", preferences)
+    if names is not None:
+        check_names(levels, names)
+        check_names((tuple(checked),), names, "preferences")
+    if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
+        raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r}: pass a nonnegative integer")
+    return Settings(
+        pipeline=Pipeline(
+            normalizer=resolve_normalizer(normalize),
+            surgery=resolve_surgery(surgery),
+            levels=levels,
+            auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+            guarantee=guarantee,
+        ),
+        guarantee=guarantee,
+        preferences=checked,
+        granularity=choose("granularity", granularity, GRANULARITIES),
+        tasks=names,
+        shared=_shared(shared, optimizers),
+        row_dtype=row_dtype,
+        nonfinite=choose("nonfinite", nonfinite, NONFINITE),
+        seed=seed,
+    )
+
+
+def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
+    if tasks is None:
+        return None
+    if isinstance(tasks, str) or not tasks or not all(isinstance(name, str) for name in tasks):
+        raise ValueError(f"tasks={tasks!r}: pass the names as a list of strings, such as ['segment', 'depth']")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
+    return tuple(tasks)
+
+
+def _shared(shared: nn.Module | Iterable[Tensor] | None, optimizers: Sequence[Optimizer]) -> tuple[Tensor, ...] | None:
+    if shared is None:
+        return None
+    if isinstance(shared, Tensor):
+        raise ValueError("shared is one tensor: pass a list of parameters, or a module such as model.encoder")
+    parameters = tuple(shared.parameters() if isinstance(shared, nn.Module) else shared)
+    if not all(isinstance(p, Tensor) for p in parameters):
+        raise ValueError("shared must hold parameters: pass model.encoder, or model.encoder.parameters()")
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    strangers = sum(p not in held for p in parameters)
+    if strangers:
+        raise ValueError(
+            f"shared has {strangers} of {len(parameters)} parameters that the optimizer does not train: pass only "
+            "parameters of its groups"
+        )
+    return parameters

@@ -1,0 +1,22 @@
+"""One file a published method: m x m Gramian -> m weights."""
+
+from __future__ import annotations
+
+from gradsurg.errors import choose
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.cone import Cone
+from gradsurg.surgery.mgda import MGDA
+from gradsurg.surgery.pcgrad import PCGrad
+from gradsurg.surgery.sum import Sum
+from gradsurg.surgery.upgrad import UPGrad
+
+__all__ = ["MGDA", "SURGERIES", "Cone", "PCGrad", "Sum", "Surgery", "UPGrad", "resolve_surgery"]
+
+SURGERIES: dict[str, type[Surgery]] = {cls.name: cls for cls in (Sum, Cone, UPGrad, MGDA, PCGrad)}
+
+
+def resolve_surgery(surgery: str | Surgery) -> Surgery:
+    """Return the Surgery that a name stands for; an instance is returned as it is."""
+    if isinstance(surgery, Surgery):
+        return surgery
+    return choose("surgery", surgery, SURGERIES, "a gradsurg.surgery.Surgery instance")()

@@ -1,0 +1,43 @@
+"""UPGrad: every task's gradient is freed of conflicts by itself, then they are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurg.problem import Problem, State
+from gradsurg.solvers import nonnegative
+from gradsurg.surgery.base import Surgery
+
+__all__ = ["UPGrad"]
+
+
+@dataclass(frozen=True)
+class UPGrad(Surgery):
+    """u = Σ r_i Π(g_i), where Π projects onto the dual cone {u : ⟨u, g_i⟩ ≥ 0 for all i}.
+
+    Π(g_i) = g_i + Σ_j Λ_ij g_j with row Λ_i = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: m programs with one G. A sum of
+    elements of a cone lies in the cone, so nobody is conflicted with.
+
+    When it fails: as for the cone, only u = 0 is left at Pareto stationary points.
+
+    Source: Quinton & Rey 2024, "Jacobian descent for multi-objective optimization", definition 1 (there with r_i =
+    1/m; here the sum, so that learning rates keep their meaning).
+
+    Example:
+        >>> import torch, gradsurg
+        >>> gradsurg.weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), surgery="upgrad").tolist()
+        [1.5, 1.5]
+    """
+
+    name: ClassVar[str] = "upgrad"
+    paper: ClassVar[str] = "Quinton & Rey 2024"
+    promise: ClassVar[str] = "no conflict; every task's own gradient has its share, however large the others are"
+    conflict_free: ClassVar[bool] = True
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        gramian, preferences = problem.gramian, problem.preferences
+        multipliers = nonnegative(gramian.unsqueeze(-3), gramian)  # (..., program, task)
+        return preferences + preferences @ multipliers, state
