@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import choose
+from gradsurg.gramian import gramian
 from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.pipeline import GUARANTEES, Pipeline
 from gradsurg.priority import AUXILIARY, parse_levels
@@ -108,7 +109,8 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
     if J.ndim != 2 or J.is_complex() or not J.is_floating_point():
         raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
     exact = J.detach().double()
-    return (weights(exact @ exact.T, surgery, **options) @ exact).to(J.dtype)
+    G = gramian([[row] for row in exact], exact=True)
+    return (weights(G.to(J.device), surgery, **options) @ exact).to(J.dtype)
 
 
 def _levels(primary: int | Sequence[Any] | None, m: int) -> tuple[tuple[str, ...], ...] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.gramian import Rows, correct_, gramian, inner_update
-from gradsurg.pipeline import CANCELLATION, ROUNDING_DOUBLE, ROUNDING_SINGLE, STATIONARY
+from gradsurg.pipeline import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK, STATIONARY
 from gradsurg.solvers import nonnegative
 
 __all__ = ["Movement", "guard"]
@@ -72,22 +72,18 @@ def guard(
     inner, square = inner_update(rows, before, after, signs)
     if square == 0 or not torch.isfinite(inner).all():
         return Movement(inner, square)
-    # A first look in float32 sums; if most of d would have to go, its remainder needs every digit.
-    coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_SINGLE)
+    coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)
     if not coefficients.any():
         return Movement(inner, square)
-    left = square + float(coefficients @ inner)  # ‖d + Σ λ_i g_i‖², by complementary slackness
-    spread = square**0.5 + float(coefficients @ G.diagonal().sqrt())
-    exact = not left > (spread / CANCELLATION) ** 2
-    if exact:
+    left, spread = _lengths(G, inner, square, coefficients)
+    if not left * CANCELLATION_GRAMIAN**2 > spread:  # most of d has to go: its remainder needs every digit
         G = gramian(rows, exact=True)
         inner, square = inner_update(rows, before, after, signs, exact=True)
-        coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square))
-        left = square + float(coefficients @ inner)
-        spread = square**0.5 + float(coefficients @ G.diagonal().sqrt())
-    if left <= STATIONARY * ROUNDING_DOUBLE * spread**2:
+        coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
+        left, spread = _lengths(G, inner, square, coefficients)
+    if left <= STATIONARY * ROUNDING_EXACT * spread:
         return _hold(before, after, inner)
-    correct_(rows, coefficients.tolist(), after, signs, exact=exact)
+    correct_(rows, coefficients.tolist(), after, signs, exact=left * CANCELLATION_SUM**2 < spread)
     tolerance = _tolerance(after)
     half_place = max(torch.finfo(p.dtype).eps for p in after) / 2
     if half_place * _norm(after) <= 0.5 * tolerance * left**0.5:
@@ -127,6 +123,12 @@ def _hold(before: Sequence[Tensor], after: Sequence[Tensor], inner: Tensor) -> M
     for old, new in zip(before, after, strict=True):
         new.copy_(old)
     return replace(Movement(torch.zeros_like(inner), 0.0), corrected=True, held=True)
+
+
+def _lengths(G: Tensor, inner: Tensor, square: float, coefficients: Tensor) -> tuple[float, float]:
+    """Return ‖d + Σ λ_i g_i‖², by complementary slackness, and (‖d‖ + Σ λ_i ‖g_i‖)²."""
+    total = square**0.5 + float(coefficients @ G.diagonal().sqrt())
+    return square + float(coefficients @ inner), total**2
 
 
 def _length(square: float) -> Tensor:

@@ -23,15 +23,17 @@ GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
     "none": "none",
 }
 
-# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖).
-ROUNDING_DOUBLE = 2e-16  # products of float32 are exact in float64, and sums over blocks lose a few units
-ROUNDING_SINGLE = 1e-7  # float32 sums inside a block of 131 072: measured 2e-8 … 9e-8 on Gaussian rows
+# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
+ROUNDING_QUICK = 4e-13
+ROUNDING_EXACT = 4e-16
 # ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
-# carries an error of rounding · S²; below 50 times that error u is indistinguishable from 0.
-STATIONARY = 50.0
-# Above this S / ‖u‖ the float32 rounding of Gramian and sum reaches the 1e-4 that the guarantee allows
-# (1e-7 · 50 = 5e-6, times up to 8 for long sums), so the step is done again in float64.
-CANCELLATION = 50.0
+# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
+STATIONARY = 16.0
+# Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
+CANCELLATION_GRAMIAN = 1e4
+# Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
+# guarantee allows: such sums are formed in float64.
+CANCELLATION_SUM = 50.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Pipeline:
         levels = levels_of(problem.tasks, self.levels)
         return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
 
-    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_DOUBLE) -> Direction:
+    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
         """Return the weights of u for one step; every option acts here, in the order of the module's docstring."""
         scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
         scaled = problem

@@ -27,7 +27,7 @@ def matrix(rows: Rows, like: Sequence[Tensor]) -> Tensor:
 def gramian(rows: Rows, like: Sequence[Tensor]) -> Tensor:
     """Return J Jᵀ."""
     J = matrix(rows, like)
-    return J @ J.T
+    return torch.stack([(J * row).sum(1) for row in J])  # pairwise sums: a matrix product is good to 1e-13 only
 
 
 def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor]) -> Tensor:
@@ -39,15 +39,14 @@ def inner_update(
     rows: Rows, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float]
 ) -> tuple[Tensor, float]:
     """Return J d and ‖d‖² with d = sign · (before − after)."""
-    movement = [sign * (b.detach() - a.detach()) for b, a, sign in zip(before, after, signs, strict=True)]
-    d = flat(movement, before)
-    return matrix(rows, before) @ d, float(d @ d)
+    d = flat(before, before) - flat(after, before)
+    return (matrix(_signed(rows, signs), before) * d).sum(1), float((d * d).sum())
 
 
-def correct(
-    rows: Rows, coefficients: Sequence[float], before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float]
-) -> Tensor:
+def correct(rows: Rows, coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float]) -> Tensor:
     """Return after − sign · Jᵀ λ as one vector."""
-    per_number = flat([torch.full_like(p, s) if not p.is_complex() else torch.full_like(p, complex(s, s))
-                       for p, s in zip(after, signs, strict=True)], after)
-    return flat(after, before) - per_number * combine(rows, coefficients, before)
+    return flat(after, after) - combine(_signed(rows, signs), coefficients, after)
+
+
+def _signed(rows: Rows, signs: Sequence[float]) -> Rows:
+    return [[None if g is None else sign * g for g, sign in zip(row, signs, strict=True)] for row in rows]

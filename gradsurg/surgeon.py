@@ -20,7 +20,14 @@ from gradsurg.capture import Capture
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.gramian import combine, gramian
 from gradsurg.guarantee import Movement, guard
-from gradsurg.pipeline import CANCELLATION, ROUNDING_DOUBLE, ROUNDING_SINGLE, Direction, Pipeline
+from gradsurg.pipeline import (
+    CANCELLATION_GRAMIAN,
+    CANCELLATION_SUM,
+    ROUNDING_EXACT,
+    ROUNDING_QUICK,
+    Direction,
+    Pipeline,
+)
 from gradsurg.priority import check_names
 from gradsurg.problem import Problem
 from gradsurg.report import Report
@@ -219,8 +226,6 @@ class Surgeon:
         blocks = self._blocks(shared)
         tables = [self.capture.rows.table(block) for block in blocks]
         G = torch.stack([gramian(table) for table in tables])
-        if _needs_double(G, tables):
-            G = torch.stack([gramian(table, exact=True) for table in tables])
         problem = self._problem(G)
         finite = bool(torch.isfinite(G).all())
         if finite:
@@ -232,7 +237,7 @@ class Surgeon:
             direction = Direction(
                 weights, torch.ones_like(weights), torch.zeros(1, dtype=torch.bool), torch.ones(1), {}
             )
-        exact = (direction.cancellation > CANCELLATION).tolist()
+        exact = (direction.cancellation > CANCELLATION_SUM).tolist()
         result = {}
         for block, table, w, precise in zip(blocks, tables, weights.tolist(), exact, strict=True):
             result.update(zip(block, combine(table, w, block, exact=precise), strict=True))
@@ -246,12 +251,12 @@ class Surgeon:
         """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
         pipeline, state = self.settings.pipeline, self.memory["state"]
         self._gramians = problem.gramian
-        direction = pipeline.direction(problem, state, rounding=ROUNDING_SINGLE)
-        delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION)
+        direction = pipeline.direction(problem, state, rounding=ROUNDING_QUICK)
+        delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
         if pipeline.conflict_free and bool(delicate.any()):
             self._gramians = torch.stack([gramian(table, exact=True) for table in tables])
             problem = replace(self._problem(self._gramians), losses=problem.losses)
-            direction = pipeline.direction(problem, state, rounding=ROUNDING_DOUBLE)
+            direction = pipeline.direction(problem, state, rounding=ROUNDING_EXACT)
         return direction
 
     def _problem(self, G: Tensor) -> Problem:
@@ -507,13 +512,6 @@ def _like(gradient: Tensor | None, loss: Tensor) -> Tensor | None:
 
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _needs_double(G: Tensor, tables: list[list[list[Tensor | None]]]) -> bool:
-    """Whether squares of float32 gradients may have left float32's range (norms above 1e19 or below 1e-15)."""
-    there = torch.tensor([[any(g is not None for g in row) for row in table] for table in tables])
-    diagonal = G.diagonal(dim1=-2, dim2=-1)
-    return not bool(torch.isfinite(G).all()) or bool(((diagonal < 1e-30) & there).any())
 
 
 def _now(callback: Callable[[], None]) -> None:
