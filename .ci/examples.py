@@ -1,0 +1,36 @@
+"""Run every python fence of the Markdown files given (or found in folders given): examples that nobody runs rot.
+
+The fences of one file share one namespace, in order, as a reader would type them; `python no-run` is shown but not run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from pathlib import Path
+
+FENCE = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+def fences(path: Path) -> list[str]:
+    """Return the code of each fence, pushed down by newlines so that tracebacks name the line of the file."""
+    text = path.read_text(encoding="utf-8")
+    return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in FENCE.finditer(text)]
+
+
+def main(arguments: list[str]) -> int:
+    """Run them all; an exception or a warning ends the run with its traceback."""
+    warnings.simplefilter("error")
+    paths = [p for a in map(Path, arguments) for p in (sorted(a.rglob("*.md")) if a.is_dir() else [a])]
+    for path in paths:
+        namespace: dict[str, object] = {"__name__": path.stem}
+        codes = fences(path)
+        for code in codes:
+            exec(compile(code, str(path), "exec"), namespace)
+        print(f"{path}: {len(codes)} example{'s' * (len(codes) != 1)} ran")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
