@@ -1,0 +1,159 @@
+"""The options of wrap(): every wrong one is an error that says what would be right."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurg
+from gradsurg import settings as module
+from gradsurg.normalize import NORMALIZERS
+from gradsurg.settings import settings_from
+from gradsurg.surgery import SURGERIES, Cone
+from models import build
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_the_defaults_are_those_of_the_design():
+    settings = settings_from({}, [optimizer_of(build())])
+    assert settings.pipeline.normalizer.name == "norm"
+    assert settings.pipeline.surgery.name == "cone"
+    assert settings.pipeline.levels is None
+    assert (settings.guarantee, settings.granularity, settings.nonfinite) == ("update", "model", "propagate")
+    assert (settings.tasks, settings.shared, settings.row_dtype, settings.seed) == (None, None, None, 0)
+
+
+def test_every_option_is_documented_in_wrap():
+    for name in inspect.signature(module._settings).parameters:
+        if name != "optimizers":
+            assert f"\n            {name}: " in gradsurg.wrap.__doc__, name
+
+
+@pytest.mark.parametrize("surgery", SURGERIES)
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_names_and_instances_mean_the_same(surgery, normalize):
+    by_name = settings_from({"surgery": surgery, "normalize": normalize}, [])
+    given = {"surgery": SURGERIES[surgery](), "normalize": NORMALIZERS[normalize]()}
+    assert settings_from(given, []) == by_name
+
+
+@pytest.mark.parametrize("guarantee", ["update", "gradient", "none"])
+@pytest.mark.parametrize("granularity", ["model", "group", "tensor"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip_task", "raise"])
+def test_valid_words(guarantee, granularity, nonfinite):
+    settings = settings_from({"guarantee": guarantee, "granularity": granularity, "nonfinite": nonfinite}, [])
+    assert (settings.guarantee, settings.granularity, settings.nonfinite) == (guarantee, granularity, nonfinite)
+    assert settings.pipeline.guarantee == guarantee
+
+
+# option, wrong value, what the message must hold
+WRONG = [
+    ("surgery", "conee", "'cone', 'upgrad'.*Did you mean 'cone'"),
+    ("surgery", None, "'cone'"),
+    ("surgery", Cone, "Surgery instance"),
+    ("surgery", 3, "'cone'"),
+    ("normalize", "norms", "'none', 'norm'.*Did you mean 'norm'"),
+    ("normalize", lambda g: g, "Normalizer instance"),
+    ("guarantee", "updates", "'update', 'gradient', 'none'.*Did you mean 'update'"),
+    ("guarantee", True, "'update'"),
+    ("guarantee", None, "'none'"),
+    ("granularity", "layer", "'model', 'group', 'tensor'"),
+    ("nonfinite", "skip", "'propagate', 'skip_task', 'raise'"),
+    ("auxiliary", "helps", "'protect', 'help'.*Did you mean 'help'"),
+    ("primary", [], "empty level"),
+    ("primary", [["a"], []], "empty level"),
+    ("primary", [["a"], "b"], "mixes names and lists"),
+    ("primary", [["a"], ["a"]], "names a task twice"),
+    ("primary", 3, "primary=3"),
+    ("primary", [1, 2], r"primary=\[1, 2\]"),
+    ("primary", [["a"], [2]], "primary="),
+    ("preferences", {"a": 0.0}, r"preferences\['a'\]=0.0: must be positive"),
+    ("preferences", {"a": -1}, "must be positive"),
+    ("preferences", {"a": float("nan")}, "must be positive and finite"),
+    ("preferences", {"a": float("inf")}, "must be positive and finite"),
+    ("preferences", {"a": "high"}, r"preferences\['a'\]='high'"),
+    ("preferences", {"a": None}, r"preferences\['a'\]=None"),
+    ("preferences", [1.0, 2.0], "dict from task name"),
+    ("preferences", {1: 2.0}, "task name"),
+    ("tasks", "left", r"\['segment', 'depth'\]"),
+    ("tasks", [], "list of strings"),
+    ("tasks", ["a", 1], "list of strings"),
+    ("tasks", 3, "list of strings"),
+    ("tasks", ["a", "a"], "twice"),
+    ("shared", torch.ones(2), "one tensor"),
+    ("shared", [], "empty"),
+    ("shared", 5, "shared"),
+    ("shared", ["trunk"], "must hold parameters"),
+    ("shared", [nn.Parameter(torch.ones(2))], "1 of 1 parameters that the optimizer does not train"),
+    ("row_dtype", "bfloat16", "torch.bfloat16"),
+    ("row_dtype", torch.int32, "floating dtype"),
+    ("row_dtype", torch.complex64, "floating dtype"),
+    ("seed", -1, "nonnegative integer"),
+    ("seed", 1.5, "nonnegative integer"),
+    ("seed", True, "nonnegative integer"),
+    ("seed", None, "nonnegative integer"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "match"), WRONG, ids=[f"{o}={v!r}"[:40] for o, v, _ in WRONG])
+def test_a_wrong_value_says_what_is_right(option, value, match):
+    optimizer = optimizer_of(build())
+    with pytest.raises(ValueError, match=match) as caught:
+        gradsurg.wrap(optimizer, **{option: value})
+    assert option in str(caught.value)
+    assert type(optimizer) is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"primary": "lefd"}, r"primary names the task 'lefd'.*\['left', 'right'\].*Did you mean 'left'"),
+        ({"primary": [["left"], ["wrong"]]}, "primary names the task 'wrong'"),
+        ({"preferences": {"righd": 1.0}}, "preferences names the task 'righd'.*Did you mean 'right'"),
+    ],
+)
+def test_names_are_checked_against_the_declared_ones(options, match):
+    with pytest.raises(ValueError, match=match):
+        settings_from({"tasks": ["left", "right"], **options}, [])
+
+
+def test_an_unknown_option_lists_the_known_and_the_nearest():
+    with pytest.raises(TypeError, match=r"no option 'surgerys'.*'normalize'.*Did you mean 'surgery'"):
+        gradsurg.wrap(optimizer_of(build()), surgerys="cone")
+
+
+@pytest.mark.parametrize("kind", ["module", "list", "generator", "tuple"])
+def test_shared_may_be_a_module_or_parameters(kind):
+    model = build()
+    shared = {
+        "module": model.trunk,
+        "list": list(model.trunk.parameters()),
+        "generator": model.trunk.parameters(),
+        "tuple": tuple(model.trunk.parameters()),
+    }[kind]
+    settings = settings_from({"shared": shared}, [optimizer_of(model)])
+    assert [id(p) for p in settings.shared] == [id(p) for p in model.trunk.parameters()]
+
+
+def test_shared_may_be_spread_over_several_optimizers():
+    model = build()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model.trunk[0], model.trunk[2])]
+    assert len(settings_from({"shared": model.trunk}, optimizers).shared) == 4
+
+
+def test_whole_numbers_of_other_types_are_seeds():
+    import numpy
+
+    assert settings_from({"seed": numpy.int64(3)}, []).seed == 3
+
+
+def test_settings_do_not_follow_later_changes_of_what_was_passed():
+    preferences, tasks = {"a": 2.0}, ["a", "b"]
+    settings = settings_from({"preferences": preferences, "tasks": tasks}, [])
+    preferences["a"], tasks[0] = 9.0, "z"
+    assert settings.preferences == {"a": 2.0}
+    assert settings.tasks == ("a", "b")
