@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,21 +67,15 @@ def weights(
         raise ValueError("gramian has no rows: at least one task is needed")
     if guarantee == "update":
         raise ValueError("guarantee='update' needs an optimizer's update: use 'gradient' here, or gradsurg.wrap")
-    pipeline = Pipeline(
-        normalizer=resolve_normalizer(normalize),
-        surgery=resolve_surgery(surgery),
-        levels=_levels(primary, m),
-        auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
-        guarantee=choose("guarantee", guarantee, GUARANTEES),
-    )
+    pipeline = _pipeline(surgery, normalize, None if primary is None else _levels(primary, m), auxiliary, guarantee)
     problem = Problem(
         gramian=gramian.detach().double(),
         preferences=_preferences(preferences, m, gramian.device),
-        tasks=tuple(map(str, range(m))),
+        tasks=_names(m),
         losses=None if losses is None else losses.detach().double(),
         generator=generator,
     )
-    return pipeline.direction(problem, {}).weights.to(gramian.dtype)
+    return pipeline.weights(problem).to(gramian.dtype)
 
 
 @torch.no_grad()
@@ -113,9 +108,29 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
     return (weights(G.to(J.device), surgery, **options) @ exact).to(J.dtype)
 
 
-def _levels(primary: int | Sequence[Any] | None, m: int) -> tuple[tuple[str, ...], ...] | None:
-    if primary is None:
-        return None
+@functools.lru_cache(maxsize=64)
+def _pipeline(
+    surgery: str | Surgery,
+    normalize: str | Normalizer,
+    levels: tuple[tuple[str, ...], ...] | None,
+    auxiliary: str,
+    guarantee: str,
+) -> Pipeline:
+    return Pipeline(
+        normalizer=resolve_normalizer(normalize),
+        surgery=resolve_surgery(surgery),
+        levels=levels,
+        auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+        guarantee=choose("guarantee", guarantee, GUARANTEES),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _names(m: int) -> tuple[str, ...]:
+    return tuple(map(str, range(m)))
+
+
+def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...] | None:
     nested: list[Any] = [[primary]] if isinstance(primary, int) else list(primary)
     as_names: list[Any] = [[str(i) for i in item] if isinstance(item, Sequence) else str(item) for item in nested]
     levels = parse_levels(as_names)

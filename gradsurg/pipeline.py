@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import sqrt
+from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -75,8 +77,11 @@ class Pipeline:
         levels = levels_of(problem.tasks, self.levels)
         return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
 
-    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
-        """Return the weights of u for one step; every option acts here, in the order of the module's docstring."""
+    def solve(self, problem: Problem, state: State, rounding: float) -> tuple[Problem, Tensor, Tensor, State]:
+        """Return the problem after normalisation, its weights, the scales and the next state.
+
+        Every option acts here, in the order of the module's docstring.
+        """
         scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
         scaled = problem
         if not isinstance(self.normalizer, Unscaled):
@@ -84,17 +89,40 @@ class Pipeline:
         weights, surgery_state = self._ordered(scaled, state.get("surgery", {}))
         if self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None):
             inner = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
-            weights = weights + nonnegative(
-                scaled.gramian, inner, allowed=self.protected(problem), rounding=rounding
-            )
+            allowed = self.protected(problem)
+            weights = weights + nonnegative(scaled.gramian, inner, allowed=allowed, rounding=rounding)
+        return scaled, weights, scales, {"normalize": normalizer_state, "surgery": surgery_state}
+
+    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
+        """Return the weights of u for one step, over the raw gradients, and what is known about them."""
+        scaled, weights, scales, state = self.solve(problem, state, rounding)
         weights, stationary, cancellation = self._settle(scaled, weights, rounding)
         return Direction(
             weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
             scales=scales,
             stationary=stationary,
             cancellation=cancellation,
-            state={"normalize": normalizer_state, "surgery": surgery_state},
+            state=state,
         )
+
+    def weights(self, problem: Problem) -> Tensor:
+        """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
+        scaled, weights, scales, _ = self.solve(problem, {}, ROUNDING_EXACT)
+        # Without a conflict nothing can cancel, so there is nothing to settle.
+        in_conflict = problem.gramian.min().item() < 0
+        if in_conflict and self.conflict_free and not self._plainly_settled(scaled, weights):
+            weights, _, _ = self._settle(scaled, weights, ROUNDING_EXACT)
+        return weights if isinstance(self.normalizer, Unscaled) else weights * scales
+
+    @staticmethod
+    def _plainly_settled(problem: Problem, weights: Tensor) -> bool:
+        """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
+        if weights.ndim > 1:
+            return False
+        rows, w = problem.gramian.tolist(), weights.tolist()
+        square = sum(x * sum(map(mul, row, w)) for x, row in zip(w, rows, strict=True))
+        lengths = sum(abs(x) * sqrt(max(row[i], 0.0)) for i, (x, row) in enumerate(zip(w, rows, strict=True)))
+        return square > STATIONARY * ROUNDING_EXACT * lengths * lengths
 
     def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         scales, state = self.normalizer.scales(problem, state)
@@ -132,13 +160,13 @@ class Pipeline:
 
     def _settle(self, problem: Problem, weights: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
         """Set u to 0 where it is nothing but rounding, and measure how much of the gradients cancels in it."""
-        square = (weights * (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1)).sum(-1)
-        lengths = (weights.abs() * problem.norms).sum(-1)
+        square = torch.linalg.vecdot(weights, (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1))
+        lengths = torch.linalg.vecdot(weights.abs(), problem.norms)
         cancellation = lengths / square.clamp(min=0).sqrt()
         if not self.conflict_free:
             return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
         nothing = square <= STATIONARY * rounding * lengths.square()
-        return torch.where(nothing.unsqueeze(-1), 0, weights), nothing, cancellation
+        return weights.masked_fill(nothing.unsqueeze(-1), 0), nothing, cancellation
 
 
 def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers import nonnegative
+from gradsurg.solvers import project_rows
 from gradsurg.surgery.base import Surgery
 
 __all__ = ["UPGrad"]
@@ -39,5 +40,7 @@ class UPGrad(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian, preferences = problem.gramian, problem.preferences
-        multipliers = nonnegative(gramian.unsqueeze(-3), gramian)  # (..., program, task)
+        multipliers = project_rows(gramian)  # (..., program, task)
+        if multipliers.ndim == 2:
+            return torch.addmv(preferences, multipliers.T, preferences), state
         return preferences + preferences @ multipliers, state

@@ -1,0 +1,88 @@
+"""Projecting every gradient by itself: m nonnegative programs that share one Gramian, as UPGrad needs them."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from gradsurg.solvers.nonnegative import nonnegative, path
+from gradsurg.solvers.small import Matrix, Vector, solve_small
+
+__all__ = ["project_rows"]
+
+# Longest row of the inverse (of the Gramian with unit diagonal) that is trusted: its residuals are then below 1e-12.
+LARGEST_INVERSE = 1e4
+
+
+def project_rows(gramian: Tensor, *, rounding: float = 4e-16) -> Tensor:
+    """Return Λ, row i of which is argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: g_i + Σ_j Λ_ij g_j conflicts with nobody.
+
+    The same as nonnegative(G[..., None, :, :], G), faster for one Gramian of few tasks: where a gradient conflicts
+    with most others, its passive set is nearly everybody, and the few outside it, C, are the smaller problem. With
+    N = G⁻¹ the weights are w = N_{·C} v, N_CC v = e_i, optimal iff w ≥ 0 and v ≥ 0.
+
+    Args:
+        gramian: G, shape (..., m, m), symmetric positive semidefinite; solved in float64. May be singular.
+        rounding: Relative error of G's entries, as for `nonnegative`.
+
+    Returns:
+        Λ, shape (..., m, m), float64, on G's device.
+
+    Source: Quinton & Rey 2024, definition 1, for the use; block inversion for the second form.
+
+    Example:
+        >>> import torch
+        >>> project_rows(torch.tensor([[1.0, -0.5], [-0.5, 1.0]])).tolist()
+        [[0.0, 0.5], [0.5, 0.0]]
+    """
+    m = gramian.shape[-1]
+    G = gramian.detach().double().cpu()
+    if G.ndim > 2 or path(m, m, one_gramian=True) != "small":
+        return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+    rows: Matrix = G.tolist()
+    conflicts = [sum(x < 0 for x in row) for row in rows]
+    if not any(conflicts) and isfinite(sum(map(sum, rows))):
+        return torch.zeros(m, m, dtype=torch.float64, device=gramian.device)
+    inverse, s = _inverse(G) if 2 * max(conflicts) >= m else (None, [])
+    answers: Matrix = []
+    left: list[int] = []
+    for i in range(m):
+        found = _from_outside(inverse, s, i) if inverse is not None and 2 * conflicts[i] >= m else None
+        if found is None:
+            left.append(i)
+        answers.append(found or [])
+    if left:
+        for i, answer in zip(left, solve_small(rows, [rows[i] for i in left], None, None, rounding), strict=True):
+            answers[i] = answer
+    return torch.tensor(answers, dtype=torch.float64).to(gramian.device)
+
+
+def _inverse(G: Tensor) -> tuple[Matrix | None, Vector]:
+    """Return the inverse of G with its rows scaled to unit length, or None where it is not to be trusted."""
+    s = G.diagonal().rsqrt()  # infinite for a zero row, which makes the inverse NaN, as does a singular G
+    N: Matrix = torch.linalg.inv_ex(G * s * s.unsqueeze(-1))[0].tolist()
+    if all(0 < row[i] < LARGEST_INVERSE for i, row in enumerate(N)):
+        return N, s.tolist()
+    return None, []
+
+
+def _from_outside(N: Matrix, s: Vector, i: int) -> Vector | None:
+    """Return λ of program i from the tasks outside its passive set, at most two, or None if there are more."""
+    own = N[i]
+    weights = [x / own[i] for x in own]  # everybody else passive
+    lowest = min(weights)
+    if lowest < 0:
+        j = weights.index(lowest)  # all but i and j passive: N_CC is 2 x 2, and v_j ≥ 0 because N_ij < 0
+        other = N[j]
+        determinant = own[i] * other[j] - own[j] * other[i]
+        if determinant <= 0:
+            return None
+        a, b = other[j] / determinant, -own[j] / determinant
+        weights = [a * x + b * y for x, y in zip(own, other, strict=True)]
+        weights[j] = 0.0
+        if min(weights) < 0:
+            return None
+    weights[i] = 0.0
+    return [x * y / s[i] for x, y in zip(weights, s, strict=True)] if s[i] else None
