@@ -1,0 +1,96 @@
+"""Gradients that are as unpleasant as real ones get: each family is a way in which a promise could break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["FAMILIES", "draw"]
+
+Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+
+
+def _random(rng, m, P):
+    """Independent rows: angles near 90°, mild conflicts."""
+    return rng.standard_normal((m, P))
+
+
+def _spread(rng, m, P):
+    """Norms over twelve orders of magnitude: a ridge that suits one row swamps another."""
+    return _random(rng, m, P) * 10 ** rng.uniform(-6, 6, (m, 1))
+
+
+def _surrounding(rng, m, P):
+    """Rows less 0.9 … 1.1 of their mean: their sum nearly cancels, and the cone is thin or only {0}."""
+    J = _random(rng, m, P)
+    return J - J.mean(0) * rng.uniform(0.9, 1.1)
+
+
+def _nearly_opposite(gap: float) -> Draw:
+    def rows(rng, m, P):
+        J = _random(rng, m, P)
+        for i in range(1, m, 2):
+            noise = rng.standard_normal(P) * np.linalg.norm(J[i - 1]) / np.sqrt(P)
+            J[i] = -J[i - 1] * 10 ** rng.uniform(-1, 1) + gap * noise
+        return J
+
+    rows.__doc__ = f"Pairs {gap:g} rad from 180°: in u all but that part cancels."
+    return rows
+
+
+def _opposite(rng, m, P):
+    """Pairs exactly opposite: Pareto stationary in their plane, so u must be 0 there and not rounding."""
+    J = _random(rng, m, P)
+    J[1::2] = -J[0 : m - m % 2 : 2] * 3
+    return J
+
+
+def _duplicates(rng, m, P):
+    """Equal rows: a singular Gramian, λ not unique, u unique."""
+    J = _random(rng, m, P)
+    J[1::2] = J[0 : m - m % 2 : 2]
+    return J
+
+
+def _zeros(rng, m, P):
+    """Every third row zero: it wants nothing and must not turn others into NaN."""
+    J = _random(rng, m, P)
+    J[::3] = 0
+    return J
+
+
+def _rank_two(rng, m, P):
+    """All rows in a plane: any three of them are dependent."""
+    return rng.standard_normal((m, 2)) @ rng.standard_normal((2, P))
+
+
+def _scaled(factor: float) -> Draw:
+    def rows(rng, m, P):
+        return _random(rng, m, P) * factor
+
+    rows.__doc__ = f"Everything times {factor:g}: an absolute tolerance would show."
+    return rows
+
+
+FAMILIES: dict[str, Draw] = {
+    "random": _random,
+    "spread": _spread,
+    "surrounding": _surrounding,
+    "nearly opposite 1e-2": _nearly_opposite(1e-2),
+    "nearly opposite 1e-4": _nearly_opposite(1e-4),
+    "nearly opposite 1e-6": _nearly_opposite(1e-6),
+    "opposite": _opposite,
+    "duplicates": _duplicates,
+    "zeros": _zeros,
+    "rank 2": _rank_two,
+    "tiny": _scaled(1e-12),
+    "huge": _scaled(1e12),
+}
+
+
+def draw(family: str, m: int, P: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return J, (m, P), of a family."""
+    return torch.tensor(FAMILIES[family](np.random.default_rng(seed), m, P)).to(dtype)
