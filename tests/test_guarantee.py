@@ -94,8 +94,8 @@ def test_the_update_of_every_optimizer_hurts_nobody(row, surgery):
     for family in FAMILIES:
         for J, _, d, report in steps(row, family, surgery, "update"):
             assert worst_cosine(J, d) >= -SINGLE, family
-            if d.norm() == 0:
-                assert report.movement.held or report.stationary or family == "tiny", "a zero step is explained"
+            if d.norm() == 0:  # the optimizer did not move (Adam squares 1e12), or the report says why
+                assert report.movement.held or not report.movement.corrected
 
 
 @pytest.mark.parametrize("surgery", SURGERIES)
@@ -111,9 +111,9 @@ def test_the_gradient_of_every_surgery_hurts_nobody(surgery, family):
 @pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW"])
 def test_without_the_guarantee_updates_do_hurt(row):
     """What the table above would look like if the guarantee did nothing."""
-    hurt = [worst_cosine(J, d) < -SINGLE for J, _, d, _ in steps(row, "random", "cone", "gradient", count=20)]
+    hurt = [worst_cosine(J, d) < -SINGLE for J, _, d, _ in steps(row, "surrounding", "cone", "gradient", count=20)]
     assert sum(hurt) > 5
-    hurt = [worst_cosine(J, d) < -SINGLE for J, _, d, _ in steps(row, "random", "cone", "update", count=20)]
+    hurt = [worst_cosine(J, d) < -SINGLE for J, _, d, _ in steps(row, "surrounding", "cone", "update", count=20)]
     assert sum(hurt) == 0
 
 
