@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Row", "TaskRows"]
+__all__ = ["Row", "TaskRows", "added"]
 
 Row = dict[Tensor, Tensor]
 
@@ -20,7 +20,7 @@ class TaskRows:
 
     Args:
         dtype: What to store the gradients of shared parameters in (row_dtype); None keeps them as they come. A
-            parameter that only one task reached keeps its gradient to the bit.
+            parameter that only one task reached keeps its gradient to the bit, and so do complex and sparse ones.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -47,7 +47,7 @@ class TaskRows:
             if have is None:
                 row[parameter] = gradient
             elif have.is_sparse or gradient.is_sparse:
-                row[parameter] = have + gradient
+                row[parameter] = added(have, gradient)
             else:
                 have.add_(gradient)
         if self.dtype is not None:
@@ -78,5 +78,10 @@ class TaskRows:
         for parameter in row:
             holders = [other for other in self._rows.values() if parameter in other]
             if len(holders) >= 2 and parameter.is_floating_point():
-                for holder in holders:
+                for holder in (row for row in holders if not row[parameter].is_sparse):
                     holder[parameter] = holder[parameter].to(self.dtype)
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """Return a + b as a new tensor; torch adds sparse to dense, but not dense to sparse."""
+    return b + a if a.is_sparse and not b.is_sparse else a + b
