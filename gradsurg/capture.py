@@ -6,18 +6,17 @@ reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsurg.errors import MultiTaskError, unknown_name
-from gradsurg.rows import Row, TaskRows
+from gradsurg.errors import MultiTaskError
+from gradsurg.mark import Mark
+from gradsurg.rows import Row, TaskRows, added
 
-__all__ = ["Capture", "Losses", "Total", "parse_losses", "value_of"]
-
-Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
+__all__ = ["Capture", "Total", "at_end_of_backward"]
 
 
 class Capture:
@@ -26,67 +25,76 @@ class Capture:
     Rows are live only while every `p.grad` is the tensor that `write` put there, unchanged (its `_version` tells).
     Otherwise somebody zeroed, clipped or added since: the rows are dropped, and what stands in `p.grad` is foreign,
     which is kept and added to the next result, as a plain backward would do.
+
+    While surgery waits (`write_pending`) no result stands in `p.grad`, only a mark in one of them. Rows are then live
+    while the mark is there, and what others add to any `p.grad` meanwhile is foreign.
     """
 
     def __init__(self, parameters: Callable[[], list[Tensor]], row_dtype: torch.dtype | None = None) -> None:
         self.parameters = parameters
         self.row_dtype = row_dtype
         self.rows = TaskRows(row_dtype)
-        self.is_open = False
-        self._fresh = TaskRows(row_dtype)
+        self.opened: object | None = None  # one token per run, while it lasts
+        self.fresh = TaskRows(row_dtype)
         self._foreign: Row = {}
-        self._plain: list[Row] = []
+        self._next_foreign: Row = {}
         self._written: dict[Tensor, tuple[Tensor, int]] = {}
+        self._mark: Mark | None = None
         self._held: dict[Tensor, Tensor | None] = {}
 
     def open(self) -> None:
         """Put p.grad of every parameter aside, so that backward passes start from nothing."""
-        if self.is_open:  # the backward pass that opened it died outside of our reach
+        if self.opened is not None:  # the backward pass that opened it died, and nobody told us
             self.abort()
         parameters = self.parameters()
+        self._was_live = self.is_live()
         self._held = {p: p.grad for p in parameters}
-        self._was_live = self.is_live(parameters)
-        self._fresh, self._plain = TaskRows(self.row_dtype), []
+        self._next_foreign = self._foreign_among(self._held)
+        self.fresh = TaskRows(self.row_dtype)
         for p in parameters:
             p.grad = None
-        self.is_open = True
+        self.opened = object()
 
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""
-        self._fresh.add(name, self._lift())
+        self.fresh.add(name, self._lift())
 
     def take_plain(self) -> None:
         """Move what is in p.grad to the gradients that take no part in surgery."""
-        self._plain.append(self._lift())
+        for p, g in self._lift().items():
+            self._next_foreign[p] = added(self._next_foreign[p], g) if p in self._next_foreign else g
 
     def give(self, name: str, gradients: Row) -> None:
         """Add gradients that were computed elsewhere to the fresh row of a task."""
-        self._fresh.add(name, gradients)
+        self.fresh.add(name, gradients)
 
-    def commit(self) -> None:
-        """Make the fresh rows part of the rows; p.grad is None afterwards."""
+    def commit(self) -> dict[Tensor, Tensor | None]:
+        """Make the fresh rows part of the rows and return what was in p.grad; it is None now."""
         self.take_plain()  # a penalty of the same backward pass may have run since our last task
-        if not self._was_live:
-            self.rows = TaskRows(self.row_dtype)
-            self._foreign = {p: g for p, g in self._held.items() if g is not None}
-        for row in self._plain:
-            for p, g in row.items():
-                self._foreign[p] = self._foreign[p] + g if p in self._foreign else g
-        if len(self.rows):
-            self.rows.merge(self._fresh)
+        self._foreign = self._next_foreign
+        if self._was_live and len(self.rows):
+            self.rows.merge(self.fresh)
         else:
-            self.rows = self._fresh
+            self.rows = self.fresh
+        held = self._held
+        self._close()
+        return held
+
+    def abort(self, opened: object = None) -> None:
+        """Drop the fresh rows and give p.grad back as it was; `opened` limits this to the run of that token."""
+        if self.opened is None or (opened is not None and opened is not self.opened):
+            return
+        self.give_back(self._held)
         self._close()
 
-    def abort(self) -> None:
-        """Drop the fresh rows and give p.grad back as it was."""
-        for p, gradient in self._held.items():
+    def give_back(self, held: Mapping[Tensor, Tensor | None]) -> None:
+        """Set p.grad to what it was."""
+        for p, gradient in held.items():
             p.grad = gradient
-        self._close()
 
     def write(self, result: Mapping[Tensor, Tensor]) -> None:
         """Set p.grad to the result plus what is foreign, for every parameter that has either."""
-        self._written = {}
+        self._written, self._mark = {}, None
         for p in self.parameters():
             gradient, foreign = result.get(p), self._foreign.get(p)
             if gradient is None:
@@ -94,35 +102,60 @@ class Capture:
             elif foreign is None:
                 p.grad = gradient
             else:
-                p.grad = gradient + foreign
+                p.grad = added(gradient, foreign)
             if p.grad is not None:
                 self._written[p] = (p.grad, p.grad._version)
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
-        free = ((p, g) for name in self.rows for p, g in self.rows[name].items() if p not in self._foreign)
-        p, gradient = next(free, (None, None))
-        self.write({} if p is None or gradient is None else {p: gradient.to(p.dtype)})
+        reached = {p for name in self.rows for p in self.rows[name] if p.numel() > 0}
+        parameter = min(reached - self._foreign.keys() or reached, key=Tensor.numel, default=None)
+        self.write({})
+        if parameter is not None:
+            self._mark = Mark(parameter)
+            assert parameter.grad is not None
+            self._written[parameter] = (parameter.grad, parameter.grad._version)
 
     def clear(self) -> None:
         """Forget rows, foreign gradients and marks; p.grad is left alone."""
         self.rows = TaskRows(self.row_dtype)
-        self._foreign, self._written = {}, {}
+        self._foreign, self._written, self._mark = {}, {}, None
         self._close()
 
-    def is_live(self, parameters: list[Tensor]) -> bool:
-        """Whether every p.grad is the tensor that we wrote, unchanged."""
+    def part_with_rows(self) -> None:
+        """Begin new rows; whoever holds the old ones keeps them as they are."""
+        self.rows = TaskRows(self.row_dtype)
+
+    def is_live(self) -> bool:
+        """Whether the rows still stand for what is in p.grad."""
         if not len(self.rows) or not self._written:
             return False
-        return all(
-            (p.grad is None and p not in self._written)
-            or (p in self._written and p.grad is self._written[p][0] and p.grad._version == self._written[p][1])
-            for p in parameters
-        )
+        if self._mark is not None:
+            return self._mark.fate() != "gone"
+        return all((p.grad is None and p not in self._written) or self._untouched(p) for p in self.parameters())
 
     def still_ours(self, p: Tensor) -> bool:
         """Whether p.grad is the tensor that we wrote, clipped or unscaled since or not."""
         return p in self._written and p.grad is self._written[p][0]
+
+    def mark_was_scaled(self) -> bool:
+        """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
+        return self._mark is not None and self._mark.fate() == "scaled"
+
+    def _untouched(self, p: Tensor) -> bool:
+        return self.still_ours(p) and p.grad is not None and p.grad._version == self._written[p][1]
+
+    def _foreign_among(self, held: Mapping[Tensor, Tensor | None]) -> Row:
+        """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
+        if self._was_live and self._mark is None:
+            return dict(self._foreign)
+        standing = {p: g for p, g in held.items() if g is not None}
+        if self._was_live and self._mark is not None:
+            standing.pop(self._mark.parameter, None)
+            below = self._mark.below()
+            if below is not None:
+                standing[self._mark.parameter] = below
+        return standing
 
     def _lift(self) -> Row:
         lifted = {}
@@ -133,8 +166,8 @@ class Capture:
         return lifted
 
     def _close(self) -> None:
-        self._held, self._plain, self._fresh = {}, [], TaskRows(self.row_dtype)
-        self.is_open = False
+        self._held, self._next_foreign, self.fresh = {}, {}, TaskRows(self.row_dtype)
+        self.opened = None
 
 
 class Total(torch.autograd.Function):
@@ -167,76 +200,36 @@ class Total(torch.autograd.Function):
         return None, None, None
 
 
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Run `callback` when the backward pass in progress is complete, or now where torch has no way to say so."""
-    engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+class _AtEnd:
+    """A callback that notices if it is never run: autograd lets go of the callbacks of a backward pass that died."""
+
+    def __init__(self, callback: Callable[[], None], abandoned: Callable[[], None]) -> None:
+        self.callback = callback
+        self.abandoned: Callable[[], None] | None = abandoned
+
+    def __call__(self) -> None:
+        self.abandoned = None
+        self.callback()
+
+    def __del__(self) -> None:
+        if self.abandoned is not None:
+            self.abandoned()
+
+
+def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], None]) -> None:
+    """Run `callback` when the backward pass in progress is complete, or now where torch has no way to say so.
+
+    Where that backward pass dies first, `abandoned` is run instead.
+    """
+    engine = torch.autograd.Variable._execution_engine
     queue = getattr(engine, "queue_callback", None)  # private, but what DDP and FSDP2 are built on
     if queue is None:
         callback()
     else:
-        queue(callback)
+        queue(_AtEnd(callback, abandoned))
 
 
 def _keeps_graph() -> bool:
     # Private and present since torch 1.x; without it, keeping the graph costs memory but is never wrong.
     probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if probe is None else bool(probe())
-
-
-def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tensor | None]:
-    """Return name -> loss from a dict or a sequence; a loss that cannot be trained on is None.
-
-    Raises:
-        ValueError: No task at all, a name that was not declared, two tasks of one name, or a loss that is not a
-            real scalar tensor; the message names the task.
-    """
-    if isinstance(losses, Tensor) or not isinstance(losses, (Mapping, Sequence)) or isinstance(losses, str):
-        raise ValueError(
-            f"losses is a {type(losses).__name__}: pass the task losses apart, as a dict {{'name': loss, …}} or a list"
-        )
-    if isinstance(losses, Mapping):
-        pairs = [(str(name), loss) for name, loss in losses.items()]
-    else:
-        if tasks is not None and len(tasks) != len(losses):
-            raise ValueError(f"losses has {len(losses)} entries, but {len(tasks)} tasks are declared: {list(tasks)}")
-        pairs = list(zip(tasks or map(str, range(len(losses))), losses, strict=True))
-    result: dict[str, Tensor | None] = {}
-    for name, loss in pairs:
-        if name in result:
-            raise ValueError(f"losses has two tasks named {name!r}: names must differ")
-        if tasks is not None and name not in tasks:
-            raise unknown_name("losses", name, tasks)
-        result[name] = _checked(name, loss)
-    if all(loss is None for loss in result.values()):
-        raise ValueError(
-            f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
-        )
-    return result
-
-
-def _checked(name: str, loss: object) -> Tensor | None:
-    if loss is None:
-        return None
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"losses[{name!r}] is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None "
-            "for a task that is absent from this step"
-        )
-    if loss.numel() != 1:
-        raise ValueError(f"losses[{name!r}] has shape {tuple(loss.shape)}: reduce it to a scalar, e.g. with .mean()")
-    if loss.is_complex():
-        raise ValueError(f"losses[{name!r}] is complex ({loss.dtype}): a loss must be real, e.g. take .abs() or .real")
-    return loss
-
-
-def value_of(losses: Mapping[str, Tensor | None], preferences: Mapping[str, float], plain: Tensor | None) -> Tensor:
-    """Return Σ r_i L_i (+ the plain loss), detached, on the first loss's device, in float32 at least."""
-    terms = [(loss.detach(), preferences.get(name, 1.0)) for name, loss in losses.items() if loss is not None]
-    if plain is not None:
-        terms.append((plain.detach(), 1.0))
-    device = terms[0][0].device
-    total = torch.zeros((), device=device)
-    for loss, preference in terms:
-        wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
-        total = total + wide * preference
-    return total

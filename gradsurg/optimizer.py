@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.capture import Losses, Total, at_end_of_backward, parse_losses, value_of
+from gradsurg.capture import Total, at_end_of_backward
+from gradsurg.losses import Losses, check_scalar, parse_losses, value_of
 from gradsurg.report import Report
 from gradsurg.settings import settings_from
-from gradsurg.surgeon import Settings, Surgeon
+from gradsurg.surgeon import Surgeon
 
 __all__ = ["MultiTaskOptimizer", "backward", "report", "total", "unwrap", "wrap"]
 
+_EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
 STATE = "_gradsurg"  # the attribute that holds the Surgeon
 
 
@@ -61,6 +63,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         surgeon = self._gradsurg
         parsed = parse_losses(losses, surgeon.settings.tasks)
+        plain = None if plain is None else check_scalar("plain", plain)
         value = value_of(parsed, surgeon.settings.preferences, plain)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
         if not torch.is_grad_enabled() or not trainable:
@@ -70,7 +73,7 @@ class MultiTaskOptimizer(Optimizer):
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device, requires_grad=True)
         run = functools.partial(_run_nested, surgeon, parsed, plain)
-        return cast(Tensor, Total.apply(anchor, run, value))
+        return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
 
     def backward(self, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
         """Do what total(losses).backward() does, without nesting one backward pass in another.
@@ -87,7 +90,8 @@ class MultiTaskOptimizer(Optimizer):
         """
         surgeon = self._gradsurg
         parsed = parse_losses(losses, surgeon.settings.tasks)
-        if not any(loss is not None and loss.requires_grad for loss in parsed.values()):
+        plain = None if plain is None else check_scalar("plain", plain)
+        if not any(loss is not None and loss.requires_grad for loss in (*parsed.values(), plain)):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
         surgeon.run(parsed, plain, retain_graph=retain_graph)
 
@@ -160,11 +164,17 @@ class MultiTaskOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and rows alike; see torch.optim.Optimizer.zero_grad."""
-        self._gradsurg.forget()
+        if not self._gradsurg.stepped:  # else other optimizers have yet to step, and be judged by the same rows
+            self._gradsurg.forget()
         super().zero_grad(set_to_none=set_to_none)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (_inner_class(self), self._gradsurg.settings), self.__getstate__()
+        return _rebuild, (_inner_class(self), self._gradsurg), self.__getstate__()
+
+    def __copy__(self) -> MultiTaskOptimizer:
+        copied = _rebuild(_inner_class(self), Surgeon(self._gradsurg.settings))  # rows are never shared with a copy
+        copied.__setstate__(self.__getstate__())
+        return copied
 
 
 def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,7 +185,7 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) ->
     try:
         result = _inner_step(_inner_class(self))(self, *arguments)
     except BaseException:
-        surgeon.take_back(before)
+        surgeon.take_back(self, before)
         raise
     surgeon.after_step(self, before)
     return result
@@ -185,9 +195,7 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) ->
 def wrap(optimizer: Optimizer, **options: Any) -> MultiTaskOptimizer: ...
 @overload
 def wrap(optimizer: Sequence[Optimizer], **options: Any) -> list[MultiTaskOptimizer]: ...
-def wrap(
-    optimizer: Optimizer | Sequence[Optimizer], **options: Any
-) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
+def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
     """Make any torch optimizer train on several losses, so that no update hurts a task to first order.
 
     The object itself is extended and returned: schedulers, scalers and checkpoints that hold it stay right.
@@ -233,6 +241,8 @@ def wrap(
         raise TypeError("wrap([]) has no optimizer: pass an optimizer, or a list of them")
     for each in optimizers:
         _check_optimizer(each)
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     surgeon = Surgeon(settings_from(options, optimizers))
     wrapped = [_extend(each, surgeon) for each in optimizers]
     return wrapped if several else wrapped[0]
@@ -316,8 +326,14 @@ def _check_optimizer(optimizer: object) -> None:
         )
 
 
-@functools.cache
 def _extended_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
+    """Return the class that `wrap` gives an optimizer; the same one for the same class, always."""
+    if inner not in _EXTENDED:
+        _EXTENDED[inner] = _extend_class(inner)
+    return _EXTENDED[inner]
+
+
+def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
     step = functools.wraps(_step)(Optimizer.profile_hook_step(_step))
     # Hooks registered on the optimizer run around the whole of our step: post hooks (EMA, logging) see the parameters
     # that the guarantee left, not those before it.
@@ -344,7 +360,7 @@ def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
 def _extend(optimizer: Optimizer, surgeon: Surgeon) -> MultiTaskOptimizer:
     patched = _scheduler_patch(optimizer)
     vars(optimizer).pop("step", None)
-    optimizer.__class__ = _extended_class(type(optimizer))  # type: ignore[assignment]
+    optimizer.__class__ = _extended_class(type(optimizer))
     wrapped = cast(MultiTaskOptimizer, optimizer)
     wrapped.__dict__[STATE] = surgeon
     surgeon.optimizers.append(wrapped)
@@ -375,11 +391,10 @@ def _patch_for_scheduler(optimizer: Optimizer) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _rebuild(inner: type[Optimizer], settings: Settings) -> MultiTaskOptimizer:
+def _rebuild(inner: type[Optimizer], surgeon: Surgeon) -> MultiTaskOptimizer:
     """Unpickle: the dynamic class cannot be named in a pickle, its base can."""
     extended = _extended_class(inner)
     optimizer = extended.__new__(extended)
-    surgeon = Surgeon(settings)
     optimizer.__dict__[STATE] = surgeon
     surgeon.optimizers.append(optimizer)
     return optimizer

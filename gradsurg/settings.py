@@ -1,9 +1,12 @@
-"""Checking the options of wrap(), all in one place."""
+"""The options of wrap(), and the checking of them, all in one place."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,13 +17,27 @@ from gradsurg.errors import choose
 from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.pipeline import GUARANTEES, Pipeline, check_mapping
 from gradsurg.priority import AUXILIARY, check_names, parse_levels
-from gradsurg.surgeon import Settings
 from gradsurg.surgery import Surgery, resolve_surgery
 
-__all__ = ["settings_from"]
+__all__ = ["Settings", "settings_from"]
 
 GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
 NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of wrap(), checked."""
+
+    pipeline: Pipeline
+    guarantee: str = "update"
+    preferences: Mapping[str, float] = field(default_factory=dict)
+    granularity: str = "model"
+    tasks: tuple[str, ...] | None = None
+    shared: tuple[Tensor, ...] | None = None
+    row_dtype: torch.dtype | None = None
+    nonfinite: str = "propagate"
+    seed: int = 0
 
 
 def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
@@ -53,15 +70,13 @@ def _settings(
 ) -> Settings:
     guarantee = choose("guarantee", guarantee, GUARANTEES)
     names = _names(tasks)
-    levels = parse_levels(primary)
-    checked = check_mapping("preferences", preferences)
+    levels = parse_levels(_primary(primary))
+    checked = _preferences(preferences)
     if names is not None:
         check_names(levels, names)
         check_names((tuple(checked),), names, "preferences")
     if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
         raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed={seed!r}: pass a nonnegative integer")
     return Settings(
         pipeline=Pipeline(
             normalizer=resolve_normalizer(normalize),
@@ -77,18 +92,54 @@ def _settings(
         shared=_shared(shared, optimizers),
         row_dtype=row_dtype,
         nonfinite=choose("nonfinite", nonfinite, NONFINITE),
-        seed=seed,
+        seed=_seed(seed),
     )
 
 
 def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
     if tasks is None:
         return None
-    if isinstance(tasks, str) or not tasks or not all(isinstance(name, str) for name in tasks):
+    if isinstance(tasks, str) or not _is_filled(tasks) or not all(isinstance(name, str) for name in tasks):
         raise ValueError(f"tasks={tasks!r}: pass the names as a list of strings, such as ['segment', 'depth']")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
     return tuple(tasks)
+
+
+def _primary(primary: str | Sequence[Any] | None) -> str | Sequence[Any] | None:
+    if primary is None or isinstance(primary, str):
+        return primary
+    members = primary if isinstance(primary, (list, tuple)) else [None]
+    flat = [name for item in members for name in (item if isinstance(item, (list, tuple)) else [item])]
+    if not all(isinstance(name, str) for name in flat):
+        raise ValueError(
+            f"primary={primary!r}: pass a task's name, or levels of names such as [['main'], ['aux1', 'aux2'], ['reg']]"
+        )
+    return primary
+
+
+def _preferences(preferences: Mapping[str, float] | None) -> dict[str, float]:
+    given: Mapping[Any, Any] = preferences if isinstance(preferences, Mapping) else {}
+    for name, number in given.items():
+        if not isinstance(name, str):
+            raise ValueError(f"preferences[{name!r}]: the keys are task names, such as {{'depth': 0.5}}")
+        if not isinstance(number, numbers.Real):
+            raise ValueError(f"preferences[{name!r}]={number!r}: pass a number")
+    return check_mapping("preferences", preferences)
+
+
+def _seed(seed: int) -> int:
+    try:
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise ValueError(f"seed={seed!r}: pass a nonnegative integer")
+    return whole
+
+
+def _is_filled(value: object) -> bool:
+    return isinstance(value, Iterable) and isinstance(value, Sized) and len(value) > 0
 
 
 def _shared(shared: nn.Module | Iterable[Tensor] | None, optimizers: Sequence[Optimizer]) -> tuple[Tensor, ...] | None:
@@ -96,7 +147,11 @@ def _shared(shared: nn.Module | Iterable[Tensor] | None, optimizers: Sequence[Op
         return None
     if isinstance(shared, Tensor):
         raise ValueError("shared is one tensor: pass a list of parameters, or a module such as model.encoder")
+    if not isinstance(shared, (nn.Module, Iterable)):
+        raise ValueError(f"shared={shared!r}: pass a list of parameters, or a module such as model.encoder")
     parameters = tuple(shared.parameters() if isinstance(shared, nn.Module) else shared)
+    if not parameters:
+        raise ValueError("shared is empty (a used-up generator?): pass model.encoder, or leave it out to have it found")
     if not all(isinstance(p, Tensor) for p in parameters):
         raise ValueError("shared must hold parameters: pass model.encoder, or model.encoder.parameters()")
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -6,59 +6,31 @@ both copies must go on seeing the same rows.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradsurg.capture import Capture
 from gradsurg.errors import MultiTaskError, unknown_name
-from gradsurg.gramian import combine, gramian
-from gradsurg.guarantee import Movement, guard
-from gradsurg.pipeline import (
-    CANCELLATION_GRAMIAN,
-    CANCELLATION_SUM,
-    ROUNDING_EXACT,
-    ROUNDING_QUICK,
-    Direction,
-    Pipeline,
-)
+from gradsurg.judgement import Judgement, joined, trained
+from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
-from gradsurg.problem import Problem
 from gradsurg.report import Report
+from gradsurg.settings import Settings
 
-__all__ = ["Settings", "Surgeon"]
+__all__ = ["Surgeon"]
 
 MEMORY = "gradsurg"  # the key in param_groups[0] under which what must be saved lives
+FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of wrap(), checked."""
-
-    pipeline: Pipeline
-    guarantee: str = "update"
-    preferences: Mapping[str, float] = field(default_factory=dict)
-    granularity: str = "model"
-    tasks: tuple[str, ...] | None = None
-    shared: tuple[Tensor, ...] | None = None
-    row_dtype: torch.dtype | None = None
-    nonfinite: str = "propagate"
-    seed: int = 0
-
-
-@dataclass
-class Judgement:
-    """The rows that the next update is judged by: one entry per block of shared parameters."""
-
-    blocks: list[list[Tensor]]
-    gramians: Tensor
-    allowed: Tensor | None
+Finish = Callable[[Callable[[], None], Callable[[], None]], None]
 
 
 class Surgeon:
@@ -74,25 +46,40 @@ class Surgeon:
         self.pending = False  # rows that no surgery has seen yet
         self.entered: set[str] = set()  # of the declared tasks, those that left task() since the last surgery
         self.unrun = 0  # totals built since the last step whose backward never came
-        self.seen: set[str] = set(settings.tasks or ())
         self.losses: dict[str, Tensor] = {}
+        self.skipped: tuple[str, ...] = ()  # tasks that nonfinite="skip_task" left out of this step
         self.judgement: Judgement | None = None
-        self.stepped: set[int] = set()
+        self.stepped: set[int] = set()  # of several optimizers, those that used this surgery
         self._next_state: Mapping[str, Any] | None = None
+        self._first: tuple[Judgement | None, Report | None] | None = None  # of a closure's evaluations
+        self._warned_of_names = False
+
+    def __reduce__(self) -> Any:
+        # Copies start with the same options and no rows; several optimizers copied together share one copy.
+        return Surgeon, (self.settings,)
 
     # -- what the optimizers hold -------------------------------------------------------------------------------
 
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
-        return [p for optimizer in self.optimizers for p in _trained(optimizer)]
+        return list(dict.fromkeys(p for optimizer in self.optimizers for p in trained(optimizer)))
 
     @property
     def memory(self) -> dict[str, Any]:
         """What must survive a checkpoint; a missing or foreign entry (a bare checkpoint) starts afresh."""
-        group = self.optimizers[0].param_groups[0]
-        if not isinstance(group.get(MEMORY), dict):
-            group[MEMORY] = {"version": 1, "step": 0, "state": {}, "skipped": {}}
-        return group[MEMORY]  # type: ignore[no-any-return]
+        for optimizer in self.optimizers:
+            entry = optimizer.param_groups[0].get(MEMORY)
+            if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
+                return entry
+        self.optimizers[0].param_groups[0][MEMORY] = dict(FRESH)
+        return self.memory
+
+    def remember(self, **changes: Any) -> None:
+        """Replace entries of the memory; a state dict in somebody's hand keeps the old ones."""
+        old = self.memory
+        for optimizer in self.optimizers:
+            if optimizer.param_groups[0].get(MEMORY) is old:
+                optimizer.param_groups[0][MEMORY] = {**old, **changes}
 
     # -- gradients come in --------------------------------------------------------------------------------------
 
@@ -102,16 +89,25 @@ class Surgeon:
         plain: Tensor | None = None,
         gradient: Tensor | None = None,
         retain_graph: bool = False,
-        finish: Callable[[Callable[[], None]], None] | None = None,
+        finish: Finish | None = None,
     ) -> None:
-        """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before."""
-        self._refuse_nesting()
+        """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before.
+
+        Args:
+            losses: Name -> loss; those that are None or do not require grad are absent.
+            plain: A loss that takes no part in surgery.
+            gradient: What to scale every loss by, as autograd hands it to a scaled total.
+            retain_graph: Keep the graph for another run.
+            finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
+        """
+        self._refuse_nesting("total() or backward()")
         self._refuse_silent_ranks()
+        self._refuse_scaled_mark()
         self.introduce(losses)
-        present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
-        passes: list[tuple[str | None, Tensor]] = [*present.items()]
-        if plain is not None and plain.requires_grad:
-            passes.append((None, plain))
+        passes: list[tuple[str | None, Tensor]] = []
+        for name, loss in (*losses.items(), (None, plain)):
+            if loss is not None and loss.requires_grad:
+                passes.append((name, loss))
         self.capture.open()
         try:
             for i, (name, loss) in enumerate(passes):
@@ -126,32 +122,14 @@ class Surgeon:
             raise
         self.losses = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
         self.unrun = 0
-        (finish or _now)(self.finish)
-
-    def finish(self) -> None:
-        """Commit the fresh rows and operate, unless accumulation defers that."""
-        self.capture.commit()
-        self.settle(defer=self.deferring > 0)
-
-    def settle(self, defer: bool) -> None:
-        """Operate on the rows now, or leave them for later."""
-        self.pending = True
-        if defer:
-            self.capture.write_pending()
-        else:
-            self.operate()
-
-    def introduce(self, names: Mapping[str, Any]) -> None:
-        """Check names against what was declared or seen; a typo in `primary` must not pass silently."""
-        self.seen |= set(names)
-        check_names(self.settings.pipeline.levels, self.seen)
-        check_names((tuple(self.settings.preferences),), self.seen, "preferences")
+        (finish or _now)(self.finish, functools.partial(self.capture.abort, self.capture.opened))
 
     @contextmanager
     def entering(self, name: str) -> Iterator[None]:
         """Send what happens to p.grad inside this block to one task's row."""
-        self._refuse_nesting()
+        self._refuse_nesting("task()")
         self._refuse_silent_ranks()
+        self._refuse_scaled_mark()
         declared = self.settings.tasks
         if declared is not None and name not in declared:
             raise unknown_name("task()", name, declared)
@@ -164,22 +142,23 @@ class Surgeon:
             raise
         finally:
             self.in_task = False
-        self.seen.add(name)
+        self._learn([name])
         self.capture.take(name)
-        self.capture.commit()
-        self.entered.add(name)
-        waiting = declared is not None and not self.entered.issuperset(declared)
-        self.settle(defer=waiting or self.deferring > 0)
+        waiting = declared is not None and not {*self.entered, name}.issuperset(declared)
+        self.finish(defer=waiting or self.deferring > 0)
+        if self.pending:
+            self.entered.add(name)
 
     def receive(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Take rows that were computed elsewhere."""
-        self._refuse_nesting()
-        parameters = self.parameters() if self.settings.shared is None else list(self.settings.shared)
+        self._refuse_nesting("set_gradients()")
+        self._refuse_scaled_mark()
         if not isinstance(gradients, Mapping) or not gradients:
             raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
-        rows = {name: _checked_row(name, tensors, parameters) for name, tensors in gradients.items()}
         if self.settings.tasks is not None:
-            check_names((tuple(rows),), self.settings.tasks, "gradients")
+            check_names((tuple(gradients),), self.settings.tasks, "gradients")
+        parameters = self.parameters() if self.settings.shared is None else list(self.settings.shared)
+        rows = {name: _checked_row(name, tensors, parameters) for name, tensors in gradients.items()}
         self.introduce(rows)
         self.capture.open()
         for name, row in rows.items():
@@ -187,289 +166,204 @@ class Surgeon:
         self.losses = {}
         self.finish()
 
-    def take_back(self, before: Mapping[Tensor, Tensor]) -> None:
-        """Undo what a failed step did to the parameters of which there is a copy; rows stay for another try."""
-        with torch.no_grad():
-            for p, old in before.items():
-                p.copy_(old)
-        self._first = None
+    def introduce(self, names: Iterable[str]) -> None:
+        """Check the names in the options against those declared or seen; a typo in `primary` must not pass silently."""
+        known = {*self.memory["tasks"], *(self.settings.tasks or ()), *names}
+        check_names(self.settings.pipeline.levels, known)
+        check_names((tuple(self.settings.preferences),), known, "preferences")
+        self._learn(names)
+
+    def _learn(self, names: Iterable[str]) -> None:
+        known = self.memory["tasks"]
+        new = [name for name in names if name not in known]
+        if new:
+            self.remember(tasks=[*known, *new])
 
     # -- surgery ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def operate(self) -> None:
-        """Turn the rows into p.grad."""
-        rows, parameters = self.capture.rows, self.parameters()
-        self._screen()
-        shared = self._shared(parameters)
-        members = set(shared)
-        result = {}
-        for p in parameters:
-            gradients = rows.of(p)
-            if gradients and p not in members:
-                result[p] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
-        self.judgement = None
-        if shared and len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer
-            (name,) = rows
-            preference = self.settings.preferences.get(name, 1.0)
-            result |= {p: g if preference == 1 else g * preference for p, g in rows[name].items()}
-            self.report = self._unmeasured()
-        elif shared:
-            result |= self._shared_result(shared)
-        else:
-            self.report = self._unmeasured()
-        self.capture.write(result)
+    def finish(self, defer: bool | None = None) -> None:
+        """Commit the fresh rows and operate, unless accumulation defers that; on any error p.grad is as before."""
+        try:
+            self._screen()
+        except BaseException:
+            self.capture.abort()
+            raise
+        held = self.capture.commit()
+        self.pending = True
+        if self.deferring > 0 if defer is None else defer:
+            self.capture.write_pending()
+            return
+        try:
+            self._operate()
+        except BaseException:
+            # The fresh rows are part of the others by now; what those amounted to stands in p.grad.
+            self.forget()
+            self.capture.give_back(held)
+            raise
+
+    def _operate(self) -> None:
+        memory = self.memory
+        outcome = operate(
+            Patient(
+                rows=self.capture.rows,
+                parameters=self.parameters(),
+                groups=[group["params"] for optimizer in self.optimizers for group in optimizer.param_groups],
+                losses=self.losses,
+                settings=self.settings,
+                step=memory["step"],
+                state=memory["state"],
+                skipped=self.skipped,
+            )
+        )
+        self.capture.write(outcome.gradients)
+        self.report, self.judgement, self._next_state = outcome.report, outcome.judgement, outcome.state
         self.pending = False
         self.entered.clear()
-
-    def _shared_result(self, shared: list[Tensor]) -> dict[Tensor, Tensor]:
-        blocks = self._blocks(shared)
-        tables = [self.capture.rows.table(block) for block in blocks]
-        G = torch.stack([gramian(table) for table in tables])
-        problem = self._problem(G)
-        finite = bool(torch.isfinite(G).all())
-        if finite:
-            direction = self._direction(problem, tables)
-            weights, problem = direction.weights, replace(problem, gramian=self._gramians)
-        else:
-            # The plain sum is as non-finite as its terms: GradScaler sees it and skips the step.
-            weights = problem.preferences.expand(G.shape[:-1])
-            direction = Direction(
-                weights, torch.ones_like(weights), torch.zeros(1, dtype=torch.bool), torch.ones(1), {}
-            )
-        exact = (direction.cancellation > CANCELLATION_SUM).tolist()
-        result = {}
-        for block, table, w, precise in zip(blocks, tables, weights.tolist(), exact, strict=True):
-            result.update(zip(block, combine(table, w, block, exact=precise), strict=True))
-        if finite:
-            self.judgement = Judgement(blocks, problem.gramian, self.settings.pipeline.protected(problem))
-            self._next_state = direction.state
-        self.report = self._report(problem, direction)
-        return result
-
-    def _direction(self, problem: Problem, tables: list[list[list[Tensor | None]]]) -> Direction:
-        """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
-        pipeline, state = self.settings.pipeline, self.memory["state"]
-        self._gramians = problem.gramian
-        direction = pipeline.direction(problem, state, rounding=ROUNDING_QUICK)
-        delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
-        if pipeline.conflict_free and bool(delicate.any()):
-            self._gramians = torch.stack([gramian(table, exact=True) for table in tables])
-            problem = replace(self._problem(self._gramians), losses=problem.losses)
-            direction = pipeline.direction(problem, state, rounding=ROUNDING_EXACT)
-        return direction
-
-    def _problem(self, G: Tensor) -> Problem:
-        tasks = tuple(self.capture.rows)
-        preferences = self.settings.preferences
-        # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
-        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.memory["step"]) % 2**63)
-        losses = None
-        if all(name in self.losses for name in tasks):
-            losses = torch.stack([self.losses[name].double().cpu() for name in tasks])
-        return Problem(
-            gramian=G,
-            preferences=torch.tensor([preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),
-            tasks=tasks,
-            losses=losses,
-            generator=generator,
-        )
-
-    def _shared(self, parameters: list[Tensor]) -> list[Tensor]:
-        rows, declared = self.capture.rows, self.settings.shared
-        if declared is not None:
-            members = set(declared)
-            return [p for p in parameters if p in members and rows.of(p)]
-        if len(rows) == 1:
-            return [p for p in parameters if rows.of(p)]
-        return rows.shared(parameters)
-
-    def _blocks(self, shared: list[Tensor]) -> list[list[Tensor]]:
-        if self.settings.granularity == "model" and len(self.optimizers) == 1:
-            return [shared]
-        if self.settings.granularity == "tensor":
-            return [[p] for p in shared]
-        members = set(shared)
-        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        if self.settings.granularity == "model":
-            groups = [[p for p in self.parameters() if p in members]]
-        return [block for block in ([p for p in group if p in members] for group in groups) if block]
+        self.stepped.clear()
 
     def _screen(self) -> None:
-        """Apply the `nonfinite` policy to rows with NaN or infinity before anything is computed from them."""
-        policy = self.settings.nonfinite
-        if policy == "propagate":
+        """Apply the `nonfinite` policy to fresh rows with NaN or infinity, before they touch anything."""
+        if self.settings.nonfinite == "propagate":
             return
-        rows = self.capture.rows
-        bad = [name for name in rows if not all(bool(torch.isfinite(_values(g)).all()) for g in rows[name].values())]
-        if bad and policy == "raise":
-            self.capture.clear()
-            self.capture.write({})
+        fresh = self.capture.fresh
+        bad = [name for name in fresh if not all(_is_finite(g) for g in fresh[name].values())]
+        if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
-                f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters and optimizer state are "
-                "untouched and the rows were dropped. nonfinite='skip_task' leaves such a task out of the step."
+                f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "
+                "are as before. nonfinite='skip_task' leaves such a task out of the step."
             )
         for name in bad:
-            rows.drop(name)
-            self.memory["skipped"][name] = self.memory["skipped"].get(name, 0) + 1
-        self._bad = tuple(bad)
+            fresh.drop(name)
+            counts = self.memory["skipped"]
+            self.remember(skipped={**counts, name: counts.get(name, 0) + 1})
+            if name not in self.skipped:
+                self.skipped = (*self.skipped, name)
 
-    _bad: tuple[str, ...] = ()
-    _gramians: Tensor
+    def _finish_pending(self) -> None:
+        """Do the surgery that accumulation or a declared task that never came left undone."""
+        if not self.pending:
+            return
+        self._refuse_scaled_mark()
+        if self.capture.is_live():
+            self.capture.open()
+            self.finish(defer=False)
+        else:  # zeroed since
+            self.forget()
 
     # -- the step -----------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> dict[Tensor, Tensor]:
-        """Finish what is pending and return copies of the parameters that the guarantee will need."""
+        """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
         if self.in_task:
             raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
-        if self.capture.is_open:
-            self.capture.abort()
-        if self.pending and self.capture.is_live(self.parameters()):
-            for p in self.parameters():
-                p.grad = None
-            self.operate()
-        if self.unrun and not closure and not any(p.grad is not None for p in self.parameters()):
-            warnings.warn(
-                "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: "
-                "this step has no gradient. Call optimizer.total(losses).backward().",
-                UserWarning,
-                stacklevel=4,
-            )
-        self.unrun = 0
+        self.capture.abort()  # of a backward pass that died, where nobody told us
+        self._finish_pending()
+        if not closure:
+            self._warn_of_unrun_totals()
+        self._warn_of_unknown_names()
+        self._first = None
         if self.settings.guarantee != "update":
             return {}
         if closure:  # which parameters are shared is known only once the closure has run
-            return {p: p.detach().clone() for p in _trained(optimizer)}
-        if self.judgement is None or not any(map(self.capture.still_ours, self._judged(optimizer))):
+            return {p: p.detach().clone() for p in trained(optimizer)}
+        if self.judgement is None or not any(map(self.capture.still_ours, self.judgement.parameters(optimizer))):
             return {}
-        return {p: p.detach().clone() for p in self._judged(optimizer)}
+        return {p: p.detach().clone() for p in trained(optimizer) if p.grad is not None}
 
     def watch(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
-        first: list[tuple[Judgement | None, Any]] = []
 
         def watched() -> Any:
-            if len(first) == 1:
-                # An optimizer that evaluates again: this evaluation gets rows of its own.
-                self.capture.rows = type(self.capture.rows)(self.settings.row_dtype)
+            if self._first is not None:  # an optimizer that evaluates again: this evaluation gets rows of its own
+                self.capture.part_with_rows()
             value = closure()
-            if self.pending and self.capture.is_live(self.parameters()):
-                for p in self.parameters():
-                    p.grad = None
-                self.operate()
-            if not first:
-                first.append((self.judgement, self.capture.rows))
+            self._finish_pending()
+            if self._first is None:
+                self._first = (self.judgement, self.report)
+            else:
+                self._evaluated_again = True
             return value
 
-        self._first = first
+        self._evaluated_again = False
         return watched
-
-    _first: list[tuple[Judgement | None, Any]] | None = None
 
     def after_step(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> None:
         """Project the movement, then let the rows go."""
-        if self._first:
-            ((self.judgement, self.capture.rows),) = self._first
+        self._warn_of_unrun_totals()
+        if self._first is not None:
+            self.judgement, self.report = self._first
+            self._first = None
         if before and self.judgement is not None:
-            movement = self._guard(optimizer, before, self.judgement)
+            movement = self.judgement.hold(optimizer, before)
             if self.report is not None and movement is not None:
-                self.report = replace(self.report, movement=movement)
+                earlier = [] if self.report.movement is None else [self.report.movement]  # of another optimizer
+                self.report = replace(self.report, movement=joined([*earlier, movement]))
         self.stepped.add(id(optimizer))
         if all(id(other) in self.stepped for other in self.optimizers):
             self._end_of_step()
 
+    def take_back(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> None:
+        """Undo what a failed step did to the parameters of which there is a copy; rows stay for another try."""
+        with torch.no_grad():
+            for p, old in before.items():
+                p.copy_(old)
+        if self._first is not None and isinstance(optimizer, LBFGS):
+            # It was in the middle of a line search, and its state half way to the next: torch's own cannot go on.
+            optimizer.state.clear()
+        self._first = None
+
     def _end_of_step(self) -> None:
-        if self._next_state is not None:
-            self.memory["state"] = dict(self._next_state)
-        self.memory["step"] += 1
+        memory = self.memory
+        state = memory["state"] if self._next_state is None else dict(self._next_state)
+        self.remember(step=memory["step"] + 1, state=state)
         self.stepped.clear()
         self.forget()
 
     def forget(self) -> None:
         """Drop rows and everything that belongs to them; the last report stays."""
         self.capture.clear()
-        self.judgement, self._next_state, self._first = None, None, None
-        self.pending = False
+        self.judgement, self._next_state = None, None
+        self.pending, self.skipped, self.losses = False, (), {}
         self.entered.clear()
-        self.losses = {}
 
-    def _judged(self, optimizer: Optimizer) -> list[Tensor]:
-        if self.judgement is None:
-            return []
-        mine = set(_trained(optimizer))
-        return [p for block in self.judgement.blocks for p in block if p in mine]
+    # -- warnings and refusals ----------------------------------------------------------------------------------
 
-    def _guard(
-        self, optimizer: Optimizer, before: Mapping[Tensor, Tensor], judgement: Judgement
-    ) -> Movement | None:
-        sign = {p: -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
-        movements = []
-        for block, G in zip(judgement.blocks, judgement.gramians, strict=True):
-            mine = [p for p in block if p in sign and p in before]
-            if not mine:
-                continue
-            table = self.capture.rows.table(mine)
-            if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
-                G = gramian(table, exact=True)
-            movements.append(
-                guard(
-                    table,
-                    G,
-                    [before[p] for p in mine],
-                    [p.detach() for p in mine],
-                    [sign[p] for p in mine],
-                    judgement.allowed,
-                )
+    def _warn_of_unrun_totals(self) -> None:
+        if self.unrun:
+            self.unrun = 0
+            warnings.warn(
+                "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: this "
+                "step has nothing of its tasks. Call optimizer.total(losses).backward().",
+                UserWarning,
+                stacklevel=5,
             )
-        if not movements:
-            return None
-        return Movement(
-            inner=torch.stack([movement.inner for movement in movements]).sum(0),
-            square=sum(movement.square for movement in movements),
-            corrected=any(movement.corrected for movement in movements),
-            held=any(movement.held for movement in movements),
-        )
 
-    # -- reports and refusals -----------------------------------------------------------------------------------
+    def _warn_of_unknown_names(self) -> None:
+        """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
+        if self._warned_of_names or not self.memory["tasks"]:
+            return
+        try:
+            self.introduce(())
+        except ValueError as error:
+            self._warned_of_names = True
+            warnings.warn(str(error), UserWarning, stacklevel=5)
 
-    def _report(self, problem: Problem, direction: Direction) -> Report:
-        G, w = problem.gramian, direction.weights
-        products = (G @ w.unsqueeze(-1)).squeeze(-1)
-        bad = ~torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0)
-        return Report(
-            step=self.memory["step"],
-            tasks=problem.tasks,
-            losses=self.losses,
-            gramian=G.sum(0),
-            scales=direction.scales,
-            weights=w,
-            products=products.sum(0),
-            square=(products * w).sum(),
-            stationary=bool(direction.stationary.all()),
-            nonfinite=self._bad + tuple(name for name, is_bad in zip(problem.tasks, bad.tolist(), strict=True) if is_bad),
-        )
-
-    def _unmeasured(self) -> Report:
-        """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
-        m = len(self.capture.rows)
-        unknown = torch.full((m,), float("nan"), dtype=torch.float64)
-        return Report(
-            step=self.memory["step"],
-            tasks=tuple(self.capture.rows),
-            losses=self.losses,
-            gramian=torch.diag_embed(unknown),
-            scales=torch.ones(1, m, dtype=torch.float64),
-            weights=torch.ones(1, m, dtype=torch.float64),
-            products=unknown,
-            square=torch.tensor(float("nan"), dtype=torch.float64),
-            nonfinite=self._bad,
-        )
-
-    def _refuse_nesting(self) -> None:
+    def _refuse_nesting(self, what: str) -> None:
         if self.in_task:
             raise MultiTaskError(
-                "total() or backward() was called inside `with optimizer.task(...)`: use loss.backward() there"
+                f"{what} was called inside `with optimizer.task(...)`: only loss.backward() belongs there"
+            )
+
+    def _refuse_scaled_mark(self) -> None:
+        if not self.pending:
+            return
+        handed_scale = any(getattr(optimizer, "grad_scale", None) is not None for optimizer in self.optimizers)
+        if handed_scale or self.capture.mark_was_scaled():
+            absent = [name for name in self.settings.tasks or () if name not in self.capture.rows]
+            raise MultiTaskError(
+                "p.grad was clipped, unscaled or zeroed in place while surgery was waiting, which would undo it. It "
+                f"waits inside accumulate(), and for declared tasks that have not come (now: {absent}): run the last "
+                "backward outside accumulate(), or wrap without tasks=. optimizer.zero_grad() starts afresh."
             )
 
     def _refuse_silent_ranks(self) -> None:
@@ -481,20 +375,20 @@ class Surgeon:
             )
 
 
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-
 def _checked_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tensor]) -> dict[Tensor, Tensor]:
-    if isinstance(tensors, Tensor) or len(tensors) != len(parameters):
+    given: object = tensors
+    if not isinstance(given, Sequence) or len(given) != len(parameters):
+        count = f"a list of {len(given)}" if isinstance(given, Sequence) else f"a {type(given).__name__}"
         raise ValueError(
-            f"gradients[{name!r}] has {len(tensors)} entries for {len(parameters)} shared parameters: pass one tensor, "
+            f"gradients[{name!r}] is {count} for {len(parameters)} shared parameters: pass one tensor, "
             "or None, per parameter (those of shared=, else all that the optimizer trains)"
         )
     row = {}
     for i, (g, p) in enumerate(zip(tensors, parameters, strict=True)):
         if g is None:
             continue
+        if not isinstance(g, Tensor):
+            raise ValueError(f"gradients[{name!r}][{i}] is a {type(g).__name__}: pass a tensor, or None")
         if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
             raise ValueError(
                 f"gradients[{name!r}][{i}] is {tuple(g.shape)} {g.dtype} on {g.device}, its parameter {tuple(p.shape)} "
@@ -510,10 +404,10 @@ def _like(gradient: Tensor | None, loss: Tensor) -> Tensor | None:
     return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
 
 
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(torch.isfinite(values).all())
 
 
-def _now(callback: Callable[[], None]) -> None:
+def _now(callback: Callable[[], None], _: Callable[[], None]) -> None:
     callback()
-

@@ -372,16 +372,27 @@ def test_surgery_waits_for_step_if_all_of_it_was_deferred():
     assert optimizer.report.movement is not None
 
 
-@pytest.mark.parametrize("zero", ["optimizer", "model"])
+@pytest.mark.parametrize("zero", ["optimizer none", "optimizer zeros", "model none", "model zeros"])
 def test_zeroing_while_surgery_waits_drops_the_rows(zero):
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
     with optimizer.accumulate():
         bring("total", optimizer, model.losses(0))
-    (optimizer if zero == "optimizer" else model).zero_grad()
+    clear(zero, model, optimizer)
     bring("total", optimizer, model.losses(1))
     bring("total", reference, other.losses(1))
-    assert same(gradients(model), gradients(other))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(other), strict=True))
+
+
+def test_a_step_after_zeroing_while_surgery_waits_is_a_step_without_gradient():
+    model, plain_model = twins()
+    optimizer, plain = wrapped(model, torch.optim.Adam), torch.optim.Adam(plain_model.parameters(), lr=0.1)
+    with optimizer.accumulate():
+        bring("total", optimizer, model.losses(0))
+    model.zero_grad()
+    optimizer.step()
+    plain.step()
+    assert equal_weights(model, plain_model)
 
 
 @pytest.mark.parametrize("way", PASSES)
@@ -406,25 +417,39 @@ def test_a_plain_backward_while_surgery_waits_loses_nothing(way, which):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # float32: one addition in another order
 
 
-@pytest.mark.parametrize("change", ["clip", "unscale", "zeros"])
+def test_parameters_without_elements_are_no_obstacle():
+    model = Heads()
+    model.empty = nn.Parameter(torch.ones(0))
+    optimizer = wrapped(model)
+    with optimizer.accumulate():
+        optimizer.total({n: loss + model.empty.sum() for n, loss in model.losses(0).items()}).backward()
+    optimizer.step()
+    assert (optimizer.report.update_cosines >= -1e-4).all()  # float32 gradients
+
+
+@pytest.mark.parametrize("change", ["clip", "clip with others", "unscale", "fused scaler"])
 def test_changing_p_grad_while_surgery_waits_is_refused(change):
     # Surgery at step() would overwrite what clipping did; that must not pass silently.
     model = build()
     optimizer = wrapped(model)
     with optimizer.accumulate():
         bring("total", optimizer, model.losses(0))
-    if change == "clip":
+    if "clip" in change:
+        if "others" in change:
+            model.trunk[0].weight.square().sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     elif change == "unscale":
         scaler = torch.amp.GradScaler("cpu")
         scaler.scale(torch.zeros(()))
         scaler.unscale_(optimizer)
-    else:
-        model.zero_grad(set_to_none=False)
+    else:  # it unscales nothing: it hands its scale to the optimizer
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(MultiTaskError, match="waiting"):
         optimizer.step()
     assert same(before, [p.detach() for p in model.parameters()])
+    vars(optimizer).pop("grad_scale", None)
+    vars(optimizer).pop("found_inf", None)
     optimizer.zero_grad()
     bring("total", optimizer, model.losses(0))
     optimizer.step()

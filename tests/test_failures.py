@@ -137,6 +137,7 @@ def test_an_exception_beside_the_total(order, then):
     assert rows_of(optimizer) == {}
     if then != "nothing":
         (optimizer if "optimizer" in then else model).zero_grad()
+    reference.zero_grad()
     # A plain step right after it must not lose its gradient to a late clean-up.
     for o, m in [(optimizer, model), (reference, other)]:
         sum(m.losses(4).values()).backward()

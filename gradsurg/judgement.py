@@ -1,0 +1,70 @@
+"""The rows by which the inner optimizer's next update is judged, and the judging of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurg.gramian import gramian
+from gradsurg.guarantee import Movement, guard
+from gradsurg.rows import TaskRows
+
+__all__ = ["Judgement", "joined", "trained"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What every update until the next surgery has to respect.
+
+    Attributes:
+        rows: The task gradients.
+        blocks: The shared parameters, in blocks that are treated apart.
+        gramians: One Gramian per block, shape (blocks, m, m).
+        allowed: Which tasks are protected, bool (m,); None is all.
+    """
+
+    rows: TaskRows
+    blocks: list[list[Tensor]]
+    gramians: Tensor
+    allowed: Tensor | None
+
+    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the shared parameters that this optimizer trains."""
+        mine = set(trained(optimizer))
+        return [p for block in self.blocks for p in block if p in mine]
+
+    def hold(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> Movement | None:
+        """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
+        sign = {p: -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
+        movements = []
+        for block, G in zip(self.blocks, self.gramians, strict=True):
+            mine = [p for p in block if p in sign and p in before]
+            if not mine:
+                continue
+            table = self.rows.table(mine)
+            if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
+                G = gramian(table, exact=True)
+            old, new = [before[p] for p in mine], [p.detach() for p in mine]
+            movements.append(guard(table, G, old, new, [sign[p] for p in mine], self.allowed))
+        return joined(movements)
+
+
+def joined(movements: Sequence[Movement]) -> Movement | None:
+    """Return the movement of several sets of parameters taken together, or None where there is none."""
+    if not movements:
+        return None
+    return Movement(
+        inner=torch.stack([movement.inner for movement in movements]).sum(0),
+        square=sum(movement.square for movement in movements),
+        corrected=any(movement.corrected for movement in movements),
+        held=any(movement.held for movement in movements),
+    )
+
+
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of an optimizer that require grad; never to be kept: trainers replace them."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

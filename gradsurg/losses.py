@@ -1,0 +1,73 @@
+"""What users hand in as the losses of a step, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurg.errors import unknown_name
+
+__all__ = ["Losses", "check_scalar", "parse_losses", "value_of"]
+
+Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
+
+
+def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tensor | None]:
+    """Return name -> loss from a dict or a sequence; a loss that cannot be trained on is None.
+
+    Raises:
+        ValueError: No task at all, a name that was not declared, two tasks of one name, or a loss that is not a
+            real scalar tensor; the message names the task.
+    """
+    given: object = losses
+    if isinstance(given, (Tensor, str)) or not isinstance(given, (Mapping, Sequence)):
+        raise ValueError(
+            f"losses is a {type(losses).__name__}: pass the task losses apart, as a dict {{'name': loss, …}} or a list"
+        )
+    if isinstance(losses, Mapping):
+        pairs = [(str(name), loss) for name, loss in losses.items()]
+    else:
+        if tasks is not None and len(tasks) != len(losses):
+            raise ValueError(f"losses has {len(losses)} entries, but {len(tasks)} tasks are declared: {list(tasks)}")
+        pairs = list(zip(tasks or map(str, range(len(losses))), losses, strict=True))
+    result: dict[str, Tensor | None] = {}
+    for name, loss in pairs:
+        if name in result:
+            raise ValueError(f"losses has two tasks named {name!r}: names must differ")
+        if tasks is not None and name not in tasks:
+            raise unknown_name("losses", name, tasks)
+        result[name] = None if loss is None else check_scalar(f"losses[{name!r}]", loss)
+    if all(loss is None for loss in result.values()):
+        raise ValueError(
+            f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
+        )
+    return result
+
+
+def check_scalar(label: str, loss: object) -> Tensor:
+    """Return the loss if it is a real scalar tensor, or raise a ValueError that begins with the label."""
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None where "
+            "there is none in this step"
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"{label} has shape {tuple(loss.shape)}: reduce it to a scalar, e.g. with .mean()")
+    if loss.is_complex():
+        raise ValueError(f"{label} is complex ({loss.dtype}): a loss must be real, e.g. take .abs() or .real")
+    return loss
+
+
+def value_of(losses: Mapping[str, Tensor | None], preferences: Mapping[str, float], plain: Tensor | None) -> Tensor:
+    """Return Σ r_i L_i (+ the plain loss), detached, on the first loss's device, in float32 at least."""
+    terms = [(loss.detach(), preferences.get(name, 1.0)) for name, loss in losses.items() if loss is not None]
+    if plain is not None:
+        terms.append((plain.detach(), 1.0))
+    device = terms[0][0].device
+    total = torch.zeros((), device=device)
+    for loss, preference in terms:
+        wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
+        total = total + wide * preference
+    return total

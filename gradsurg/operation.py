@@ -1,0 +1,200 @@
+"""The operation itself: rows in, p.grad out, with the m x m problem solved in between."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradsurg.gramian import Rows, combine, gramian
+from gradsurg.judgement import Judgement
+from gradsurg.pipeline import (
+    CANCELLATION_GRAMIAN,
+    CANCELLATION_SUM,
+    ROUNDING_EXACT,
+    ROUNDING_QUICK,
+    Direction,
+)
+from gradsurg.problem import Problem, State
+from gradsurg.report import Report
+from gradsurg.rows import TaskRows, added
+from gradsurg.settings import Settings
+
+__all__ = ["Outcome", "Patient", "operate"]
+
+
+@dataclass(frozen=True)
+class Patient:
+    """All that an operation needs to know.
+
+    Attributes:
+        rows: The task gradients; left as they are.
+        parameters: What the optimizers train.
+        groups: The same, by parameter group.
+        losses: Name -> detached loss, of the tasks that had one.
+        settings: The options of wrap().
+        step: Number of optimizer steps done before this one.
+        state: What normaliser and surgery remember of earlier steps.
+        skipped: Tasks left out of this step because of NaN or infinity.
+    """
+
+    rows: TaskRows
+    parameters: list[Tensor]
+    groups: list[list[Tensor]]
+    losses: Mapping[str, Tensor]
+    settings: Settings
+    step: int
+    state: State
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        gradients: The new p.grad of every parameter that a task reached.
+        report: What was found and done.
+        judgement: What the update must respect; None where there is nobody to protect.
+        state: The next state of normaliser and surgery; None leaves it as it is.
+    """
+
+    gradients: dict[Tensor, Tensor]
+    report: Report
+    judgement: Judgement | None = None
+    state: State | None = None
+
+
+@torch.no_grad()
+def operate(patient: Patient) -> Outcome:
+    """Turn rows into gradients: surgery on what tasks share, everybody's own gradient elsewhere."""
+    rows = patient.rows
+    shared = _shared(patient)
+    members = set(shared)
+    own = {}
+    for p in patient.parameters:
+        gradients = rows.of(p)
+        if gradients and p not in members:
+            own[p] = functools.reduce(added, gradients)
+    if not shared:
+        return Outcome(own, _unmeasured(patient))
+    if len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer
+        (name,) = rows
+        preference = patient.settings.preferences.get(name, 1.0)
+        whole = {p: g if preference == 1 else g * preference for p, g in rows[name].items()}
+        return Outcome(own | whole, _unmeasured(patient))
+    outcome = _operate_on(patient, _blocks(patient, shared))
+    return replace(outcome, gradients=own | outcome.gradients)
+
+
+def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
+    tables: list[Rows] = [patient.rows.table(block) for block in blocks]
+    problem = _problem(patient, torch.stack([gramian(table) for table in tables]))
+    finite = bool(torch.isfinite(problem.gramian).all())
+    if finite:
+        problem, direction = _direction(patient, problem, tables)
+    else:
+        direction = _plain_sum(problem)
+    exact = (direction.cancellation > CANCELLATION_SUM).tolist()
+    gradients: dict[Tensor, Tensor] = {}
+    for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
+        gradients.update(zip(block, combine(table, weights, block, exact=precise), strict=True))
+    report = _report(patient, problem, direction)
+    if not finite:
+        return Outcome(gradients, report)
+    protected = patient.settings.pipeline.protected(problem)
+    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, protected), direction.state)
+
+
+def _direction(patient: Patient, problem: Problem, tables: Sequence[Rows]) -> tuple[Problem, Direction]:
+    """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
+    pipeline = patient.settings.pipeline
+    direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_QUICK)
+    delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
+    if pipeline.conflict_free and bool(delicate.any()):
+        problem = _problem(patient, torch.stack([gramian(table, exact=True) for table in tables]))
+        direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
+    return problem, direction
+
+
+def _plain_sum(problem: Problem) -> Direction:
+    """Return weights whose sum is as non-finite as its terms: GradScaler sees it and skips the step."""
+    weights = problem.preferences.expand(problem.gramian.shape[:-1])
+    per_block = weights.shape[:-1]
+    return Direction(
+        weights, torch.ones_like(weights), torch.zeros(per_block, dtype=torch.bool), torch.ones(per_block), {}
+    )
+
+
+def _problem(patient: Patient, G: Tensor) -> Problem:
+    tasks, settings = tuple(patient.rows), patient.settings
+    # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
+    losses = None
+    if all(name in patient.losses for name in tasks):
+        losses = torch.stack([patient.losses[name].double().cpu() for name in tasks])
+    return Problem(
+        gramian=G,
+        preferences=torch.tensor([settings.preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),
+        tasks=tasks,
+        losses=losses,
+        generator=generator,
+    )
+
+
+def _shared(patient: Patient) -> list[Tensor]:
+    rows, declared = patient.rows, patient.settings.shared
+    if declared is not None:
+        members = set(declared)
+        return [p for p in patient.parameters if p in members and rows.of(p)]
+    if len(rows) == 1:
+        return [p for p in patient.parameters if rows.of(p)]
+    return rows.shared(patient.parameters)
+
+
+def _blocks(patient: Patient, shared: list[Tensor]) -> list[list[Tensor]]:
+    granularity = patient.settings.granularity
+    if granularity == "model":
+        return [shared]
+    if granularity == "tensor":
+        return [[p] for p in shared]
+    members = set(shared)
+    return [block for block in ([p for p in group if p in members] for group in patient.groups) if block]
+
+
+def _report(patient: Patient, problem: Problem, direction: Direction) -> Report:
+    G, w = problem.gramian, direction.weights
+    products = (G @ w.unsqueeze(-1)).squeeze(-1)
+    finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
+    return Report(
+        step=patient.step,
+        tasks=problem.tasks,
+        losses=dict(patient.losses),
+        gramian=G.sum(0),
+        scales=direction.scales,
+        weights=w,
+        products=products.sum(0),
+        square=(products * w).sum(),
+        stationary=bool(direction.stationary.all()),
+        nonfinite=patient.skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
+    )
+
+
+def _unmeasured(patient: Patient) -> Report:
+    """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
+    m = len(patient.rows)
+    unknown = torch.full((m,), float("nan"), dtype=torch.float64)
+    return Report(
+        step=patient.step,
+        tasks=tuple(patient.rows),
+        losses=dict(patient.losses),
+        gramian=torch.diag_embed(unknown),
+        scales=torch.ones(1, m, dtype=torch.float64),
+        weights=torch.ones(1, m, dtype=torch.float64),
+        products=unknown,
+        square=torch.tensor(float("nan"), dtype=torch.float64),
+        nonfinite=patient.skipped,
+    )
