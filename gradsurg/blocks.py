@@ -67,7 +67,7 @@ def blocks(
             for start in range(0, size, BLOCK):
                 yield tag, [None if v is None else v[start : start + BLOCK] for v in views]
             continue
-        key = (tag, some.device, *(None if v is None else v.dtype for v in views))
+        key: Hashable = (tag, some.device, *(None if v is None else v.dtype for v in views))
         pending.setdefault(key, []).append(views)
         sizes[key] = sizes.get(key, 0) + size
         if sizes[key] >= BLOCK:

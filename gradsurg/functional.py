@@ -61,7 +61,9 @@ def weights(
         [1.0, 1.0]
     """
     if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2] or gramian.is_complex():
-        raise ValueError(f"gramian has shape {tuple(gramian.shape)}, dtype {gramian.dtype}: it must be real (..., m, m)")
+        raise ValueError(
+            f"gramian has shape {tuple(gramian.shape)}, dtype {gramian.dtype}: it must be real (..., m, m)"
+        )
     m = gramian.shape[-1]
     if m == 0:
         raise ValueError("gramian has no rows: at least one task is needed")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsurg.blocks import BLOCK, Block, blocks, flat_column
+from gradsurg.blocks import BLOCK, blocks, flat_column
 
 __all__ = ["Rows", "combine", "correct_", "gramian", "inner_update"]
 
@@ -55,7 +55,12 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
 
 
 def inner_update(
-    rows: Rows, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], *, exact: bool = False
+    rows: Rows,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    signs: Sequence[float],
+    *,
+    exact: bool = False,
 ) -> tuple[Tensor, float]:
     """Return ⟨d, g_i⟩ for every row, and ‖d‖², of the movement d = sign · (before − after).
 
@@ -131,7 +136,12 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
 
 
 def correct_(
-    rows: Rows, coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float], *, exact: bool = False
+    rows: Rows,
+    coefficients: Sequence[float],
+    after: Sequence[Tensor],
+    signs: Sequence[float],
+    *,
+    exact: bool = False,
 ) -> None:
     """Subtract sign · Σ λ_i g_i from the parameters in place, rounding each number once.
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from gradsurg.gramian import Rows, correct_, gramian, inner_update
-from gradsurg.pipeline import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK, STATIONARY
+from gradsurg.pipeline import (
+    CANCELLATION_GRAMIAN,
+    CANCELLATION_SUM,
+    ROUNDING_EXACT,
+    ROUNDING_QUICK,
+    STATIONARY,
+)
 from gradsurg.solvers import nonnegative
 
 __all__ = ["Movement", "guard"]

@@ -120,8 +120,8 @@ class Pipeline:
         if weights.ndim > 1:
             return False
         rows, w = problem.gramian.tolist(), weights.tolist()
-        square = sum(x * sum(map(mul, row, w)) for x, row in zip(w, rows, strict=True))
-        lengths = sum(abs(x) * sqrt(max(row[i], 0.0)) for i, (x, row) in enumerate(zip(w, rows, strict=True)))
+        square: float = sum(x * sum(map(mul, row, w)) for x, row in zip(w, rows, strict=True))
+        lengths: float = sum(abs(x) * sqrt(max(row[i], 0.0)) for i, (x, row) in enumerate(zip(w, rows, strict=True)))
         return square > STATIONARY * ROUNDING_EXACT * lengths * lengths
 
     def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:

@@ -78,7 +78,11 @@ class Report:
     def scalars(self) -> dict[str, float]:
         """Return one flat dict of numbers, for TensorBoard and the like."""
         result = {f"loss/{name}": float(loss) for name, loss in self.losses.items()}
-        columns = {"norm": self.norms, "weight": self.weights.mean(0), "cos_direction": self.direction_cosines}
+        columns = {
+            "norm": self.norms,
+            "weight": self.weights.mean(0),
+            "cos_direction": self.direction_cosines,
+        }
         if self.update_cosines is not None:
             columns["cos_update"] = self.update_cosines
         for title, column in columns.items():
@@ -98,8 +102,9 @@ class Report:
         }
         widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
         lines = ["  ".join(title.rjust(width) for title, width in widths.items())]
-        for i in range(len(self.tasks)):
-            lines.append("  ".join(cells[i].rjust(widths[title]) for title, cells in columns.items()))
+        lines += [
+            "  ".join(cells[i].rjust(widths[title]) for title, cells in columns.items()) for i in range(len(self.tasks))
+        ]
         pairs = ", ".join(f"{a} and {b}" for a, b in self.conflicts) or "nobody"
         lines.append(f"step {self.step}; in conflict: {pairs}")
         if self.stationary:

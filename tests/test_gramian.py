@@ -17,7 +17,9 @@ def rows_of(shapes, m, *, dtype=torch.float32, missing=0.3, seed=0):
     parameters = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     rows = [
         [
-            None if torch.rand((), generator=generator) < missing else torch.randn(p.shape, generator=generator).to(dtype)
+            None
+            if torch.rand((), generator=generator) < missing
+            else torch.randn(p.shape, generator=generator).to(dtype)
             for p in parameters
         ]
         for _ in range(m)
@@ -92,14 +94,16 @@ def test_layouts_need_no_copy_and_mix_freely():
     for variant in (last, mixed):
         assert torch.allclose(fast.gramian(variant), want, rtol=1e-11)
         u = fast.combine(variant, [1.0, 2.0, -0.5], parameters)
-        assert torch.allclose(u[0].double().reshape(-1), reference.combine(rows, [1.0, 2.0, -0.5], parameters), atol=1e-6)
+        assert torch.allclose(
+            u[0].double().reshape(-1), reference.combine(rows, [1.0, 2.0, -0.5], parameters), atol=1e-6
+        )
 
 
 def test_blocks_read_every_number_once_and_keep_tags_apart():
     shapes = [(SMALL - 1,), (2 * BLOCK + 7,), (5,), (6,), ()]
     tensors = [torch.full(shape, float(k + 1)) for k, shape in enumerate(shapes)]
     tags = ["a", "a", "b", "a", "b"]
-    seen = {k: 0 for k in range(len(shapes))}
+    seen = dict.fromkeys(range(len(shapes)), 0)
     for tag, (block,) in blocks([tensors], tags=tags):
         assert block.numel() <= 2 * BLOCK
         for k in range(len(shapes)):
@@ -162,8 +166,12 @@ def test_correction_reaches_parameters_that_are_views():
 
 def test_sparse_rows_stay_sparse():
     index = torch.tensor([[1, 3, 1]])
-    a = torch.sparse_coo_tensor(index, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), (5, 2), check_invariants=True)
-    b = torch.sparse_coo_tensor(torch.tensor([[3, 0]]), torch.tensor([[1.0, -1.0], [2.0, 2.0]]), (5, 2), check_invariants=True)
+    a = torch.sparse_coo_tensor(
+        index, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), (5, 2), check_invariants=True
+    )
+    b = torch.sparse_coo_tensor(
+        torch.tensor([[3, 0]]), torch.tensor([[1.0, -1.0], [2.0, 2.0]]), (5, 2), check_invariants=True
+    )
     dense = torch.arange(3.0)
     parameters = [torch.zeros(5, 2), torch.zeros(3)]
     rows = [[a, dense], [b, None], [None, dense]]

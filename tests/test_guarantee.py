@@ -51,7 +51,9 @@ class Problem:
     def rows(self, J):
         sizes = [p.numel() for p in self.parameters]
         return {
-            f"task {i}": [g.reshape(s).to(p.dtype) for g, s, p in zip(row.split(sizes), SHAPES, self.parameters)]
+            f"task {i}": [
+                g.reshape(s).to(p.dtype) for g, s, p in zip(row.split(sizes), SHAPES, self.parameters, strict=True)
+            ]
             for i, row in enumerate(J)
         }
 
@@ -204,7 +206,7 @@ def test_a_step_that_hurts_nobody_is_left_alone_to_the_bit():
     ours = gradsurg.wrap(torch.optim.SGD(wrapped.parameters, lr=0.1), normalize="none")
     theirs = torch.optim.SGD(plain.parameters, lr=0.1)
     ours.set_gradients(wrapped.rows(J))
-    for p, g in zip(plain.parameters, wrapped.parameters):
+    for p, g in zip(plain.parameters, wrapped.parameters, strict=True):
         p.grad = g.grad.clone()
     ours.step()
     theirs.step()
@@ -219,7 +221,7 @@ def test_the_projection_is_the_nearest_movement():
     J = draw("surrounding", 4, P, 3, torch.float32)
     ours.set_gradients(problem.rows(J))
     plain = torch.optim.SGD(free.parameters, lr=0.1)
-    for p, q in zip(free.parameters, problem.parameters):
+    for p, q in zip(free.parameters, problem.parameters, strict=True):
         p.grad = q.grad.clone()
     ours.step()
     plain.step()

@@ -12,7 +12,6 @@ def solve_batched(
     G: Tensor, b: Tensor, allowed: Tensor | None, scale: Tensor | None, rounding: float
 ) -> tuple[Tensor, Tensor]:
     """Return λ, (n, m), and the number of pivots of each of n programs; arguments as for `nonnegative`."""
-    m = G.shape[-1]
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     s = torch.where(diagonal > 0, diagonal.clamp(min=0).rsqrt(), 0)
     A, q = G * s.unsqueeze(-1) * s.unsqueeze(-2), b * s

@@ -57,7 +57,9 @@ def nonnegative(
     device, m = gramian.device, gramian.shape[-1]
     G, b = gramian.detach().double().cpu(), linear.detach().double().cpu()
     if G.shape[-2] != m or b.shape[-1] != m:
-        raise ValueError(f"gramian {tuple(gramian.shape)} and linear {tuple(linear.shape)} must be (..., m, m), (..., m)")
+        raise ValueError(
+            f"gramian {tuple(gramian.shape)} and linear {tuple(linear.shape)} must be (..., m, m), (..., m)"
+        )
     shape = _batch_shape(G, b, allowed, scale)
     if b.numel() and b.min().item() >= 0:  # nobody is in conflict; False with a NaN
         return torch.zeros(*shape, m, dtype=torch.float64, device=device)
@@ -86,7 +88,8 @@ def _batch_shape(G: Tensor, b: Tensor, allowed: Tensor | None, scale: Tensor | N
     if G.numel() == G.shape[-1] ** 2 and G.ndim <= b.ndim + 1 and allowed is None and scale is None:
         return b.shape[:-1]  # broadcast_shapes takes 8 µs
     extras = [t.shape[:-1] for t in (allowed,) if t is not None] + [t.shape for t in (scale,) if t is not None]
-    return torch.broadcast_shapes(G.shape[:-2], b.shape[:-1], *extras)
+    shape: torch.Size = torch.broadcast_shapes(G.shape[:-2], b.shape[:-1], *extras)
+    return shape
 
 
 def _rows(vectors: Tensor, shape: torch.Size) -> Tensor:

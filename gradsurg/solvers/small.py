@@ -111,8 +111,9 @@ def _descend(A: Matrix, q: Vector, passive: list[int], factor: Matrix, lam: Vect
             for i, z in zip(passive, goal, strict=True):
                 lam[i] = z
             break
-        share, out = min((lam[i] / (lam[i] - z), i) if lam[i] > z else (0.0, i)
-                         for i, z in zip(passive, goal, strict=True) if z <= 0)
+        share, out = min(
+            (lam[i] / (lam[i] - z), i) if lam[i] > z else (0.0, i) for i, z in zip(passive, goal, strict=True) if z <= 0
+        )
         for i, z in zip(passive, goal, strict=True):
             lam[i] = max(lam[i] + share * (z - lam[i]), 0.0)
         lam[out] = 0.0

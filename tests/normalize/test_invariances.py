@@ -96,5 +96,7 @@ def test_blocks_are_scaled_apart():
 def test_names_and_instances():
     assert resolve_normalizer(Norm()) == Norm() == resolve_normalizer("norm")
     assert issubclass(Norm, Normalizer)
-    with pytest.raises(ValueError, match=r"normalize='nrom' is not known: use one of 'none', 'norm'.*Did you mean 'norm'"):
+    with pytest.raises(
+        ValueError, match=r"normalize='nrom' is not known: use one of 'none', 'norm'.*Did you mean 'norm'"
+    ):
         resolve_normalizer("nrom")

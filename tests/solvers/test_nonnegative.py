@@ -21,7 +21,10 @@ TWINS = ["small", "batched"]
 def _ill_conditioned(m, seed):
     """Singular values from 1 down to 1e-5."""
     rng = np.random.default_rng(seed)
-    left, right = np.linalg.qr(rng.standard_normal((m, m)))[0], np.linalg.qr(rng.standard_normal((2 * m, m)))[0]
+    left, right = (
+        np.linalg.qr(rng.standard_normal((m, m)))[0],
+        np.linalg.qr(rng.standard_normal((2 * m, m)))[0],
+    )
     return left @ np.diag(np.logspace(0, -5, m)) @ right.T
 
 
@@ -204,7 +207,11 @@ def test_only_allowed_constraints_count(m):
         assert torch.allclose(lam[allowed], inner, rtol=1e-9, atol=1e-12)
 
 
-@given(m=st.integers(1, 12), seed=st.integers(0, 10_000), kind=st.sampled_from(["random", "spread", "surrounding"]))
+@given(
+    m=st.integers(1, 12),
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(["random", "spread", "surrounding"]),
+)
 def test_order_and_scale_change_nothing(m, seed, kind):
     J = draw(kind, m, 2 * m, seed)
     G = J @ J.T
@@ -214,7 +221,9 @@ def test_order_and_scale_change_nothing(m, seed, kind):
     plain = nonnegative(G, b) * norms
     assert ((nonnegative(G[order][:, order], b[order]) * norms[order]) - plain[order]).abs().max() <= 1e-9 * norms.max()
     factor = 4.0 ** (seed % 20 - 10)
-    assert torch.equal(nonnegative(G * factor, b * factor) * norms, plain)  # a power of four rounds nothing, nor its root
+    assert torch.equal(
+        nonnegative(G * factor, b * factor) * norms, plain
+    )  # a power of four rounds nothing, nor its root
 
 
 @given(m=st.integers(2, 16), seed=st.integers(0, 100_000), rank=st.integers(1, 4))

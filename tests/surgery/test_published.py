@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from torchjd.aggregation import MGDA as PeerMGDA
+from torchjd.aggregation import MGDA as PEER_MGDA
 from torchjd.aggregation import DualProj
 from torchjd.aggregation import PCGrad as PeerPCGrad
 from torchjd.aggregation import UPGrad as PeerUPGrad
@@ -104,7 +104,7 @@ def test_peer_cone_and_upgrad(m, seed):
 @pytest.mark.parametrize(("m", "seed"), [(2, 0), (3, 1), (5, 2), (8, 3)])
 def test_peer_mgda(m, seed):
     J = matrix(m, seed)
-    ours, theirs = gradsurg.combine(J, "mgda"), PeerMGDA(epsilon=1e-9, max_iters=20_000)(J)
+    ours, theirs = gradsurg.combine(J, "mgda"), PEER_MGDA(epsilon=1e-9, max_iters=20_000)(J)
     assert ours.norm() <= theirs.norm() + 1e-12, "theirs is 20 000 iterations of Frank-Wolfe, ours the minimum"
     assert torch.allclose(ours, theirs, atol=2e-2)
 
