@@ -1,6 +1,7 @@
-"""Run every python fence of the Markdown files given (or found in folders given): examples that nobody runs rot.
+"""Run every python fence of the Markdown files given, or found in folders given.
 
-The fences of one file share one namespace, in order, as a reader would type them; `python no-run` is shown but not run.
+The fences of one file share one namespace, in order, as a reader would type them. An example that
+nobody runs goes stale.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""python -m gradsurg: train on overlaid digits, plain sum against gradsurg; a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from gradsurg._version import __version__
+from gradsurg.demo import OPTIMIZERS, TASKS, Data, Job, compare, conflicts
+from gradsurg.demo_report import plot, table
+from gradsurg.normalize import NORMALIZERS
+from gradsurg.pipeline import GUARANTEES
+from gradsurg.surgery import SURGERIES
+
+__all__ = ["main"]
+
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the main job; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if len(set(options.tasks)) < len(options.tasks):
+        parser.error(f"argument --tasks: a task is named twice in {' '.join(options.tasks)}")
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        parser.exit(1, f'The demo needs {" and ".join(missing)}: pip install "gradsurg[demo]"\n')
+
+    began = time.perf_counter()
+    job = Job(
+        tasks=tuple(options.tasks),
+        optimizer=options.optimizer,
+        options={name: getattr(options, name) for name in ("surgery", "normalize", "guarantee")},
+        epochs=options.epochs,
+    )
+    seeds = range(options.seed, options.seed + options.runs)
+    runs = compare(job, Data.digits(), seeds)
+    title = (
+        f"{options.optimizer} on overlaid digits: plain sum against gradsurg "
+        f"({options.normalize} · {options.surgery} · {options.guarantee})"
+    )
+    plot(runs, options.output, title)
+
+    print(f"\n{title}\n\n{table(runs)}\n")
+    for name, each in runs.items():
+        hurt = sum(int(conflicts(run.update).sum()) for run in each)
+        steps = sum(len(run.update) for run in each)
+        print(f"{name}: {hurt} of {steps} updates raised some task's loss to first order")
+    print(
+        f"seeds {', '.join(map(str, seeds))}; {options.epochs} epochs; "
+        f"gradsurg {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}, {time.strftime('%Y-%m-%d')}; "
+        f"{time.perf_counter() - began:.0f} s in all\npicture: {options.output}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gradsurg",
+        description="Train one model on several tasks of overlaid digits: on the plain sum of the losses, "
+        "and with gradsurg, from the same parameters, on the same batches. Print a table, write a picture.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"some of: {', '.join(TASKS)}",
+    )
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="the optimizer, plain and wrapped")
+    add("--surgery", choices=SURGERIES, default="cone", help="how the tasks' gradients are combined")
+    add("--normalize", choices=NORMALIZERS, default="norm", help="what they are scaled by before")
+    add("--guarantee", choices=GUARANTEES, default="update", help="what is held to hurting no task")
+    add("--epochs", type=_integer(1, 10_000), default=Job.epochs, help="passes over the 6144 training pairs")
+    add("--seed", type=_integer(0, 2**32), default=0, help="first seed, of the parameters and the batches")
+    add("--runs", type=_integer(1, 100), default=3, help="number of seeds, for the ± in the table")
+    add("--output", type=_png, default="gradsurg-demo.png", metavar="FILE.png", help="where the picture goes")
+    return parser
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _png(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
