@@ -27,8 +27,8 @@ class Norm(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), normalize="norm").tolist()
-        [2.0, 0.6666666666666666]
+        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 16.0]]), normalize="norm").tolist()
+        [2.5, 0.625]
     """
 
     name: ClassVar[str] = "norm"

@@ -29,7 +29,7 @@ def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
 
     Example:
         >>> import torch
-        >>> simplex(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()
+        >>> simplex(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).round(decimals=9).tolist()
         [0.75, 0.25]
     """
     G = gramian.detach().double()

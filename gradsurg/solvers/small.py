@@ -79,8 +79,10 @@ def _active_set(A: Matrix, q: Vector, usable: list[bool], rounding: float) -> Ve
 
 
 def _start(A: Matrix, q: Vector, usable: list[bool], rounding: float) -> tuple[list[int], Matrix, Vector]:
-    """Return a passive set that is optimal among its subsets' supersets tried: everybody in conflict, less those
-    whose multiplier comes out negative. One solve instead of one per task; most often it is the answer.
+    """Return a passive set to start from, its Cholesky factor and its λ > 0.
+
+    It is everybody in conflict, less those whose multiplier comes out negative: one solve instead of one per task, and
+    most often already the answer.
     """
     wanted = [i for i, x in enumerate(q) if x < 0 and usable[i]]
     lam = [0.0] * len(q)
