@@ -50,7 +50,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=2e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=5e-4),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=2e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=2e-2),
     "nadam": lambda p: torch.optim.NAdam(p, lr=2e-3),
 }

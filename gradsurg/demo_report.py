@@ -40,8 +40,7 @@ def table(runs: dict[str, list[Run]]) -> str:
         columns.append([name, *scores, gradient, update, f"{worst:.1g}", seconds])
     widths = [max(map(len, column)) for column in columns]
     lines = [
-        _line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in zip(*columns, strict=True)
+        _line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in zip(*columns, strict=True)
     ]
     rule = _line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join([lines[0], rule, *lines[1:]])
