@@ -1,0 +1,140 @@
+"""Which path computes a step, and which kernel: functions of backend, device, dtypes, m and alignment alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurg.errors import choose
+
+__all__ = ["BACKENDS", "GramianKernel", "gramian_kernel", "path", "row_dtypes", "task_tiles", "vector"]
+
+BACKENDS = {name: name for name in ("auto", "torch", "triton")}
+
+# What a row and what p.grad may be stored in. A pair outside of this table is one that no machine code was checked
+# for (see shipped.py), so it takes the torch path.
+DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
+    torch.float32: frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    torch.bfloat16: frozenset({torch.bfloat16, torch.float32}),
+    torch.float16: frozenset({torch.float16, torch.float32}),
+    torch.float64: frozenset({torch.float64}),
+}
+
+# One multiply-add chain per pair of tasks needs m(m+1)/2 float64 accumulators: 36 at m = 8 fit in 152 to 238 of the
+# 255 registers (read from SASS, sm_80 to sm_100); 78 at m = 12 do not.
+PAIRS_UP_TO = 8
+# Three 16 x 16 tiles of accumulators of one warp take up to 164 registers; ten of them (m = 64) spill.
+DOTS_UP_TO = 32
+
+
+class GramianKernel(NamedTuple):
+    """A kernel and the number of tasks that it is compiled for; missing tasks are null pointers, not read."""
+
+    name: str
+    tasks: int
+
+
+def path(
+    backend: str,
+    device: torch.device,
+    *,
+    dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = (),
+    sparse: bool = False,
+    available: bool | None = None,
+    interpreted: bool | None = None,
+) -> str:
+    """Return "triton" or "torch".
+
+    Args:
+        backend: "auto", "torch" or "triton".
+        device: Where the rows are.
+        dtypes: The pairs (dtype of a row, dtype of p.grad) that occur; complex ones count as their real parts.
+        sparse: Whether some row is sparse.
+        available: Whether Triton can be imported; None looks.
+        interpreted: Whether Triton runs in its interpreter, which takes CPU tensors; None looks.
+
+    Raises:
+        ValueError: backend="triton" where it cannot run, with what to change.
+    """
+    backend = choose("backend", backend, BACKENDS)
+    if backend == "torch":
+        return "torch"
+    problem = _problem(
+        device,
+        dtypes,
+        sparse,
+        triton_is_available() if available is None else available,
+        is_interpreted() if interpreted is None else interpreted,
+    )
+    if problem and backend == "triton":
+        raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
+    return "torch" if problem else "triton"
+
+
+def gramian_kernel(m: int) -> GramianKernel:
+    """Return the kernel for m tasks, or for a union of tiles of tasks where m is larger than any kernel's."""
+    for tasks in (2, 4, PAIRS_UP_TO):
+        if m <= tasks:
+            return GramianKernel("pairs", tasks)
+    return GramianKernel("dots", 16 if m <= 16 else DOTS_UP_TO)
+
+
+def task_tiles(m: int) -> list[tuple[int, int]]:
+    """Return the ranges of tasks whose pairwise unions cover all pairs: one range where a kernel takes all m.
+
+    m = 64 is 4 tiles, 6 unions of 32 tasks: every gradient is then read 3 times.
+    """
+    if m <= DOTS_UP_TO:
+        return [(0, m)]
+    half = DOTS_UP_TO // 2
+    return [(start, min(start + half, m)) for start in range(0, m, half)]
+
+
+def vector(dtypes: Sequence[torch.dtype], aligned: bool) -> int:
+    """Return how many elements one thread loads at once: 16 bytes of the narrowest dtype, or one if unaligned."""
+    return 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
+
+
+def row_dtypes(rows: Iterable[Iterable[Tensor | None]], like: Sequence[Tensor]) -> set[tuple[torch.dtype, torch.dtype]]:
+    """Return the pairs of dtypes that `path` asks for."""
+    return {(_real(g.dtype), _real(p.dtype)) for row in rows for g, p in zip(row, like, strict=True) if g is not None}
+
+
+@functools.cache
+def triton_is_available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels decorated now run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+def _problem(
+    device: torch.device,
+    dtypes: Iterable[tuple[torch.dtype, torch.dtype]],
+    sparse: bool,
+    available: bool,
+    interpreted: bool,
+) -> str:
+    if not available:
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"the gradients are on {device}, not on a CUDA device"
+    if sparse:
+        return "there are sparse gradients"
+    for row, out in dtypes:
+        if out not in DTYPES.get(row, ()):
+            return f"rows of {row} for parameters of {out} have no kernel"
+    return ""
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
