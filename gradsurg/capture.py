@@ -16,7 +16,7 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.mark import Mark
 from gradsurg.rows import Row, TaskRows, added
 
-__all__ = ["Capture", "Total", "at_end_of_backward"]
+__all__ = ["Capture", "Total", "at_end_of_backward", "pass_in_progress"]
 
 
 class Capture:
@@ -227,6 +227,12 @@ def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], Non
         callback()
     else:
         queue(_AtEnd(callback, abandoned))
+
+
+def pass_in_progress() -> int:
+    """Return a number for the backward pass that is running on this thread; -1 where there is none, or no telling."""
+    probe = getattr(torch._C, "_current_graph_task_id", None)  # private, since torch 2.1
+    return -1 if probe is None else int(probe())
 
 
 def _keeps_graph() -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from gradsurg.capture import Capture
+from gradsurg.capture import Capture, pass_in_progress
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.judgement import Judgement, joined, trained
 from gradsurg.operation import Patient, operate
@@ -53,6 +53,7 @@ class Surgeon:
         self._next_state: Mapping[str, Any] | None = None
         self._first: tuple[Judgement | None, Report | None] | None = None  # of a closure's evaluations
         self._warned_of_names = False
+        self._pass = -1  # the enclosing backward pass of the run that is open
 
     def __reduce__(self) -> Any:
         # Copies start with the same options and no rows; several optimizers copied together share one copy.
@@ -108,7 +109,13 @@ class Surgeon:
         for name, loss in (*losses.items(), (None, plain)):
             if loss is not None and loss.requires_grad:
                 passes.append((name, loss))
-        self.capture.open()
+        self.unrun = 0
+        joining = self.capture.opened is not None and self._pass == pass_in_progress()
+        if joining:  # a second total in one backward pass, while the first waits for its end
+            self.capture.take_plain()
+        else:
+            self.capture.open()
+            self._pass = pass_in_progress()
         try:
             for i, (name, loss) in enumerate(passes):
                 keep = retain_graph or i < len(passes) - 1
@@ -121,8 +128,8 @@ class Surgeon:
             self.capture.abort()
             raise
         self.losses = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
-        self.unrun = 0
-        (finish or _now)(self.finish, functools.partial(self.capture.abort, self.capture.opened))
+        if not joining:
+            (finish or _now)(self.finish, functools.partial(self.capture.abort, self.capture.opened))
 
     @contextmanager
     def entering(self, name: str) -> Iterator[None]:
@@ -183,6 +190,8 @@ class Surgeon:
 
     def finish(self, defer: bool | None = None) -> None:
         """Commit the fresh rows and operate, unless accumulation defers that; on any error p.grad is as before."""
+        if self.capture.opened is None:  # something else came in between and settled it
+            return
         try:
             self._screen()
         except BaseException:

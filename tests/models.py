@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradsurg import MultiTaskOptimizer
+
 TASKS = ("left", "right", "whole")
 
 
@@ -24,8 +26,8 @@ class Heads(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.Tanh(), nn.Linear(7, 4, bias=bias))
         self.heads = nn.ModuleDict({name: nn.Linear(4, 2, bias=bias) for name in tasks})
 
-    def losses(self, batch: int) -> dict[str, Tensor]:
-        x, targets = data(batch, 16, 5), data(batch + 1000, len(self.heads), 16, 2)
+    def losses(self, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        x, targets = data(batch, 16, 5).to(dtype), data(batch + 1000, len(self.heads), 16, 2).to(dtype)
         z = self.trunk(x)
         return {
             name: scale * (head(z) - target).square().mean()
@@ -105,9 +107,7 @@ class Sparse(nn.Module):
         tokens = torch.randint(20, (3, 9), generator=generator)
         tokens[:, 0] = 3  # all tasks meet in at least one row
         target = data(batch, 3, 9, 3)
-        return {
-            name: (self.table(t) - y).square().mean() for name, t, y in zip(TASKS, tokens, target, strict=True)
-        }
+        return {name: (self.table(t) - y).square().mean() for name, t, y in zip(TASKS, tokens, target, strict=True)}
 
 
 class Patchy(nn.Module):
@@ -181,6 +181,35 @@ def reference_rows(
         )
         for name, loss in losses.items()
     }
+
+
+def rows_of(optimizer: MultiTaskOptimizer) -> dict[str, list[Tensor | None]]:
+    """The live rows, as lists in the order of the optimizer's parameters."""
+    rows = optimizer._gradsurg.capture.rows
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {name: [rows[name].get(p) for p in parameters] for name in rows}
+
+
+def bring(
+    way: str,
+    optimizer: MultiTaskOptimizer,
+    losses: dict[str, Tensor | None],
+    scale: float = 1.0,
+    plain: Tensor | None = None,
+) -> None:
+    """Let the gradients of the losses in, by one of the four ways."""
+    if way == "total":
+        (optimizer.total(losses, plain=plain) * scale).backward()
+    elif way == "backward":
+        scaled = {name: None if loss is None else loss * scale for name, loss in losses.items()}
+        optimizer.backward(scaled, plain=plain)
+    elif way == "task":
+        for i, (name, loss) in enumerate(losses.items()):
+            with optimizer.task(name):
+                (loss * scale).backward(retain_graph=i < len(losses) - 1)
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        optimizer.set_gradients(reference_rows(losses, parameters, scale))
 
 
 @dataclass(frozen=True)

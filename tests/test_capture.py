@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
+from models import MODELS, Heads, bring, build, data, equal_weights, reference_rows, rows_of, same, trained, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
 from gradsurg.capture import at_end_of_backward
-from models import MODELS, Heads, build, data, equal_weights, reference_rows, same, trained, twins
 
 WAYS = ["total", "backward", "task", "set_gradients"]
 # Ways that run backward passes of ours or of the user's.
@@ -19,28 +19,6 @@ PASSES = ["total", "backward", "task"]
 
 def wrapped(model, cls=torch.optim.SGD, lr=0.1, **options):
     return gradsurg.wrap(cls(trained(model), lr=lr), **options)
-
-
-def rows_of(optimizer):
-    """The live rows, as lists in the order of the optimizer's parameters."""
-    rows = optimizer._gradsurg.capture.rows
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {name: [rows[name].get(p) for p in parameters] for name in rows}
-
-
-def bring(way, optimizer, losses, scale=1.0):
-    """Let the gradients of the losses in, by one of the four ways."""
-    if way == "total":
-        (optimizer.total(losses) * scale).backward()
-    elif way == "backward":
-        optimizer.backward({name: None if loss is None else loss * scale for name, loss in losses.items()})
-    elif way == "task":
-        for i, (name, loss) in enumerate(losses.items()):
-            with optimizer.task(name):
-                (loss * scale).backward(retain_graph=i < len(losses) - 1)
-    else:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.set_gradients(reference_rows(losses, parameters, scale))
 
 
 def gradients(model):
@@ -344,9 +322,11 @@ def test_accumulation_works_on_the_sum_of_rows_to_the_bit():
         bring("total", optimizer, model.losses(batch))
         for name, row in reference_rows(other.losses(batch), trained(other)).items():
             have = want.get(name)
-            want[name] = row if have is None else [
-                a if b is None else b if a is None else a + b for a, b in zip(have, row, strict=True)
-            ]
+            want[name] = (
+                row
+                if have is None
+                else [a if b is None else b if a is None else a + b for a, b in zip(have, row, strict=True)]
+            )
         assert same(rows_of(optimizer), want)
 
 
@@ -584,6 +564,27 @@ def test_a_penalty_in_the_same_backward(order, shared_graph):
     assert same(rows_of(optimizer), rows_of(reference))
 
 
+@pytest.mark.parametrize("penalised", [False, True])
+def test_two_totals_in_one_backward(penalised):
+    model, other = twins()
+    optimizer, reference = wrapped(model), wrapped(other)
+    both = optimizer.total(model.losses(0)) + 2 * optimizer.total(model.losses(1))
+    if penalised:
+        both = model.heads["left"].bias.square().sum() + both + model.trunk[0].bias.square().sum()
+    both.backward()
+    second = {name: loss * 2 for name, loss in other.losses(1).items()}
+    reference.backward(second)  # autograd runs what was built last first
+    reference.backward(other.losses(0))
+    assert same(rows_of(optimizer), rows_of(reference))
+    for a, b in zip(gradients(model), gradients(other), strict=True):
+        extra = 0
+        if penalised and any(a is p.grad for p in (model.heads["left"].bias, model.trunk[0].bias)):
+            extra = 2 * next(p for p in model.parameters() if p.grad is a).detach()
+        assert torch.equal(a, b + extra)
+    optimizer.step()
+    assert optimizer.report.movement is not None
+
+
 @pytest.mark.parametrize("way", ["total", "backward"])
 def test_plain_is_a_loss_that_takes_no_part(way):
     model, other = twins()
@@ -599,7 +600,9 @@ def test_plain_is_a_loss_that_takes_no_part(way):
     foreign = [torch.zeros_like(p) for p in other.parameters()]
     for batch in range(2):
         penalty = other.losses(batch)["left"] * 2.0 + other.trunk[0].weight.square().sum()
-        for f, g in zip(foreign, torch.autograd.grad(penalty, list(other.parameters()), allow_unused=True), strict=True):
+        for f, g in zip(
+            foreign, torch.autograd.grad(penalty, list(other.parameters()), allow_unused=True), strict=True
+        ):
             f += 0 if g is None else g
     assert same(rows_of(optimizer), rows_of(reference))
     for a, b, f in zip(gradients(model), gradients(other), foreign, strict=True):
@@ -681,8 +684,11 @@ def test_tasks_of_micro_batches_may_differ():
     for batch, name in enumerate(["left", "right", "left", "whole"]):
         optimizer.total({name: model.losses(batch)[name]}).backward()
     reference.backward(
-        {"left": other.losses(0)["left"] + other.losses(2)["left"], "right": other.losses(1)["right"],
-         "whole": other.losses(3)["whole"]}
+        {
+            "left": other.losses(0)["left"] + other.losses(2)["left"],
+            "right": other.losses(1)["right"],
+            "whole": other.losses(3)["whole"],
+        }
     )
     for a, b in zip(gradients(model), gradients(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32 sums in another order
@@ -1001,6 +1007,17 @@ def test_parameters_declared_not_shared_get_the_plain_sum(kind):
     for name, p in model.named_parameters():
         if not any(p is s for s in shared):
             torch.testing.assert_close(p.grad.to_dense(), want[name].to_dense(), rtol=1e-6, atol=1e-6)  # float32 sums
+
+
+@pytest.mark.parametrize("way", PASSES)
+def test_autocast(way):
+    model, other = twins()
+    optimizer = wrapped(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, want = model.losses(0), other.losses(0)
+    bring(way, optimizer, losses)
+    assert same(rows_of(optimizer), reference_rows(want, trained(other)))
+    assert not same(rows_of(optimizer), reference_rows(other.losses(0), trained(other))), "autocast did nothing"
 
 
 def test_anomaly_mode():

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
+from models import build, data, equal_weights, same, trained, twins
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gradsurg
-from models import build, data, equal_weights, same, trained, twins
 
 # (class, options), one row per way in which the step's code differs. `fused` where the CPU has it.
 DENSE = [
@@ -546,6 +546,49 @@ def test_copies_of_several_optimizers_still_share_their_rows():
     assert first._gradsurg.optimizers == [first, second]
 
 
+def test_copies_keep_the_declared_shared_parameters():
+    model = build()
+    optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), shared=model.trunk[0])
+    for model_copy, copied in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
+        shared = copied._gradsurg.settings.shared
+        assert [id(p) for p in shared] == [id(p) for p in model_copy.trunk[0].parameters()]
+        train(copied, model_copy, several, [0])
+        assert copied.report.movement is not None
+
+
+def test_a_shallow_copy_has_rows_of_its_own():
+    model = build()
+    optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    other = copy.copy(optimizer)
+    assert type(other) is type(optimizer)
+    optimizer.total(model.losses(0)).backward()
+    other.zero_grad()
+    assert len(optimizer._gradsurg.capture.rows) == 3
+    train(optimizer, model, several, range(2))
+    assert optimizer.report.step == 1
+
+
+def test_distributed_checkpoints_of_one_process():
+    # They call step() on zero gradients to make the state, rename everything by parameter name, and load by keyword.
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, other = twins()
+    one = gradsurg.wrap(torch.optim.Adam(model.parameters(), lr=0.01), surgery="pcgrad")
+    two = gradsurg.wrap(torch.optim.Adam(other.parameters(), lr=0.01), surgery="pcgrad")
+    train(one, model, several, range(3))
+    one.zero_grad()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, one))
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, two, saved)
+    train(one, model, several, range(3, 6))
+    train(two, other, several, range(3, 6))
+    assert equal_weights(model, other)
+    assert same(one.state_dict(), two.state_dict())
+
+
 @pytest.mark.parametrize(("name", "options", "kind"), ROWS)
 def test_checkpoints_go_to_and_from_the_bare_optimizer(name, options, kind):
     model, plain_model = models(kind)
@@ -750,6 +793,31 @@ def test_free_functions_see_through_proxies(names):
     gradsurg.backward(direct, other.losses(0))
     assert same([p.grad for p in model.parameters()], [p.grad for p in other.parameters()])
     assert gradsurg.report(proxy) is optimizer.report is not None
+
+
+def subclass_with_a_copied_dict(optimizer):
+    """What Lightning puts around an optimizer."""
+    base = type("Proxy", (), {"optimizer": property(lambda self: self._optimizer)})
+    proxy = object.__new__(type("Proxied", (base, type(optimizer)), {}))
+    proxy.__dict__ = {k: v for k, v in vars(optimizer).items() if k != "step"}
+    proxy._optimizer = optimizer
+    return proxy
+
+
+def test_a_proxy_with_a_copied_dict_sees_the_same_rows():
+    model, other = twins()
+    optimizer = gradsurg.wrap(torch.optim.Adam(model.parameters(), lr=0.05))
+    direct = gradsurg.wrap(torch.optim.Adam(other.parameters(), lr=0.05))
+    proxy = subclass_with_a_copied_dict(optimizer)
+    for batch in range(3):
+        proxy.zero_grad()
+        proxy.total(model.losses(batch)).backward()
+        optimizer.step()
+        train(direct, other, several, [batch])
+        assert same(proxy.report.weights, direct.report.weights)
+        assert proxy.report.movement is not None
+    assert equal_weights(model, other)
+    assert gradsurg.unwrap(optimizer) is optimizer
 
 
 def test_agreeing_tasks_of_equal_norm_get_the_gradient_of_the_sum():

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from models import build
 from torch import nn
 
 import gradsurg
@@ -11,7 +12,6 @@ from gradsurg import settings as module
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.settings import settings_from
 from gradsurg.surgery import SURGERIES, Cone
-from models import build
 
 
 def optimizer_of(model):
@@ -146,9 +146,9 @@ def test_shared_may_be_spread_over_several_optimizers():
 
 
 def test_whole_numbers_of_other_types_are_seeds():
-    import numpy
+    import numpy as np
 
-    assert settings_from({"seed": numpy.int64(3)}, []).seed == 3
+    assert settings_from({"seed": np.int64(3)}, []).seed == 3
 
 
 def test_settings_do_not_follow_later_changes_of_what_was_passed():
