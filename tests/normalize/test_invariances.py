@@ -74,7 +74,7 @@ TABLE = {
     "generalized_mean, 2": row(GeneralizedMean(2), False, False),
     "dwa": row(DWA(temperature=0.5), False, False),
     "uncertainty": row(Uncertainty(rate=0.5), False, False),
-    "gradnorm": row(GradNorm(rate=0.5), False, False),
+    "gradnorm": row(GradNorm(alpha=6.0, rate=0.5), False, False),
     "famo": row(FAMO(rate=0.5), True, False),
     "random": row("random", False, True),
     "imtl_l": row(IMTLL(rate=0.5), False, False),
