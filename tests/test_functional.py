@@ -1,0 +1,75 @@
+"""gradsurg.weights and gradsurg.combine: shapes, options, errors that say what to do."""
+
+import pytest
+import torch
+
+import gradsurg
+from gradsurg.normalize import Norm
+from gradsurg.surgery import Cone
+
+G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"surgery": "cnoe"}, r"surgery='cnoe' is not known: use one of .*'cone'.*Did you mean 'cone'\?"),
+        ({"surgery": 3}, r"surgery=3 is not known"),
+        ({"normalize": "l2"}, r"normalize='l2' is not known: use one of 'none', .*'norm'"),
+        ({"guarantee": "update"}, r"needs an optimizer's update: use 'gradient' here"),
+        ({"guarantee": "strict"}, r"guarantee='strict' is not known"),
+        ({"auxiliary": "ignore", "primary": 0}, r"auxiliary='ignore' is not known: use one of 'protect', 'help'"),
+        ({"primary": 2}, r"primary=2: the rows are 0 … 1"),
+        ({"primary": [[0], [0]]}, r"names a task twice"),
+        ({"primary": [[0], []]}, r"empty level"),
+        ({"preferences": [1.0]}, r"pass 2 positive finite numbers"),
+        ({"preferences": [1.0, -1.0]}, r"pass 2 positive finite numbers"),
+        ({"preferences": {5: 1.0}}, r"the rows are 0 … 1"),
+    ],
+)
+def test_errors_name_argument_value_and_cure(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gradsurg.weights(G, **arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(2, 3), torch.ones(0, 0), torch.ones(2, 2) + 1j])
+def test_a_gramian_must_be_square_and_real(bad):
+    with pytest.raises(ValueError, match="gramian"):
+        gradsurg.weights(bad)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2) + 1j])
+def test_a_matrix_must_be_a_real_floating_matrix(bad):
+    with pytest.raises(ValueError, match="J has shape"):
+        gradsurg.combine(bad)
+
+
+def test_names_and_instances_are_the_same():
+    assert torch.equal(gradsurg.weights(G, Cone(), normalize=Norm()), gradsurg.weights(G, "cone", normalize="norm"))
+
+
+def test_preferences_are_the_weights_of_a_sum_without_conflict():
+    assert gradsurg.weights(torch.eye(3), preferences=[1.0, 2.0, 0.5]).tolist() == [1.0, 2.0, 0.5]
+    assert gradsurg.weights(torch.eye(3), preferences={1: 2.0}).tolist() == [1.0, 2.0, 1.0]
+    assert gradsurg.weights(torch.eye(3), preferences=torch.tensor([1.0, 2.0, 3.0])).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_primary_by_index_and_levels():
+    protect = gradsurg.weights(G, primary=0)
+    assert protect.tolist() == pytest.approx([1.0, 2 / 9])
+    helping = gradsurg.weights(G, primary=[[0], [1]], auxiliary="help")
+    assert helping.tolist() == pytest.approx([3.0, 1.0])
+
+
+def test_combine_is_the_weights_times_the_matrix():
+    J = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    J -= J.mean(0)
+    for options in ({}, {"normalize": "norm"}, {"primary": 1}, {"surgery": "mgda"}):
+        assert torch.allclose(gradsurg.combine(J, **options), gradsurg.weights(J @ J.T, **options) @ J, atol=1e-9)
+    assert gradsurg.combine(J.bfloat16()).dtype == torch.bfloat16
+
+
+def test_no_gradient_flows_through():
+    J = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert not gradsurg.combine(J).requires_grad
+    assert not gradsurg.weights(J @ J.T).requires_grad

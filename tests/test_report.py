@@ -1,0 +1,91 @@
+"""The report: what it derives from the Gramian is what the tests compute from the gradients."""
+
+import pytest
+import torch
+
+import gradsurg
+
+
+def two_tasks(J, **options):
+    p = torch.nn.Parameter(torch.zeros(J.shape[1]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1), **options)
+    optimizer.set_gradients({name: [row] for name, row in zip(("a", "b", "c"), J, strict=False)})
+    return p, optimizer
+
+
+def test_before_the_first_step_there_is_none():
+    assert gradsurg.wrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)).report is None
+
+
+def test_numbers_are_those_of_the_gradients():
+    J = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    J[1] = -J[0] + 0.5 * J[1]
+    p, optimizer = two_tasks(J)
+    report, u = optimizer.report, p.grad.double()
+    unit = J.double() / J.double().norm(dim=1, keepdim=True)
+    assert report.tasks == ("a", "b", "c")
+    assert torch.allclose(report.norms, J.double().norm(dim=1))
+    assert torch.allclose(report.cosines, unit @ unit.T)
+    assert torch.allclose(report.direction_cosines, unit @ u / u.norm(), atol=1e-6)
+    assert torch.allclose(report.weights[0] @ J.double(), u, atol=1e-5)
+    assert report.conflicts == [
+        (x, y) for i, x in enumerate("abc") for j, y in enumerate("abc") if i < j and unit[i] @ unit[j] < 0
+    ]
+    assert report.update_cosines is None
+    before = p.detach().clone()
+    optimizer.step()
+    d = (before - p.detach()).double()
+    assert torch.allclose(optimizer.report.update_cosines, unit @ d / d.norm(), atol=1e-5)
+
+
+def test_losses_and_text():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1))
+    optimizer.total({"up": p.sum(), "down": -p.sum() + p[0] * 0.1, "off": None}).backward()
+    optimizer.step()
+    report = optimizer.report
+    assert {name: float(loss) for name, loss in report.losses.items()} == pytest.approx({"up": -1.0, "down": 1.1})
+    assert "up and down" in str(report)
+    assert str(report).splitlines()[0].split() == ["task", "loss", "norm", "weight", "cos(u,", "g)", "cos(d,", "g)"]
+    scalars = report.scalars()
+    assert scalars["loss/up"] == -1.0
+    assert scalars["conflicting_pairs"] == 1.0
+    assert set(scalars) >= {"norm/up", "weight/down", "cos_direction/up", "cos_update/down"}
+    assert all(isinstance(value, float) for value in scalars.values())
+
+
+def test_stationary_points_are_named():
+    g = torch.tensor([1.0, 2.0, 3.0])
+    p, optimizer = two_tasks(torch.stack([g, -2 * g]))
+    assert optimizer.report.stationary
+    assert (p.grad == 0).all()
+    assert "Pareto stationary" in str(optimizer.report)
+
+
+def test_held_steps_are_named():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1, weight_decay=1.0), surgery="sum", normalize="none")
+    optimizer.set_gradients({"a": [torch.tensor([1.0, 2.0])], "b": [torch.tensor([-1.0, -2.0])]})
+    before = p.detach().clone()
+    optimizer.step()  # decay alone moves along (1, 2), which hurts b; the opposite hurts a
+    assert torch.equal(p.detach(), before)
+    assert optimizer.report.movement.held
+    assert "held" in str(optimizer.report)
+
+
+def test_one_task_and_disjoint_tasks_measure_nothing():
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([a, b], lr=0.1))
+    optimizer.total({"a": a.sum(), "b": b.sum()}).backward()
+    report = optimizer.report
+    assert report.tasks == ("a", "b")
+    assert report.conflicts == []
+    assert report.norms.isnan().all()
+    str(report)
+    optimizer.step()
+
+
+def test_a_zero_gradient_has_no_angle():
+    _, optimizer = two_tasks(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert optimizer.report.direction_cosines.tolist() == [1.0, 0.0]
+    assert optimizer.report.cosines.tolist() == [[1.0, 0.0], [0.0, 0.0]]
