@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from gradsurg.errors import choose
+from gradsurg.surgery.aligned_mtl import AlignedMTL
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.cone import Cone
+from gradsurg.surgery.config import ConFIG
+from gradsurg.surgery.gradvac import GradVac
+from gradsurg.surgery.imtl_g import IMTLG
+from gradsurg.surgery.mean import Mean
 from gradsurg.surgery.mgda import MGDA
 from gradsurg.surgery.pcgrad import PCGrad
+from gradsurg.surgery.random import Random
 from gradsurg.surgery.sum import Sum
 from gradsurg.surgery.upgrad import UPGrad
 
-__all__ = ["MGDA", "SURGERIES", "Cone", "PCGrad", "Sum", "Surgery", "UPGrad", "resolve_surgery"]
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "SURGERIES",
+    "AlignedMTL",
+    "ConFIG",
+    "Cone",
+    "GradVac",
+    "Mean",
+    "PCGrad",
+    "Random",
+    "Sum",
+    "Surgery",
+    "UPGrad",
+    "resolve_surgery",
+]
 
-SURGERIES: dict[str, type[Surgery]] = {cls.name: cls for cls in (Sum, Cone, UPGrad, MGDA, PCGrad)}
+SURGERIES: dict[str, type[Surgery]] = {
+    cls.name: cls for cls in (Sum, Mean, Cone, UPGrad, MGDA, PCGrad, GradVac, IMTLG, AlignedMTL, ConFIG, Random)
+}
 
 
 def resolve_surgery(surgery: str | Surgery) -> Surgery:

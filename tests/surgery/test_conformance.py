@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurg
@@ -20,7 +20,9 @@ class Row:
     linear_scale: bool  # J → cJ gives u → cu
     sum_when_agreeing: bool  # no pair in conflict: the plain weighted sum
     single: float  # the weight of the only task
-    preference: str  # "sum": where nobody conflicts, weights are the preferences
+    preference: str  # "sum": where nobody conflicts, weights are the preferences; else what they stand for
+    cancels: bool = True  # two opposite gradients of equal norm: u = 0
+    denied: str = "surrounding"  # the matrices on which a method that is not conflict-free shows it
 
 
 TABLE = {
@@ -29,10 +31,18 @@ TABLE = {
     "upgrad": Row(True, True, True, True, 1.0, "sum"),
     "mgda": Row(True, True, True, False, 1.0, "promise"),
     "pcgrad": Row(False, False, True, True, 1.0, "sum"),
+    "mean": Row(False, True, True, False, 1.0, "shares"),
+    "random": Row(False, False, True, False, 1.0, "shares", cancels=False),
+    "gradvac": Row(False, False, True, True, 1.0, "sum"),
+    "imtl_g": Row(False, True, True, False, 1.0, "cosines", denied="dependent"),
+    "aligned_mtl": Row(False, True, True, False, 1.0, "sum of stand-ins", denied="dependent"),
+    "config": Row(False, True, True, False, 1.0, "cosines", denied="dependent"),
 }
 names = pytest.mark.parametrize("name", TABLE)
 tasks = st.integers(2, 8)
 seeds = st.integers(0, 100_000)
+# Seven properties of twenty methods: a third of the profile's examples each keeps the file under a minute.
+fewer = settings(max_examples=settings.default.max_examples // 3)
 
 
 def matrix(m, seed, P=12, shift=0.0):
@@ -49,6 +59,7 @@ def test_the_table_has_a_row_for_every_surgery():
 
 
 @names
+@fewer
 @given(m=tasks, seed=seeds)
 def test_conflict_free_or_freed_by_the_guarantee(name, m, seed):
     J = matrix(m, seed)
@@ -64,14 +75,16 @@ def test_conflict_free_or_freed_by_the_guarantee(name, m, seed):
 def test_what_the_table_denies_is_denied(name):
     worst = 0.0
     for seed in range(50):
-        J = matrix(4, seed)
-        J -= 0.95 * J.mean(0)
+        J = matrix(4, seed, P=2 if TABLE[name].denied == "dependent" else 12)
+        if TABLE[name].denied != "dependent":
+            J -= 0.95 * J.mean(0)
         u = gradsurg.combine(J, name)
         worst = min(worst, float((J @ u / (J.norm(dim=1) * u.norm())).min()))
     assert worst < -0.1
 
 
 @names
+@fewer
 @given(m=tasks, seed=seeds)
 def test_order_of_the_tasks(name, m, seed):
     if not TABLE[name].order_free:
@@ -83,6 +96,7 @@ def test_order_of_the_tasks(name, m, seed):
 
 
 @names
+@fewer
 @given(m=tasks, seed=seeds, exponent=st.integers(-12, 12))
 def test_scales_with_the_matrix(name, m, seed, exponent):
     J = matrix(m, seed)
@@ -91,6 +105,7 @@ def test_scales_with_the_matrix(name, m, seed, exponent):
 
 
 @names
+@fewer
 @given(m=tasks, seed=seeds)
 def test_rotations_of_parameter_space_change_nothing(name, m, seed):
     J = matrix(m, seed)
@@ -99,6 +114,7 @@ def test_rotations_of_parameter_space_change_nothing(name, m, seed):
 
 
 @names
+@fewer
 @given(m=tasks, seed=seeds)
 def test_agreeing_tasks(name, m, seed):
     J = matrix(m, seed).abs()
@@ -132,7 +148,10 @@ def test_duplicates_and_opposites(name):
     J = matrix(2, 3)
     assert torch.isfinite(gradsurg.combine(torch.cat([J, J]), name)).all()
     u = gradsurg.combine(torch.stack([J[0], -J[0]]), name)
-    assert u.abs().max() <= 1e-15
+    if TABLE[name].cancels:
+        assert u.abs().max() <= 1e-15
+    else:
+        assert u.abs().max() > 0.1
     if TABLE[name].conflict_free:
         assert torch.equal(u, torch.zeros(12, dtype=torch.float64)), "0 and not noise at a Pareto stationary point"
 
