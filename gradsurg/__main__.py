@@ -7,12 +7,13 @@ import importlib.util
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gradsurg._version import __version__
-from gradsurg.demo import OPTIMIZERS, TASKS, Data, Job, compare, conflicts
+from gradsurg.demo import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.pipeline import GUARANTEES
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options={name: getattr(options, name) for name in ("surgery", "normalize", "guarantee")},
         epochs=options.epochs,
     )
+    try:
+        train(replace(job, epochs=1), Data.digits(BATCH, BATCH), wrapped=True)
+    except ValueError as error:  # one step judges options that fit the others or the tasks badly
+        parser.error(str(error))
     seeds = range(options.seed, options.seed + options.runs)
     runs = compare(job, Data.digits(), seeds)
     title = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,6 +175,18 @@ class Run:
     seconds: float
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A batch of 128 small images is not worth sharing: on two busy cores, two threads were 10 × slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object] = lambda: None) -> Run:
     """Train once, on the plain sum or with gradsurg, from the same parameters and on the same batches."""
     with torch.random.fork_rng(devices=[]):
@@ -204,19 +217,13 @@ def compare(job: Job, data: Data, seeds: Sequence[int], *, bar: bool = True) -> 
     from tqdm import tqdm
 
     runs: dict[str, list[Run]] = {"plain sum": [], "gradsurg": []}
-    threads = torch.get_num_threads()
-    # A batch of 128 small images is not worth sharing: two threads were 10 × slower on two cores with other work.
-    torch.set_num_threads(1)
-    try:
-        total = len(runs) * len(seeds) * job.epochs * data.train.count
-        with tqdm(total=total, unit="step", disable=not bar) as progress:
-            for seed in seeds:
-                for name, done in runs.items():
-                    progress.set_description(f"{name}, seed {seed}")
-                    each = replace(job, seed=seed)
-                    done.append(train(each, data, wrapped=name == "gradsurg", progress=progress.update))
-    finally:
-        torch.set_num_threads(threads)
+    total = len(runs) * len(seeds) * job.epochs * data.train.count
+    with tqdm(total=total, unit="step", disable=not bar) as progress:
+        for seed in seeds:
+            for name, done in runs.items():
+                progress.set_description(f"{name}, seed {seed}")
+                each = replace(job, seed=seed)
+                done.append(train(each, data, wrapped=name == "gradsurg", progress=progress.update))
     return runs
 
 

@@ -8,6 +8,7 @@ import torch
 from gradsurg.__main__ import main
 from gradsurg.demo import OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
+from gradsurg.normalize import NORMALIZERS, Norm
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_a_bad_value_is_a_usage_error(arguments, said, capsys):
     assert said in printed
 
 
+def test_options_that_the_library_refuses_are_usage_errors_too(monkeypatch, capsys):
+    class Picky(Norm):
+        def __init__(self):
+            raise ValueError("picky needs a value for each task")
+
+    monkeypatch.setitem(NORMALIZERS, "picky", Picky)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--normalize", "picky"])
+    assert exit_.value.code == 2
+    assert "picky needs a value for each task" in capsys.readouterr().err
+
+
 def test_help_names_every_option_and_choice(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
@@ -80,7 +93,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(module, mo
 
 
 def test_the_command_prints_the_table_and_writes_the_picture(data, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(Data, "digits", lambda: data)
+    monkeypatch.setattr(Data, "digits", lambda *_: data)
     picture = tmp_path / "picture.png"
     assert main(["--epochs", "1", "--runs", "1", "--seed", "7", "--output", str(picture)]) == 0
     out, err = capsys.readouterr()
@@ -97,6 +110,18 @@ def test_no_update_of_gradsurg_conflicts_and_most_of_plain_adam_do(runs):
     )
     assert ours <= 1e-3
     assert plain > 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "adamw", "rmsprop", "adagrad", "nadam"])
+def test_the_update_is_held_under_schedule_and_clipping(optimizer):
+    """192 steps of the whole job; the same as benchmarks/conflicts.py, in short."""
+    data = Data.digits(test=128)
+    job = Job(
+        optimizer=optimizer, epochs=4, clip=1.0, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 192)
+    )
+    run = train(job, data, wrapped=True)
+    assert len(run.update) == 192
+    assert conflicts(run.update).double().mean() <= 1e-3
 
 
 def test_no_gradient_of_gradsurg_conflicts(runs):
