@@ -1,0 +1,426 @@
+"""What normalisers remember, what they refuse, and what happens after a refusal, through wrap()."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from hostile import FAMILIES, draw
+from models import TASKS, build, equal_weights, same, twins
+
+import gradsurg
+from gradsurg.normalize import (
+    DWA,
+    FAMO,
+    IMTLL,
+    NORMALIZERS,
+    STCH,
+    GeneralizedMean,
+    GradNorm,
+    InitialLoss,
+    LogVariances,
+    Norm,
+    PriorLoss,
+    RandomWeights,
+    Tchebycheff,
+    Uncertainty,
+)
+from gradsurg.pipeline import Pipeline
+from gradsurg.problem import Problem
+from gradsurg.surgery import SURGERIES
+
+PRIORS = PriorLoss({"left": 1.0, "right": 5.0, "whole": 0.2})
+STATEFUL = {
+    "norm": Norm(smoothing=0.8),
+    "initial_loss": InitialLoss(steps=6),
+    "dwa": DWA(period=2),
+    "uncertainty": Uncertainty(rate=0.1, classification=("left",)),
+    "gradnorm": GradNorm(rate=0.1),
+    "famo": FAMO(rate=0.1),
+    "imtl_l": IMTLL(rate=0.1),
+}
+ALL = {name: STATEFUL.get(name, PRIORS if name == "prior_loss" else kind()) for name, kind in NORMALIZERS.items()}
+NEED_POSITIVE = ["loss", "initial_loss", "generalized_mean", "dwa", "uncertainty", "gradnorm", "famo", "imtl_l"]
+NEED_LOSSES = [*NEED_POSITIVE, "tchebycheff", "stch"]
+ONES = torch.ones(3, dtype=torch.float64)
+
+
+def wrapped(model, normalizer, **options):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    return gradsurg.wrap(optimizer, normalize=normalizer, surgery="pcgrad", **options)
+
+
+def train(model, optimizer, batches, tasks=lambda batch: TASKS):
+    for batch in batches:
+        optimizer.zero_grad()
+        losses = model.losses(batch)
+        optimizer.total({name: losses[name] for name in tasks(batch)}).backward()
+        optimizer.step()
+
+
+def state_of(optimizer):
+    return optimizer.param_groups[0]["gradsurg"]["state"]["normalize"]
+
+
+def is_plain(value):
+    if isinstance(value, dict):
+        return all(type(key) is str for key in value) and all(map(is_plain, value.values()))
+    return all(map(is_plain, value)) if type(value) is list else type(value) in (int, float, str)
+
+
+def some_tasks(batch):
+    """All, or all but one: tasks come and go."""
+    return [name for i, name in enumerate(TASKS) if i != batch % 5]
+
+
+RUNS = [(name, "model", some_tasks) for name in ALL]
+RUNS += [(name, "tensor", lambda batch: TASKS) for name in STATEFUL]
+
+
+@pytest.mark.parametrize(("name", "granularity", "tasks"), RUNS)
+def test_a_resumed_run_is_an_uninterrupted_one(name, tasks, granularity):
+    straight, resumed = twins()
+    train(straight, wrapped(straight, ALL[name], granularity=granularity), range(8), tasks)
+
+    first = wrapped(resumed, ALL[name], granularity=granularity)
+    train(resumed, first, range(5), tasks)
+    file = io.BytesIO()
+    torch.save({"model": resumed.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = build(seed=1)
+    other.load_state_dict(saved["model"])
+    second = wrapped(other, ALL[name], granularity=granularity)
+    second.load_state_dict(saved["optimizer"])
+    assert same(state_of(second), state_of(first))
+    train(other, second, range(5, 8), tasks)
+    assert equal_weights(straight, other)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_is_saved_is_plain_and_matters(name):
+    """Without the saved state the resumed run would differ: the test above could not pass by chance."""
+    model = build()
+    optimizer = wrapped(model, STATEFUL[name])
+    train(model, optimizer, range(4))
+    state = state_of(optimizer)
+    assert state
+    assert is_plain(state)
+    assert json.loads(json.dumps(state)) == state
+    forgetful = copy.deepcopy(model)
+    amnesiac = wrapped(forgetful, STATEFUL[name])
+    amnesiac.load_state_dict(optimizer.state_dict())
+    amnesiac.param_groups[0]["gradsurg"]["state"] = {}
+    train(forgetful, amnesiac, range(7, 9))
+    train(model, optimizer, range(7, 9))
+    assert not equal_weights(model, forgetful)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in STATEFUL])
+def test_the_others_remember_nothing(name):
+    model = build()
+    optimizer = wrapped(model, ALL[name])
+    train(model, optimizer, range(3))
+    assert state_of(optimizer) == {}
+
+
+def memory_of(state, task):
+    return state.get("logits", state).get(task)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_task_that_is_away_keeps_its_memory(name):
+    model = build()
+    optimizer = wrapped(model, STATEFUL[name])
+    train(model, optimizer, range(3))
+    before = memory_of(state_of(optimizer), "right")
+    assert before is not None
+    train(model, optimizer, range(3, 6), lambda batch: ["whole", "left"])
+    kept = memory_of(state_of(optimizer), "right")
+    assert kept == before, "also of gradnorm, which rescales to Σ w = m among the tasks present"
+    assert memory_of(state_of(optimizer), "left") != before
+    train(model, optimizer, range(6, 8))
+    report = optimizer.report
+    assert bool(torch.isfinite(report.scales).all())
+    assert bool((report.scales > 0).all())
+
+
+def test_each_task_counts_its_own_steps():
+    """With the others always there, a task that is there every other step has half their history."""
+    losses = {"a": [4.0, 2.0, 2.0, 1.0], "b": [1.0, 9.0, 3.0, 9.0]}
+    present = [("a", "b"), ("a",), ("a", "b"), ("a",)]
+    for normalizer in (InitialLoss(steps=2), DWA()):
+        state = {}
+        for t, tasks in enumerate(present):
+            values = torch.tensor([losses[name][t] for name in tasks], dtype=torch.float64)
+            m = len(tasks)
+            problem = Problem(torch.eye(m).double(), ONES[:m], tasks, values)
+            _, state = normalizer.scales(problem, state)
+        if isinstance(normalizer, DWA):
+            assert state["b"]["means"] == [1.0, 3.0]
+            assert state["a"]["means"] == [2.0, 1.0]
+        else:
+            assert state == {"a": {"sum": 6.0, "count": 2}, "b": {"sum": 4.0, "count": 2}}
+
+
+def test_initial_losses_are_no_longer_read_once_measured():
+    problem = Problem(torch.eye(3).double(), ONES, TASKS, ONES * 2)
+    _, state = InitialLoss().scales(problem, {})
+    unread = Problem(torch.eye(3).double(), ONES, TASKS, None)
+    scales, _ = InitialLoss().scales(unread, state)
+    assert scales.tolist() == [1.0] * 3
+
+
+def test_famo_does_not_judge_a_task_by_a_loss_from_before_it_went_away():
+    famo = FAMO()
+
+    def step(state, tasks, losses):
+        m = len(tasks)
+        losses = torch.tensor(losses, dtype=torch.float64)
+        return famo.scales(Problem(torch.eye(m).double(), ONES[:m], tuple(tasks), losses), state)[1]
+
+    state = step(step({}, "abc", [1.0, 2.0, 3.0]), "ab", [2.0, 1.0])
+    returned = step(state, "abc", [2.0, 1.5, 1e6])
+    assert returned["logits"]["c"] == state["logits"]["c"]
+    assert returned["logits"]["a"] != state["logits"]["a"]
+
+
+def test_a_smoothed_norm_leaves_steps_with_zero_gradient_out():
+    norm = Norm(smoothing=0.5)
+
+    def step(state, norms):
+        G = torch.diag(torch.tensor(norms, dtype=torch.float64).square())
+        return norm.scales(Problem(G, ONES[:2], ("a", "b")), state)
+
+    _, state = step({}, [3.0, 1.0])
+    scales, asleep = step(state, [0.0, 1.0])
+    assert asleep["a"] == state["a"]
+    assert scales[0] == 0
+    scales, _ = step(asleep, [3.0, 1.0])
+    assert float(scales[1] / scales[0]) == pytest.approx(3.0, rel=1e-14)
+
+
+def test_blocks():
+    """Scales have shape (blocks, m): norms apart in each block, losses and learned weights alike in all."""
+    J = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    G = J @ J.mT
+    losses = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    for name, normalizer in ALL.items():
+        state = {}
+        for _ in range(3):
+            scales, state = normalizer.scales(Problem(G, ONES, TASKS, losses), state)
+            assert scales.shape == (4, 3), name
+            if name == "norm":
+                for block in range(4):
+                    alone, _ = Norm().scales(Problem(G[block], ONES, TASKS), {})
+                    assert (scales[block] - alone).abs().max() < 1e-12  # the norms stay, so does their average
+            else:
+                assert torch.equal(scales, scales[:1].expand(4, 3)), name
+        if name == "gradnorm":
+            whole = G.sum(0, keepdim=True)
+            alone = {}
+            for _ in range(3):
+                _, alone = normalizer.scales(Problem(whole, ONES, TASKS, losses), alone)
+            for task in TASKS:
+                assert alone[task]["value"] == pytest.approx(state[task]["value"], rel=1e-12)
+
+
+def test_a_changed_number_of_blocks_starts_the_average_afresh():
+    norm = Norm(smoothing=0.9)
+    three = torch.eye(3).double() * torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)[:, None, None]
+    _, state = norm.scales(Problem(three, ONES, TASKS), {})
+    _, fresh = norm.scales(Problem(three[:2], ONES, TASKS), {})
+    _, changed = norm.scales(Problem(three[:2], ONES, TASKS), state)
+    assert changed == fresh
+    assert len(state["left"]["average"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "way"), [(0.0, "total"), (-1.5, "backward"), (math.nan, "total"), (math.inf, "backward")]
+)
+@pytest.mark.parametrize("name", NEED_LOSSES)
+def test_a_loss_that_cannot_be_used_is_refused_and_the_next_step_works(name, wrong, way):
+    if name not in NEED_POSITIVE and math.isfinite(wrong):
+        return
+    model, twin = twins()
+    optimizer, undisturbed = wrapped(model, ALL[name]), wrapped(twin, ALL[name])
+    for each, its in ((model, optimizer), (twin, undisturbed)):
+        train(each, its, range(2))
+        its.total(each.losses(2)).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    before = copy.deepcopy(optimizer.param_groups[0]["gradsurg"])
+    losses = model.losses(3)
+    # The value is wrong, the gradient is not: nothing but the normaliser can notice.
+    losses["right"] = losses["right"] - losses["right"].detach() + wrong
+    run = optimizer.total(losses).backward if way == "total" else lambda: optimizer.backward(losses)
+    with pytest.raises(ValueError, match=rf"normalize='{name}': the loss of task 'right' is {wrong!r}") as caught:
+        run()
+    if math.isfinite(wrong):
+        assert "needs a positive one" in str(caught.value)
+        assert "normalize='norm'" in str(caught.value)
+    assert same([p.grad for p in model.parameters()], gradients)
+    assert same(optimizer.param_groups[0]["gradsurg"], before)
+    train(model, optimizer, range(4, 6))
+    train(twin, undisturbed, range(4, 6))
+    assert equal_weights(model, twin)
+    assert same(state_of(optimizer), state_of(undisturbed))
+
+
+@pytest.mark.parametrize("name", ["tchebycheff", "stch"])
+def test_the_others_take_negative_losses(name):
+    J = draw("random", 3, 8, 0)
+    losses = torch.tensor([-3.0, -1.0, 0.0], dtype=torch.float64)
+    weights = gradsurg.weights(J @ J.T, "sum", normalize=name, losses=losses)
+    assert int(weights.argmax()) == 2
+
+
+@pytest.mark.parametrize("name", NEED_LOSSES)
+def test_gradients_without_losses_are_refused_and_the_next_step_works(name):
+    model = build("all shared")
+    optimizer = wrapped(model, ALL[name])
+    rows = {task: [torch.ones_like(p) for p in model.parameters()] for task in TASKS}
+    with pytest.raises(
+        ValueError, match=rf"normalize='{name}' reads the values of the losses.*'right'.*total\(losses\)"
+    ):
+        optimizer.set_gradients(rows)
+    assert all(p.grad is None for p in model.parameters())
+    with optimizer.task("left"):
+        model.losses(0)["left"].backward()
+    alone = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="reads the values of the losses"), optimizer.task("right"):
+        model.losses(0)["right"].backward()
+    assert same([p.grad for p in model.parameters()], alone)
+    with pytest.raises(ValueError, match=r"losses= in gradsurg\.weights"):
+        gradsurg.weights(torch.eye(3), normalize=ALL[name])
+    train(model, optimizer, range(2))
+    assert optimizer.report.tasks == TASKS
+
+
+@pytest.mark.parametrize("name", NEED_LOSSES)
+def test_losses_of_the_wrong_number_are_refused(name):
+    normalizer = ALL[name]
+    with pytest.raises(ValueError, match=r"losses has shape \(2,\): pass one number per task, 3"):
+        gradsurg.weights(torch.eye(3), normalize=normalizer, losses=torch.ones(2))
+
+
+def test_prior_loss_without_a_value():
+    model = build()
+    optimizer = wrapped(model, PriorLoss({"left": 1.0}))
+    with pytest.raises(ValueError, match=r"no value for task 'right' \(given: \['left'\]\).*class_entropy"):
+        optimizer.total(model.losses(0)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+WRONG_OPTIONS = [
+    (lambda: Norm(smoothing=1.0), r"Norm\(smoothing\)=1.0: pass a finite number, at least 0, below 1"),
+    (lambda: Norm(smoothing=-0.1), "smoothing"),
+    (lambda: Norm(smoothing="0.9"), "smoothing"),
+    (lambda: InitialLoss(steps=0), r"steps\)=0: .*at least 1"),
+    (lambda: InitialLoss(steps=2.5), "whole number"),
+    (lambda: PriorLoss({"a": 0.0}), r"PriorLoss\(values\)\['a'\]=0.0: .*above 0"),
+    (lambda: PriorLoss({"a": math.nan}), "above 0"),
+    (lambda: PriorLoss({1: 1.0}), "keys are task names"),
+    (lambda: PriorLoss([1.0]), "dict from task name"),
+    (lambda: GeneralizedMean(math.nan), "gamma"),
+    (lambda: GeneralizedMean(math.inf), "gamma"),
+    (lambda: DWA(temperature=0), "temperature.*above 0"),
+    (lambda: DWA(period=0), "period"),
+    (lambda: DWA(period=1.5), "whole number"),
+    (lambda: Uncertainty(rate=0), "rate"),
+    (lambda: Uncertainty(classification="left"), "list of strings"),
+    (lambda: GradNorm(alpha=-1), "alpha.*at least 0"),
+    (lambda: GradNorm(rate=math.inf), "rate"),
+    (lambda: FAMO(rate=-1), "rate"),
+    (lambda: FAMO(decay=-1), "decay"),
+    (lambda: IMTLL(rate=0), "rate"),
+    (lambda: STCH(mu=0), "mu.*above 0"),
+    (lambda: STCH(ideal={"a": math.inf}), "ideal"),
+    (lambda: Tchebycheff(ideal=3), "dict from task name"),
+    (lambda: LogVariances(["a", "a"]), "different task names"),
+    (lambda: LogVariances(["a"], classification=["b"]), "names 'b', but the tasks are"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG_OPTIONS)
+def test_wrong_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options_are_copied_with_the_optimizer(name):
+    normalizer = ALL[name]
+    assert pickle.loads(pickle.dumps(normalizer)) == normalizer == copy.deepcopy(normalizer)
+    values = {"left": 1.0}
+    prior = PriorLoss(values)
+    values["left"] = -1.0
+    assert prior.values == {"left": 1.0}
+
+
+@pytest.mark.parametrize("surgery", ["sum", "cone", "upgrad", "pcgrad"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_guarantee_holds_on_top_of_every_normaliser(family, surgery):
+    """Also for tasks that a normaliser silences: a scale of nothing must not take the protection away."""
+    J = draw(family, 3, 10, 1)
+    losses = torch.tensor([1e-3, 1.0, 50.0], dtype=torch.float64)
+    for name, normalizer in ALL.items():
+        pipeline = Pipeline(normalizer, SURGERIES[surgery](), guarantee="gradient")
+        weights = pipeline.direction(Problem(J @ J.T, ONES, TASKS, losses), {}).weights
+        u = weights @ J
+        norms = J.norm(dim=1)
+        if float(u.norm()) > 1e-9 * float((weights.abs() * norms).sum()):
+            cosines = J @ u / (norms * u.norm())
+            assert cosines[norms > 0].min() >= -1e-6, name
+
+
+def test_log_variances_are_trained_by_the_same_optimizer():
+    """Kendall's form proper: model and log-variances under one Adam, equal to plain training of the summed loss."""
+    model, twin = twins()
+    variances = LogVariances(TASKS, classification=["left"])
+    parameters = [*model.parameters(), *variances.parameters()]
+    optimizer = gradsurg.wrap(torch.optim.Adam(parameters, lr=0.02), normalize="none", surgery="sum", guarantee="none")
+    logs = {task: torch.zeros((), requires_grad=True) for task in TASKS}
+    plain = torch.optim.Adam([*twin.parameters(), *logs.values()], lr=0.02)
+    for batch in range(20):
+        optimizer.zero_grad()
+        optimizer.total(variances(model.losses(batch))).backward()
+        optimizer.step()
+        plain.zero_grad()
+        factor = {"left": 1.0, "right": 0.5, "whole": 0.5}
+        sum(factor[t] * torch.exp(-logs[t]) * loss + logs[t] / 2 for t, loss in twin.losses(batch).items()).backward()
+        plain.step()
+    for value, task in zip(variances.values, TASKS, strict=True):
+        assert value.item() == pytest.approx(logs[task].item(), abs=1e-5)
+        assert abs(value.item()) > 0.01, "it must have learned something"
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-4
+
+
+def test_log_variances_know_their_tasks():
+    with pytest.raises(ValueError, match="names the task 'b', but the tasks are"):
+        LogVariances(["a"])({"b": torch.ones(())})
+    assert len(list(LogVariances(["left.eye", "right eye"]).parameters())) == 2
+
+
+@pytest.mark.parametrize("normalizer", [RandomWeights(), STATEFUL["famo"], STATEFUL["norm"]])
+def test_accumulated_micro_batches_advance_the_state_once(normalizer):
+    model = build()
+    optimizer = wrapped(model, normalizer)
+    for batch in range(3):
+        optimizer.total(model.losses(batch)).backward()
+    scales = optimizer.report.scales
+    optimizer.step()
+    state = state_of(optimizer)
+    if isinstance(normalizer, FAMO):
+        assert [memory["steps"] for memory in state["logits"].values()] == [0, 0, 0]
+    elif isinstance(normalizer, Norm):
+        assert state["left"]["weight"] == [pytest.approx(0.2)]
+    else:
+        draws = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        published = torch.softmax(draws, 0)
+        assert (scales[0] / scales[0].sum() - published).abs().max() < 1e-12
