@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsurg.demo import TASKS, Run, conflicts
 
-__all__ = ["plot", "table"]
+__all__ = ["percent", "plot", "spread", "table"]
 
 # Told apart by eyes that see no red or green, and in grey print: a light broken line against a dark full one.
 STYLES: dict[str, dict[str, Any]] = {
@@ -32,11 +32,11 @@ def table(runs: dict[str, list[Run]]) -> str:
     ]
     columns = [["", *titles]]
     for name, each in runs.items():
-        scores = [_spread([run.scores[task] for run in each], ".1f") for task in tasks]
-        gradient = _spread([_percent(run.gradient) for run in each], ".1f")
-        update = _spread([_percent(run.update) for run in each], ".1f")
+        scores = [spread([run.scores[task] for run in each], ".1f") for task in tasks]
+        gradient = spread([percent(run.gradient) for run in each], ".1f")
+        update = spread([percent(run.update) for run in each], ".1f")
         worst = min(run.update.min().item() for run in each)
-        seconds = _spread([run.seconds for run in each], ".4f")
+        seconds = spread([run.seconds for run in each], ".4f")
         columns.append([name, *scores, gradient, update, f"{worst:.1g}", seconds])
     widths = [max(map(len, column)) for column in columns]
     lines = [
@@ -97,7 +97,8 @@ def _draw(axes: Any, name: str, lines: Sequence[Tensor], first: int) -> None:
     axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _percent(cosines: Tensor) -> float:
+def percent(cosines: Tensor) -> float:
+    """Return how many of 100 steps conflict with some task."""
     return 100 * conflicts(cosines).double().mean().item()
 
 
@@ -105,7 +106,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Return "mean ± standard deviation", or the one value."""
     numbers = torch.tensor(values, dtype=torch.float64)
     mean = format(numbers.mean().item(), form)
     return mean if len(values) == 1 else f"{mean} ± {format(numbers.std().item(), form)}"
