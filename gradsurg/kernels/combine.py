@@ -15,7 +15,7 @@ from gradsurg.kernels.gramian import TRITON_DTYPES, Rows
 from gradsurg.kernels.table import device_of, guard, plan
 from gradsurg.kernels.vectors import HOLD, LEAVE, WRITE, row_start
 
-__all__ = ["TASKS", "combine", "combine_kernel", "correct"]
+__all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for"]
 
 WARPS = 4
 # How many rows are loaded together; further ones come in a loop that looks their addresses up again.
@@ -159,6 +159,14 @@ def correct(
     _launch(rows, -coefficients, after, after, kept, blocks, signs, modes)
 
 
+def registers_for(itemsize: int) -> int | None:
+    """Return how many registers ptxas may use; None leaves it to it.
+
+    Left alone it stops at 72 for 8 tasks in float64 on sm_80, and spills 7 times.
+    """
+    return 128 if itemsize == 8 else None
+
+
 def _launch(
     rows: Rows,
     weights: Tensor,
@@ -195,6 +203,7 @@ def _launch(
                 OUT=TRITON_DTYPES[out_dtype],
                 ALIGNED=launch.aligned,
                 num_warps=WARPS,
+                maxnreg=registers_for(row_dtype.itemsize),
                 enable_fp_fusion=True,
             )
     for target, column in zip(out, layout.keep, strict=True):

@@ -101,7 +101,7 @@ def _launch(kernel: GramianKernel, launch: Launch, layout: Plan, partials: Tenso
             LANES=32 * pairs.WARPS,
             PRODUCT=tl.float32 if dtype.itemsize == 2 else tl.float64,
             num_warps=pairs.WARPS,
-            maxnreg=pairs.REGISTERS.get(kernel.tasks),
+            maxnreg=pairs.registers_for(kernel.tasks, dtype.itemsize),
             **common,
         )
     else:

@@ -144,7 +144,7 @@ def _pairs() -> Iterator[Specialisation]:
                     },
                     pairs.WARPS,
                     M if aligned else 0,
-                    pairs.REGISTERS.get(M),
+                    pairs.registers_for(M, dtype.itemsize),
                 )
 
 
@@ -205,6 +205,7 @@ def _inner() -> Iterator[Specialisation]:
                     },
                     inner.WARPS,
                     (tasks * row.itemsize + 2 * out.itemsize) * V // 16 if aligned else 0,
+                    inner.registers_for(tasks, aligned),
                 )
 
 
@@ -235,6 +236,7 @@ def _combine() -> Iterator[Specialisation]:
                     },
                     combine.WARPS,
                     ((1 + more) * tasks * row.itemsize + out.itemsize) * V // 16 if aligned else 0,
+                    combine.registers_for(row.itemsize),
                 )
 
 
@@ -257,6 +259,7 @@ def _cone() -> Iterator[Specialisation]:
                 },
                 {"M": tasks, "SIMPLEX": simplex},
                 cone.warps_for(tasks),
+                registers=cone.registers_for(tasks),
             )
 
 

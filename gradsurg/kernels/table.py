@@ -104,7 +104,9 @@ def plan(
     roles = [0] * width if roles is None else roles
     columns, addresses, shapes = [], [], []
     for k, column in enumerate(zip(*lists, strict=True)):
-        flat = _same_dtypes(flat_column(column), roles)
+        # A flat view may have a stride, as that of a[:, ::2] has: kernels read neighbours.
+        flat = [None if t is None else t.contiguous() for t in flat_column(column)]
+        flat = _same_dtypes(flat, roles)
         columns.append(flat)
         present = [t for t in flat if t is not None]
         here = [0 if t is None else t.data_ptr() for t in flat]
