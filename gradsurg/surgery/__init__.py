@@ -5,12 +5,15 @@ from __future__ import annotations
 from gradsurg.errors import choose
 from gradsurg.surgery.aligned_mtl import AlignedMTL
 from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.cagrad import CAGrad
 from gradsurg.surgery.cone import Cone
 from gradsurg.surgery.config import ConFIG
+from gradsurg.surgery.fairgrad import FairGrad
 from gradsurg.surgery.gradvac import GradVac
 from gradsurg.surgery.imtl_g import IMTLG
 from gradsurg.surgery.mean import Mean
 from gradsurg.surgery.mgda import MGDA
+from gradsurg.surgery.nash_mtl import NashMTL
 from gradsurg.surgery.pcgrad import PCGrad
 from gradsurg.surgery.random import Random
 from gradsurg.surgery.sum import Sum
@@ -21,10 +24,13 @@ __all__ = [
     "MGDA",
     "SURGERIES",
     "AlignedMTL",
+    "CAGrad",
     "ConFIG",
     "Cone",
+    "FairGrad",
     "GradVac",
     "Mean",
+    "NashMTL",
     "PCGrad",
     "Random",
     "Sum",
@@ -34,7 +40,23 @@ __all__ = [
 ]
 
 SURGERIES: dict[str, type[Surgery]] = {
-    cls.name: cls for cls in (Sum, Mean, Cone, UPGrad, MGDA, PCGrad, GradVac, IMTLG, AlignedMTL, ConFIG, Random)
+    cls.name: cls
+    for cls in (
+        Sum,
+        Mean,
+        Cone,
+        UPGrad,
+        MGDA,
+        PCGrad,
+        GradVac,
+        CAGrad,
+        IMTLG,
+        NashMTL,
+        FairGrad,
+        AlignedMTL,
+        ConFIG,
+        Random,
+    )
 }
 
 

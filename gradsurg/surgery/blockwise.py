@@ -15,7 +15,11 @@ from torch import Tensor
 
 from gradsurg.problem import Problem, State
 
-__all__ = ["Block", "Matrix", "Memory", "Vector", "each_block"]
+__all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block"]
+
+# What a method whose answer does not scale with the gradients by itself measures them in: their root mean square norm,
+# or the bare number of the published equation.
+UNITS = {name: name for name in ("relative", "absolute")}
 
 Vector = list[float]
 Matrix = list[Vector]

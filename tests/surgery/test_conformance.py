@@ -36,6 +36,9 @@ TABLE = {
     "gradvac": Row(False, False, True, True, 1.0, "sum"),
     "imtl_g": Row(False, True, True, False, 1.0, "cosines", denied="dependent"),
     "aligned_mtl": Row(False, True, True, False, 1.0, "sum of stand-ins", denied="dependent"),
+    "cagrad": Row(False, True, True, False, 1.5, "mean"),
+    "nash_mtl": Row(True, True, True, False, 1.0, "progress"),
+    "fairgrad": Row(True, True, True, False, 1.0, "progress"),
     "config": Row(False, True, True, False, 1.0, "cosines", denied="dependent"),
 }
 names = pytest.mark.parametrize("name", TABLE)
