@@ -1,11 +1,13 @@
 """gramian.py against its float64 twin, over every kind of tensor that a gradient can be."""
 
+import threading
+
 import pytest
 import torch
 
 from gradsurg import gramian as fast
 from gradsurg import reference
-from gradsurg.blocks import BLOCK, SMALL, blocks, flat_column
+from gradsurg.blocks import BLOCK, SMALL, Workspace, blocks, flat_column
 from gradsurg.gramian import MATMUL_FROM
 
 # Of |g_i| |g_j|: running float64 sums over blocks of 131 072 (1.1e-13 on constant rows), and pairwise ones.
@@ -103,14 +105,28 @@ def test_blocks_read_every_number_once_and_keep_tags_apart():
     shapes = [(SMALL - 1,), (2 * BLOCK + 7,), (5,), (6,), ()]
     tensors = [torch.full(shape, float(k + 1)) for k, shape in enumerate(shapes)]
     tags = ["a", "a", "b", "a", "b"]
-    seen = dict.fromkeys(range(len(shapes)), 0)
-    for tag, (block,) in blocks([tensors], tags=tags):
-        assert block.numel() <= 2 * BLOCK
+    seen = {k: 0 for k in range(len(shapes))}
+    for tag, (pieces,) in blocks([tensors], tags=tags):
+        assert sum(piece.numel() for piece in pieces) <= BLOCK + SMALL
         for k in range(len(shapes)):
-            count = int((block == k + 1).sum())
+            count = sum(int((piece == k + 1).sum()) for piece in pieces)
             assert count == 0 or tags[k] == tag
             seen[k] += count
     assert seen == {k: t.numel() for k, t in enumerate(tensors)}
+
+
+def test_buffers_are_kept_and_never_shared_by_threads():
+    workspace = Workspace()
+    first = workspace.buffer(0, 10, torch.float64, torch.device("cpu"))
+    assert workspace.buffer(0, 20, torch.float64, torch.device("cpu")).data_ptr() == first.data_ptr()
+    assert workspace.buffer(1, 10, torch.float64, torch.device("cpu")).data_ptr() != first.data_ptr()
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append(workspace.buffer(0, 10, torch.float64, first.device)))
+    thread.start()
+    thread.join()
+    assert elsewhere[0].data_ptr() != first.data_ptr()
+    with pytest.raises(ValueError, match="elements, more than"):
+        workspace.buffer(0, BLOCK + SMALL + 1, torch.float64, first.device)
 
 
 @pytest.mark.parametrize("exact", [False, True])
