@@ -6,11 +6,14 @@ benchmarks/kernel_budget.json, and benchmarks/gpu.py prints them.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from gradsurg.kernels import combine, cone, dots, inner, pairs, reduce
 from gradsurg.kernels.dispatch import DTYPES, vector
 from gradsurg.kernels.gramian import TRITON_DTYPES
 
-__all__ = ["ARCHITECTURES", "Facts", "Specialisation", "compile_for", "facts", "shipped"]
+__all__ = ["ARCHITECTURES", "Facts", "Specialisation", "compile_for", "facts", "measure", "shipped"]
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -124,6 +127,21 @@ def facts(specialisation: Specialisation, compiled: Any) -> Facts:
         instructions=len(loop),
         turns=wide // specialisation.wide_loads if specialisation.wide_loads else 0,
     )
+
+
+def measure(architecture: int, names: Sequence[str]) -> dict[str, Facts]:
+    """Compile the named specialisations, on all cores, and return the facts of each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = [(architecture, name) for name in names]
+    # Started afresh: a fork of a process with torch's threads may hang.
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(names, pool.map(_measure_one, jobs), strict=True))
+
+
+def _measure_one(job: tuple[int, str]) -> Facts:
+    architecture, name = job
+    specialisation = next(one for one in shipped() if one.name == name)
+    return facts(specialisation, compile_for(specialisation, architecture))
 
 
 def _pairs() -> Iterator[Specialisation]:

@@ -111,7 +111,7 @@ def test_layouts_and_complex_numbers():
 
 def test_one_gramian_a_block():
     sizes = [100, 0, 257, 31, 5000, 2]
-    rows, like = make_rows(4, sizes)
+    rows, _ = make_rows(4, sizes)
     blocks = [0, 1, 2, 2, 3, 5]
     got = gramian.gramian(rows, blocks=blocks)
     assert got.shape == (6, 4, 4)

@@ -1,0 +1,71 @@
+"""What the compiled kernels are made of, for every specialisation that ships: no GPU is needed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are compiled where it is")
+
+from gradsurg.kernels.shipped import ARCHITECTURES, measure, shipped  # noqa: E402
+
+BUDGET = json.loads((Path(__file__).parents[2] / "benchmarks" / "kernel_budget.json").read_text())
+NAMES = [specialisation.name for specialisation in shipped()]
+# One of each kernel, at its largest, and those that ptxas has spilled before.
+QUICK = [
+    "pairs m<=4 bf16 aligned",
+    "pairs m<=8 fp32 aligned",
+    "pairs m<=8 bf16 aligned",
+    "dots m<=16 bf16 aligned",
+    "dots m<=32 fp32 aligned",
+    "reduce",
+    "inner 8 tasks fp32 rows fp32 aligned",
+    "combine 8 tasks fp32 rows fp32 aligned",
+    "combine 8 tasks fp32 rows fp32 unaligned",
+    "cone m<=8",
+    "simplex m<=32",
+]
+
+
+def check(architecture, names):
+    expected = {specialisation.name: specialisation.wide_loads for specialisation in shipped()}
+    wrong = {}
+    for name, facts in measure(architecture, names).items():
+        problems = []
+        if facts.spills or facts.local:
+            problems.append("local memory is used")
+        if expected[name] and (facts.turns < 1 or facts.wide_loads != facts.turns * expected[name]):
+            problems.append(f"{facts.wide_loads} loads of 16 bytes where a multiple of {expected[name]} is due")
+        if expected[name] and facts.narrow_loads:
+            problems.append(f"{facts.narrow_loads} narrow loads in the main loop")
+        if triton.__version__ == BUDGET["triton"]:
+            registers, shared = BUDGET["budget"][f"sm_{architecture}"][name]
+            if facts.registers > registers or facts.shared > shared:
+                problems.append(f"the budget is {registers} registers and {shared} bytes of shared memory")
+        if problems:
+            wrong[name] = (problems, facts)
+    assert not wrong
+
+
+def test_largest_kernels():
+    check(90, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_that_ships(architecture):
+    check(architecture, NAMES)
+
+
+def test_budget_is_of_what_ships():
+    assert list(BUDGET["budget"]) == [f"sm_{architecture}" for architecture in ARCHITECTURES]
+    for budget in BUDGET["budget"].values():
+        assert list(budget) == NAMES
+
+
+def test_budget_is_of_this_triton():
+    if triton.__version__ != BUDGET["triton"]:
+        pytest.skip(
+            f"registers were counted with Triton {BUDGET['triton']}, this is {triton.__version__}: "
+            "python benchmarks/gpu.py --write-budget counts anew"
+        )

@@ -1,0 +1,92 @@
+"""Tables of pointers and items: what is cut where, and what is cached."""
+
+import pytest
+import torch
+
+from gradsurg.kernels import table
+from gradsurg.kernels.table import CHUNK_LEAST, CHUNK_MOST, CHUNK_TARGET_PROGRAMS, chunk_for, launches_for, plan
+
+
+@pytest.mark.parametrize(
+    ("total", "chunk"),
+    [
+        (0, CHUNK_LEAST),
+        (2 * CHUNK_LEAST * CHUNK_TARGET_PROGRAMS - 1, CHUNK_LEAST),
+        (2 * CHUNK_LEAST * CHUNK_TARGET_PROGRAMS, 2 * CHUNK_LEAST),
+        (CHUNK_MOST * CHUNK_TARGET_PROGRAMS - 1, CHUNK_MOST // 2),
+        (CHUNK_MOST * CHUNK_TARGET_PROGRAMS, CHUNK_MOST),
+        (10**12, CHUNK_MOST),
+    ],
+)
+def test_size_of_an_item(total, chunk):
+    assert chunk_for(total) == chunk
+    assert chunk % 8 == 0  # so that an item of an aligned tensor starts at a multiple of 16 bytes
+
+
+def test_items_cover_every_element_once_and_in_order():
+    sizes = [1, 0, 4096, 4097, 3 * 2**31]
+    items = launches_for(sizes, 2**30)
+    assert [(k, first) for k, first, _ in items] == sorted((k, first) for k, first, _ in items)
+    for k, size in enumerate(sizes):
+        mine = [(first, count) for j, first, count in items if j == k]
+        assert sum(count for _, count in mine) == size
+        assert all(first == i * 2**30 for i, (first, _) in enumerate(mine))
+
+
+def test_fields_and_launches():
+    column = [torch.zeros(5000), torch.zeros(3), torch.zeros(0), torch.zeros(9)[1:], torch.zeros(7).bfloat16()]
+    layout = plan([column, [None, *[t.clone() for t in column[1:]]]], blocks=[0, 0, 1, 1, 2], signs=[1, 1, 1, -1, 1])
+    by_key = {(launch.dtypes, launch.aligned): launch.items.tolist() for launch in layout.launches}
+    assert by_key == {
+        ((torch.float32,), True): [[0, 0, 4096, 0, 0, 1], [0, 4096, 904, 1, 0, 1], [1, 0, 3, 2, 0, 1]],
+        ((torch.float32,), False): [[3, 0, 8, 3, 1, -1]],
+        ((torch.bfloat16,), True): [[4, 0, 7, 4, 2, 1]],
+    }
+    assert layout.pointers.tolist()[0] == [column[0].data_ptr(), 0]
+    assert layout.bounds.tolist() == [0, 3, 4, 5]
+    assert (layout.slots, layout.blocks, layout.width) == (5, 3, 2)
+
+
+def test_dtypes_of_roles():
+    rows, out = [torch.zeros(4).bfloat16()], [torch.zeros(4)]
+    assert plan([rows, out], roles=[0, 1]).launches[0].dtypes == (torch.bfloat16, torch.float32)
+    assert plan([[None], out], roles=[0, 1]).launches[0].dtypes == (torch.float32, torch.float32)
+    mixed = plan([rows, out, out], roles=[0, 0, 1])
+    assert mixed.launches[0].dtypes == (torch.float32, torch.float32)
+    assert mixed.keep[0][0].dtype == torch.float32
+
+
+def test_tables_are_made_once():
+    rows = [[torch.zeros(100), torch.zeros(7)] for _ in range(3)]
+    first, again = plan(rows), plan(rows)
+    assert again.pointers is first.pointers
+    assert again.launches is first.launches
+    rows[1][0] = torch.zeros(100)
+    moved = plan(rows)
+    assert moved.launches is first.launches  # sizes are as they were
+    assert moved.pointers is not first.pointers
+    assert moved.pointers[0, 1] == rows[1][0].data_ptr()
+
+
+def test_old_tables_are_dropped():
+    for size in range(1, 2 * table.KEPT):
+        plan([[torch.zeros(size)]])
+    assert len(table._tables) <= table.KEPT + 1
+
+
+def test_constants_are_uploaded_once():
+    assert table.constant([1, 2, 3], torch.device("cpu")) is table.constant([1, 2, 3], torch.device("cpu"))
+
+
+def test_flat_views_with_a_stride_are_copied():
+    base = torch.arange(12.0).reshape(3, 4)
+    layout = plan([[base[:, ::2]]])
+    assert layout.keep[0][0].is_contiguous()
+    assert layout.pointers[0, 0] != base.data_ptr()
+
+
+def test_reserve_runs_out_with_advice(monkeypatch):
+    monkeypatch.setattr(table, "_reserve", [torch.zeros(4, dtype=torch.int64)])
+    assert table._from_reserve(torch.tensor([7, 8, 9])).tolist() == [7, 8, 9]
+    with pytest.raises(Exception, match="capture fewer graphs"):
+        table._from_reserve(torch.tensor([1, 2]))
