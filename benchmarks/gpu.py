@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                  # on a CUDA machine: everything
     python benchmarks/gpu.py --dry            # no GPU needed: the model, and what the compiled kernels are made of
     python benchmarks/gpu.py --write-budget   # no GPU needed: count registers anew (kernel_budget.json)
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse   # no GPU needed: run every section, on tiny tensors, untimed
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse   # no GPU needed: run every section, tiny, untimed
 
 Every time is the median of CUDA events, with its 20th and 80th percentile; the answer's error stands beside it. What
 is computed from byte and instruction counts and not measured is called "model".
@@ -12,7 +12,7 @@ is computed from byte and instruction counts and not measured is called "model".
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import math
 import platform
@@ -35,6 +35,8 @@ HERE = Path(__file__).parent
 BUDGET = HERE / "kernel_budget.json"
 RESULTS = HERE / "results"
 
+Losses = Callable[[], dict[str, Tensor]]
+
 SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000, "1 G": 1_000_000_000}
 TASKS = (2, 4, 8, 16, 32)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,11 +52,12 @@ TARGETS = {
 CARDS = {
     "A100 SXM 80 GB": (2.04e12, 108, 1.41e9, 32, 64, 16),
     "H100 SXM": (3.35e12, 132, 1.755e9, 64, 128, 16),
+    "B200": (8e12, 148, 1.85e9, 64, 64, 16),
     "L40S": (0.864e12, 142, 2.52e9, 2, 2, 2),
 }
 
 
-# -- the model ----------------------------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------------------------
 
 
 def gramian_work(m: int, dtype: torch.dtype) -> dict[str, float]:
@@ -118,7 +121,7 @@ def print_model() -> None:
                 print(line)
 
 
-# -- what the kernels are made of -----------------------------------------------------------------------------------------
+# -- what the kernels are made of ------------------------------------------------------------------------------------
 
 
 def print_facts(architectures: Sequence[int], names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
@@ -129,9 +132,8 @@ def print_facts(architectures: Sequence[int], names: Sequence[str] | None = None
     for architecture in architectures:
         facts = everything[architecture] = measure(architecture, names)
         print(f"\nMachine code for sm_{architecture} (read from the disassembly)")
-        print(
-            f"{'':46}{'registers':>10}{'shared':>8}{'local':>7}{'spills':>7}{'16-byte loads':>14}{'loop':>6}{'turns':>6}"
-        )
+        heads = {"registers": 10, "shared": 8, "local": 7, "spills": 7, "16-byte loads": 14, "loop": 6, "turns": 6}
+        print(" " * 46 + "".join(f"{head:>{width}}" for head, width in heads.items()))
         for name, fact in facts.items():
             print(
                 f"{name:46}{fact.registers:10}{fact.shared:8}{fact.local:7}{fact.spills:7}{fact.wide_loads:14}"
@@ -160,7 +162,7 @@ def write_budget() -> None:
     BUDGET.write_text("{\n" + ",\n".join([*lines, ' "budget": {\n' + ",\n".join(groups) + "\n }"]) + "\n}\n")
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -412,7 +414,7 @@ def count_launches(run: Callable[[], object]) -> int:
     return sum(event.count for event in recorded.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
-# -- a real training step -----------------------------------------------------------------------------------------------
+# -- a real training step --------------------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
@@ -483,12 +485,12 @@ def measure_training(bench: Bench) -> None:
 
             inner = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-            def plain_step() -> None:
+            def plain_step(inner: torch.optim.Optimizer = inner, losses: Losses = losses) -> None:
                 inner.zero_grad()
                 torch.stack(list(losses().values())).sum().backward()
                 inner.step()
 
-            def separate_step() -> None:
+            def separate_step(inner: torch.optim.Optimizer = inner, losses: Losses = losses) -> None:
                 inner.zero_grad()
                 for loss in (all_losses := list(losses().values())):
                     loss.backward(retain_graph=loss is not all_losses[-1])
@@ -498,7 +500,7 @@ def measure_training(bench: Bench) -> None:
             for guarantee in ("gradient", "update"):
                 optimizer = gradsurg.wrap(torch.optim.AdamW(model.parameters(), lr=1e-5), guarantee=guarantee)
 
-                def our_step(optimizer: gradsurg.MultiTaskOptimizer = optimizer) -> None:
+                def our_step(optimizer: gradsurg.MultiTaskOptimizer = optimizer, losses: Losses = losses) -> None:
                     optimizer.zero_grad()
                     optimizer.total(losses()).backward()
                     optimizer.step()
@@ -507,24 +509,21 @@ def measure_training(bench: Bench) -> None:
                     torch.cuda.reset_peak_memory_stats()
                 times[f"gradsurg, guarantee={guarantee}"] = bench.time(our_step, 10)
                 peak = float("nan") if bench.rehearse else torch.cuda.max_memory_allocated()
-                ours, bare = (
-                    times[key]["seconds"] for key in (f"gradsurg, guarantee={guarantee}", "separate backward passes")
-                )
-                bench.keep(
-                    "step", model=name, heads=heads, guarantee=guarantee, peak_bytes=peak, surgery_share=1 - bare / ours
-                )
+                ours = times[f"gradsurg, guarantee={guarantee}"]["seconds"]
+                share = 1 - times["separate backward passes"]["seconds"] / ours
+                bench.keep("step", model=name, heads=heads, guarantee=guarantee, peak_bytes=peak, surgery_share=share)
             for by, measured in times.items():
                 bench.keep("step time", model=name, heads=heads, by=by, **measured)
 
 
-# -- the run ------------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
     import triton
 
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,

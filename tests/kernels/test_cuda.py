@@ -155,7 +155,7 @@ def test_in_a_cuda_graph(m):
 
 
 def test_on_another_stream_than_the_tables_were_made_on():
-    rows, like = make_rows(4)
+    rows, _ = make_rows(4)
     wanted = gramian.gramian(rows)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
