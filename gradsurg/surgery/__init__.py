@@ -8,31 +8,43 @@ from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.cagrad import CAGrad
 from gradsurg.surgery.cone import Cone
 from gradsurg.surgery.config import ConFIG
+from gradsurg.surgery.cr_mogm import CRMOGM
+from gradsurg.surgery.excess_mtl import ExcessMTL
 from gradsurg.surgery.fairgrad import FairGrad
 from gradsurg.surgery.gradvac import GradVac
 from gradsurg.surgery.imtl_g import IMTLG
+from gradsurg.surgery.krum import Krum
 from gradsurg.surgery.mean import Mean
 from gradsurg.surgery.mgda import MGDA
+from gradsurg.surgery.modo import MoDo
 from gradsurg.surgery.nash_mtl import NashMTL
+from gradsurg.surgery.pcd import PCD
 from gradsurg.surgery.pcgrad import PCGrad
 from gradsurg.surgery.random import Random
+from gradsurg.surgery.sdmgrad import SDMGrad
 from gradsurg.surgery.sum import Sum
 from gradsurg.surgery.upgrad import UPGrad
 
 __all__ = [
+    "CRMOGM",
     "IMTLG",
     "MGDA",
+    "PCD",
     "SURGERIES",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "Cone",
+    "ExcessMTL",
     "FairGrad",
     "GradVac",
+    "Krum",
     "Mean",
+    "MoDo",
     "NashMTL",
     "PCGrad",
     "Random",
+    "SDMGrad",
     "Sum",
     "Surgery",
     "UPGrad",
@@ -55,6 +67,12 @@ SURGERIES: dict[str, type[Surgery]] = {
         FairGrad,
         AlignedMTL,
         ConFIG,
+        SDMGrad,
+        MoDo,
+        CRMOGM,
+        ExcessMTL,
+        PCD,
+        Krum,
         Random,
     )
 }
