@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurg.elementwise import blend
 from gradsurg.errors import choose
 from gradsurg.gramian import gramian
 from gradsurg.normalize import Normalizer, resolve_normalizer
@@ -16,6 +17,7 @@ from gradsurg.pipeline import GUARANTEES, Pipeline
 from gradsurg.priority import AUXILIARY, parse_levels
 from gradsurg.problem import Problem
 from gradsurg.surgery import Surgery, resolve_surgery
+from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 __all__ = ["combine", "weights"]
 
@@ -107,7 +109,33 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
         raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
     exact = J.detach().double()
     G = gramian([[row] for row in exact], exact=True)
+    surgery = resolve_surgery(surgery)
+    if isinstance(surgery, ElementwiseSurgery) and len(J):
+        return _combine_elementwise(exact, G, surgery, **options).to(J.dtype)
     return (weights(G.to(J.device), surgery, **options) @ exact).to(J.dtype)
+
+
+def _combine_elementwise(
+    exact: Tensor,
+    G: Tensor,
+    surgery: ElementwiseSurgery,
+    *,
+    normalize: str | Normalizer = "none",
+    preferences: Tensor | Sequence[float] | Mapping[int, float] | None = None,
+    guarantee: str = "none",
+    losses: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **others: Any,
+) -> Tensor:
+    if others:
+        raise ValueError(f"surgery={surgery.name!r} treats every number by itself and has no use for {sorted(others)}")
+    scales = weights(G, "sum", normalize=normalize, guarantee=guarantee, losses=losses)
+    if guarantee != "none":  # that call has checked its name
+        scales = weights(G, "sum", normalize=normalize, losses=losses)
+    pull = _preferences(preferences, len(exact), torch.device("cpu"))
+    rows, draws = [[row] for row in exact], generator or torch.Generator().manual_seed(0)
+    found = blend(surgery, rows, [exact[0]], scales.tolist(), pull, draws, guarantee == "gradient")
+    return found.direction[0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradsurg.elementwise import blend, scales_of
 from gradsurg.gramian import Rows, combine, gramian
 from gradsurg.judgement import Judgement
 from gradsurg.pipeline import (
@@ -22,6 +23,7 @@ from gradsurg.problem import Problem, State
 from gradsurg.report import Report
 from gradsurg.rows import TaskRows, added
 from gradsurg.settings import Settings
+from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 __all__ = ["Outcome", "Patient", "operate"]
 
@@ -94,6 +96,8 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     tables: list[Rows] = [patient.rows.table(block) for block in blocks]
     problem = _problem(patient, torch.stack([gramian(table) for table in tables]))
     finite = bool(torch.isfinite(problem.gramian).all())
+    if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
+        return _blend(patient, blocks, tables, problem)
     if finite:
         problem, direction = _direction(patient, problem, tables)
     else:
@@ -118,6 +122,31 @@ def _direction(patient: Patient, problem: Problem, tables: Sequence[Rows]) -> tu
         problem = _problem(patient, torch.stack([gramian(table, exact=True) for table in tables]))
         direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
     return problem, direction
+
+
+def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows], problem: Problem) -> Outcome:
+    """Operate number by number, where there are no weights: the report has NaN for them."""
+    pipeline = patient.settings.pipeline
+    scales, state = scales_of(pipeline, problem, patient.state)
+    surgery, generator = pipeline.surgery, problem.generator
+    assert isinstance(surgery, ElementwiseSurgery)
+    assert generator is not None
+    allowed, protect = pipeline.protected(problem), pipeline.guarantee == "gradient"
+    blends = [
+        blend(surgery, table, block, each, problem.preferences, generator, protect, allowed)
+        for table, block, each in zip(tables, blocks, scales.tolist(), strict=True)
+    ]
+    gradients = {
+        p: u for block, each in zip(blocks, blends, strict=True) for p, u in zip(block, each.direction, strict=True)
+    }
+    unknown = torch.full_like(scales, float("nan"))
+    direction = Direction(unknown, scales, torch.tensor([each.stationary for each in blends]), unknown[..., 0], state)
+    report = replace(
+        _report(patient, problem, direction),
+        products=torch.stack([each.products for each in blends]).sum(0),
+        square=torch.stack([each.square for each in blends]).sum(),
+    )
+    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, allowed), state)
 
 
 def _plain_sum(problem: Problem) -> Direction:

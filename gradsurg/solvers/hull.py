@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from operator import mul
+from typing import Any
 
 from gradsurg.solvers.small import Matrix, Vector, solve_small
 
-__all__ = ["STATIONARY", "nearest", "times"]
+__all__ = ["STATIONARY", "nearest", "program", "times"]
 
 # ‖Σ w_i a_i‖² read off a float64 Gramian of unit rows errs by 4e-16: below 16 times that the point is 0.
 STATIONARY = 16 * 4e-16
@@ -22,10 +23,17 @@ def nearest(gramian: Matrix) -> tuple[Vector, float]:
         ([0.5, 0.5], 0.0)
     """
     shifted = [[x + 1 for x in row] for row in gramian]
-    lam = solve_small(shifted, [[-1.0] * len(gramian)], None, None, 4e-16)[0]
+    lam = program(shifted, [-1.0] * len(gramian))
     total = sum(lam)
     w = [x / total for x in lam]
     return w, max(sum(map(mul, w, times(gramian, w))), 0.0)
+
+
+def program(gramian: Matrix, linear: Vector, allowed: list[bool] | None = None) -> Vector:
+    """Return λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb: `nonnegative` for one program in lists, whatever the number of tasks."""
+    found: Any = solve_small(gramian, [linear], None if allowed is None else [allowed], None, 4e-16)
+    answers: Matrix = found[0] if isinstance(found, tuple) else found  # it may count its steps as well
+    return answers[0]
 
 
 def times(gramian: Matrix, vector: Vector) -> Vector:

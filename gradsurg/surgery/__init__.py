@@ -9,8 +9,10 @@ from gradsurg.surgery.cagrad import CAGrad
 from gradsurg.surgery.cone import Cone
 from gradsurg.surgery.config import ConFIG
 from gradsurg.surgery.cr_mogm import CRMOGM
+from gradsurg.surgery.elementwise import ElementwiseSurgery
 from gradsurg.surgery.excess_mtl import ExcessMTL
 from gradsurg.surgery.fairgrad import FairGrad
+from gradsurg.surgery.graddrop import GradDrop
 from gradsurg.surgery.gradvac import GradVac
 from gradsurg.surgery.imtl_g import IMTLG
 from gradsurg.surgery.krum import Krum
@@ -23,6 +25,7 @@ from gradsurg.surgery.pcgrad import PCGrad
 from gradsurg.surgery.random import Random
 from gradsurg.surgery.sdmgrad import SDMGrad
 from gradsurg.surgery.sum import Sum
+from gradsurg.surgery.trimmed_mean import TrimmedMean
 from gradsurg.surgery.upgrad import UPGrad
 
 __all__ = [
@@ -35,8 +38,10 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "Cone",
+    "ElementwiseSurgery",
     "ExcessMTL",
     "FairGrad",
+    "GradDrop",
     "GradVac",
     "Krum",
     "Mean",
@@ -47,6 +52,7 @@ __all__ = [
     "SDMGrad",
     "Sum",
     "Surgery",
+    "TrimmedMean",
     "UPGrad",
     "resolve_surgery",
 ]
@@ -73,6 +79,8 @@ SURGERIES: dict[str, type[Surgery]] = {
         ExcessMTL,
         PCD,
         Krum,
+        TrimmedMean,
+        GradDrop,
         Random,
     )
 }

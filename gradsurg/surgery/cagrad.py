@@ -10,8 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers.hull import STATIONARY, nearest, times
-from gradsurg.solvers.small import solve_small
+from gradsurg.solvers.hull import STATIONARY, nearest, program, times
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
 
@@ -111,5 +110,5 @@ def _worst(G: Matrix, b: Vector, y: Vector) -> float:
 
 def _projected(G: Matrix, b: Vector, nu: float) -> tuple[Vector, float]:
     """Return y of the point nearest to g_0 where everybody gains at least ν, and its distance from g_0."""
-    y = solve_small(G, [[x - nu for x in b]], None, None, 4e-16)[0]
+    y = program(G, [x - nu for x in b])
     return y, sqrt(max(sum(map(mul, y, times(G, y))), 0.0))

@@ -10,8 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers.hull import STATIONARY, times
-from gradsurg.solvers.small import solve_small
+from gradsurg.solvers.hull import STATIONARY, program, times
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
@@ -84,7 +83,7 @@ class PCD(Surgery):
         A = [[x * s * t for x, t in zip(row, scales, strict=True)] for row, s in zip(G, scales, strict=True)]
         shares = [self.tau * r / block.preferences[p] for r in block.preferences]
         b = [A[p][j] - shares[j] * A[j][j] for j in range(m)]
-        w = solve_small(A, [b], [[j != p for j in range(m)]], None, 4e-16)[0]
+        w = program(A, b, [j != p for j in range(m)])
         left = [x + y for x, y in zip(b, times(A, w), strict=True)]
         length = [sqrt(row[i]) for i, row in enumerate(A)]
         size = max(length[p], *(x * n for x, n in zip(shares, length, strict=True)))

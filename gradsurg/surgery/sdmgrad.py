@@ -9,8 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers.hull import times
-from gradsurg.solvers.small import solve_small
+from gradsurg.solvers.hull import program, times
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
 from gradsurg.surgery.descent import onto_simplex, resumed
@@ -94,5 +93,5 @@ def _exact(G: Matrix, preferred: Vector) -> Vector:
     if any(at_origin):
         return [x / sum(at_origin) for x in at_origin]
     c = min(row[i] for i, row in enumerate(shifted))  # see gradsurg.solvers.simplex for this program
-    lam = solve_small([[x + c for x in row] for row in shifted], [[-c] * len(G)], None, None, 4e-16)[0]
+    lam = program([[x + c for x in row] for row in shifted], [-c] * len(G))
     return [x / sum(lam) for x in lam]

@@ -1,0 +1,116 @@
+"""The direction of an element-wise surgery: one parameter at a time, and the gradient guarantee on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradsurg.gramian import Rows, combine, gramian
+from gradsurg.pipeline import ROUNDING_EXACT, STATIONARY, Pipeline
+from gradsurg.problem import Problem, State
+from gradsurg.solvers import nonnegative
+from gradsurg.surgery import Sum
+from gradsurg.surgery.elementwise import ElementwiseSurgery
+
+__all__ = ["Blend", "blend", "scales_of"]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The direction of one block.
+
+    Attributes:
+        direction: u, one tensor per parameter.
+        products: ⟨u, g_i⟩, shape (m,), float64.
+        square: ‖u‖², float64.
+        stationary: Whether only u = 0 satisfied the guarantee.
+    """
+
+    direction: list[Tensor]
+    products: Tensor
+    square: Tensor
+    stationary: bool = False
+
+
+def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tensor, State]:
+    """Return what the pipeline's normaliser multiplies the rows by, and the next state."""
+    if pipeline.levels is not None:
+        raise ValueError(
+            f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
+            "use one or the other"
+        )
+    direction = replace(pipeline, surgery=Sum(), guarantee="none").direction(problem, state)
+    return direction.scales, direction.state
+
+
+def blend(
+    surgery: ElementwiseSurgery,
+    rows: Rows,
+    like: Sequence[Tensor],
+    scales: Sequence[float],
+    preferences: Tensor,
+    generator: torch.Generator,
+    guarantee: bool,
+    allowed: Tensor | None = None,
+) -> Blend:
+    """Return the direction of one block.
+
+    Args:
+        surgery: What makes one number out of m.
+        rows: m lists of one gradient, or None, per parameter.
+        like: The parameters: u has their dtypes.
+        scales: What to multiply each row by; 0 for one that wants nothing.
+        preferences: r_i, shape (m,), on the CPU.
+        generator: Source of random choices.
+        guarantee: Project u onto the dual cone of the rows: the least change after which it conflicts with nobody.
+        allowed: Which tasks that protects, bool (m,); None is all.
+    """
+    alive = [i for i, s in enumerate(scales) if s != 0 and any(g is not None and bool(g.any()) for g in rows[i])]
+    direction = []
+    for k, parameter in enumerate(like):
+        present = [(i, g) for i in alive if (g := rows[i][k]) is not None]
+        direction.append(_column(surgery, present, parameter, scales, preferences, generator))
+    with_u = [*rows, direction]
+    G = gramian(with_u, exact=True).cpu()
+    correction = torch.zeros(len(rows) + 1, dtype=torch.float64)
+    correction[-1] = 1.0
+    stationary = False
+    if guarantee:
+        correction[:-1] = nonnegative(G[:-1, :-1], G[-1, :-1], allowed=allowed, rounding=ROUNDING_EXACT)
+        square = correction @ G @ correction
+        lengths = correction.abs() @ G.diagonal().sqrt()
+        stationary = bool(square <= STATIONARY * ROUNDING_EXACT * lengths.square())
+        if stationary:
+            correction.zero_()
+        if stationary or bool(correction[:-1].any()):
+            direction = combine(with_u, correction.tolist(), like, exact=True)
+    products = G @ correction
+    return Blend(direction, products[:-1], correction @ products, stationary)
+
+
+def _column(
+    surgery: ElementwiseSurgery,
+    present: Sequence[tuple[int, Tensor]],
+    parameter: Tensor,
+    scales: Sequence[float],
+    preferences: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    if not present:
+        return torch.zeros_like(parameter)
+    flat = [scales[i] * _real(g.to_dense() if g.is_sparse else g).reshape(-1) for i, g in present]
+    columns = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in flat])
+    pull = preferences[[i for i, _ in present]].to(columns)
+    u = surgery.combine(columns, pull, generator)
+    if parameter.is_complex():
+        return torch.view_as_complex(u.reshape(*parameter.shape, 2)).to(parameter.dtype)
+    u = u.reshape(parameter.shape).to(parameter.dtype)
+    sparse = [g.sparse_dim() for _, g in present if g.is_sparse]
+    return u.to_sparse(sparse[0]) if len(sparse) == len(present) else u  # SparseAdam takes nothing else
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
