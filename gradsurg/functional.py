@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from gradsurg.elementwise import blend
 from gradsurg.errors import choose
 from gradsurg.gramian import gramian
 from gradsurg.normalize import Normalizer, resolve_normalizer
-from gradsurg.pipeline import GUARANTEES, Pipeline
+from gradsurg.pipeline import GUARANTEES, Margin, Pipeline
 from gradsurg.priority import AUXILIARY, parse_levels
 from gradsurg.problem import Problem
 from gradsurg.surgery import Surgery, resolve_surgery
@@ -32,6 +33,7 @@ def weights(
     auxiliary: str = "protect",
     preferences: Tensor | Sequence[float] | Mapping[int, float] | None = None,
     guarantee: str = "none",
+    margin: float | Sequence[float] | Mapping[int, float] = 0.0,
     losses: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -45,6 +47,9 @@ def weights(
         auxiliary: "protect" or "help": what rows below the primary do (see gradsurg.wrap).
         preferences: r_i > 0, one per row, or a dict from row to number (1 for the others).
         guarantee: "gradient" projects whatever the surgery returns onto the dual cone; "none" does not.
+        margin: τ in [0, 1), one number, one per row, or a dict from row to number (0 for the others): ask for
+            ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m, t the plain sum, and not only for no conflict; of as large a share of it as
+            some direction no longer than t can keep. Implies guarantee="gradient".
         losses: The m loss values, for the normalisers that need them.
         generator: Source of random choices, for methods that make any.
 
@@ -71,7 +76,8 @@ def weights(
         raise ValueError("gramian has no rows: at least one task is needed")
     if guarantee == "update":
         raise ValueError("guarantee='update' needs an optimizer's update: use 'gradient' here, or gradsurg.wrap")
-    pipeline = _pipeline(surgery, normalize, None if primary is None else _levels(primary, m), auxiliary, guarantee)
+    levels = None if primary is None else _levels(primary, m)
+    pipeline = _pipeline(surgery, normalize, levels, auxiliary, guarantee, _margin(margin, m))
     problem = Problem(
         gramian=gramian.detach().double(),
         preferences=_preferences(preferences, m, gramian.device),
@@ -145,6 +151,7 @@ def _pipeline(
     levels: tuple[tuple[str, ...], ...] | None,
     auxiliary: str,
     guarantee: str,
+    margin: Margin,
 ) -> Pipeline:
     return Pipeline(
         normalizer=resolve_normalizer(normalize),
@@ -152,6 +159,7 @@ def _pipeline(
         levels=levels,
         auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
         guarantee=choose("guarantee", guarantee, GUARANTEES),
+        margin=margin,
     )
 
 
@@ -168,6 +176,21 @@ def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...]
         if name not in map(str, range(m)):
             raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
     return levels
+
+
+def _margin(value: object, m: int) -> Margin:
+    if isinstance(value, float) and value == 0:  # nobody asks: not worth 2 of the 40 µs that a call may take
+        return ()
+    numbers: list[Any] | None = None
+    if isinstance(value, Mapping) and set(value) <= set(range(m)):
+        numbers = [value.get(i, 0.0) for i in range(m)]
+    elif isinstance(value, (Sequence, Tensor)) and len(value) == m:
+        numbers = list(value)
+    elif isinstance(value, Real):
+        numbers = [value] * m
+    if numbers is None or not all(0 <= float(number) < 1 for number in numbers):
+        raise ValueError(f"margin={value!r}: pass a number in [0, 1), {m} of them, or a dict from row (0 … {m - 1})")
+    return tuple((name, float(number)) for name, number in zip(_names(m), numbers, strict=True) if float(number) > 0)
 
 
 def _preferences(value: Tensor | Sequence[float] | Mapping[int, float] | None, m: int, device: torch.device) -> Tensor:

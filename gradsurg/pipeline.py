@@ -36,6 +36,11 @@ CANCELLATION_GRAMIAN = 1e4
 # Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
 # guarantee allows: such sums are formed in float64.
 CANCELLATION_SUM = 50.0
+# A margin counts as out of reach where the shortest direction that should keep it misses it by more than this cosine:
+# the solver leaves out a row that lies within √(8 · 4e-13) = 2e-6 of the span of others.
+MISSED = 1e-5
+
+Margin = float | tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Direction:
         stationary: Bool, shape (...): only u = 0 satisfies what was asked, so the weights are 0.
         cancellation: Σ |w_i| ‖g_i‖ / ‖u‖, shape (...): how many digits of the gradients cancel in u.
         state: The next state of normaliser and surgery.
+        margin_kept: The share of the margins that was asked of u, shape (...): below 1 they were out of reach.
+            None where no margin is set.
     """
 
     weights: Tensor
@@ -55,30 +62,42 @@ class Direction:
     stationary: Tensor
     cancellation: Tensor
     state: State
+    margin_kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The options of a step that concern m x m numbers, and the function that they make."""
+    """The options of a step that concern m x m numbers, and the function that they make.
+
+    A margin τ_i, one number for all tasks or (name, number) pairs, 0 for the tasks not named, asks for more than no
+    conflict: u is moved as little as possible until ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m for every task a guarantee would
+    protect, t = Σ r_i g_i over the normalised rows (kexue.fm 8907, in math.md's last line on priority). √m, because m
+    orthogonal gradients of one length can just have τ = 1. No direction no longer than ‖t‖ may satisfy that: then all
+    margins are multiplied by the largest factor under which one does, which goes to 0 at a Pareto stationary point, so
+    that ‖u‖ is at most ‖t‖ plus twice what it was before. `Direction.margin_kept` is that factor.
+    """
 
     normalizer: Normalizer
     surgery: Surgery
     levels: Levels | None = None
     auxiliary: str = "protect"
     guarantee: str = "none"
+    margin: Margin = 0.0
 
     @property
     def conflict_free(self) -> bool:
         """Whether u itself is promised to conflict with no protected task."""
-        return self.guarantee == "gradient" or (self.surgery.conflict_free and self.levels is None)
+        return self.guarantee == "gradient" or bool(self.margin) or (self.surgery.conflict_free and self.levels is None)
 
     def protected(self, problem: Problem) -> Tensor | None:
         """Return which tasks a guarantee protects, bool of shape (m,), or None for all."""
         levels = levels_of(problem.tasks, self.levels)
         return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
 
-    def solve(self, problem: Problem, state: State, rounding: float) -> tuple[Problem, Tensor, Tensor, State]:
-        """Return the problem after normalisation, its weights, the scales and the next state.
+    def solve(
+        self, problem: Problem, state: State, rounding: float
+    ) -> tuple[Problem, Tensor, Tensor, Tensor | None, State]:
+        """Return the problem after normalisation, its weights, the scales, the margins' share and the next state.
 
         Every option acts here, in the order of the module's docstring.
         """
@@ -87,15 +106,19 @@ class Pipeline:
         if not isinstance(self.normalizer, Unscaled):
             scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
         weights, surgery_state = self._ordered(scaled, state.get("surgery", {}))
-        if self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None):
-            inner = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+        kept = None
+        if self.margin or (self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None)):
             allowed = self.protected(problem)
-            weights = weights + nonnegative(scaled.gramian, inner, allowed=allowed, rounding=rounding)
-        return scaled, weights, scales, {"normalize": normalizer_state, "surgery": surgery_state}
+            excess = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+            if self.margin:
+                margins, kept = self._margins(scaled, allowed, rounding)
+                excess = excess - margins
+            weights = weights + nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
+        return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
 
     def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
         """Return the weights of u for one step, over the raw gradients, and what is known about them."""
-        scaled, weights, scales, state = self.solve(problem, state, rounding)
+        scaled, weights, scales, kept, state = self.solve(problem, state, rounding)
         weights, stationary, cancellation = self._settle(scaled, weights, rounding)
         return Direction(
             weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
@@ -103,11 +126,12 @@ class Pipeline:
             stationary=stationary,
             cancellation=cancellation,
             state=state,
+            margin_kept=kept,
         )
 
     def weights(self, problem: Problem) -> Tensor:
         """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
-        scaled, weights, scales, _ = self.solve(problem, {}, ROUNDING_EXACT)
+        scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
         # Without a conflict nothing can cancel, so there is nothing to settle.
         in_conflict = problem.gramian.min().item() < 0
         if in_conflict and self.conflict_free and not self._plainly_settled(scaled, weights):
@@ -136,6 +160,25 @@ class Pipeline:
         before, after = (norms * alive).sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)
         factor = torch.where(after > 0, before / after.where(after > 0, torch.ones_like(after)), 1)
         return torch.where(alive, scales * factor, 0), state
+
+    def _margins(self, problem: Problem, allowed: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
+        """Return the least ⟨u, g_i⟩ that is asked of every task, shape (..., m), and the share of the margins kept."""
+        gramian, norms, m = problem.gramian, problem.norms, len(problem.tasks)
+        asked = dict.fromkeys(problem.tasks, self.margin) if isinstance(self.margin, float) else dict(self.margin)
+        tau = torch.tensor([asked.get(task, 0.0) for task in problem.tasks], dtype=torch.float64, device=norms.device)
+        watched = norms > 0 if allowed is None else (norms > 0) & allowed
+        tau = torch.where(watched, tau, 0)
+        inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, torch.ones_like(norms)), 0)
+        unit = gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+        # The shortest v with ⟨v, g_i⟩ ≥ τ_i ‖g_i‖: a direction as long as t keeps the margins if ‖v‖ ≤ √m.
+        shortest = nonnegative(unit, -tau, allowed=watched, rounding=rounding)
+        cosines = (unit @ shortest.unsqueeze(-1)).squeeze(-1)
+        length = torch.linalg.vecdot(shortest, cosines).clamp(min=0).sqrt()
+        missed = (torch.where(watched, tau - cosines, 0) > MISSED).any(-1)
+        kept = torch.where(length > sqrt(m), sqrt(m) / length, 1).masked_fill(missed, 0)
+        preferences = problem.preferences
+        sum_length = ((gramian @ preferences) @ preferences).clamp(min=0).sqrt()
+        return (kept * sum_length / sqrt(m)).unsqueeze(-1) * tau * norms, kept
 
     def _ordered(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         levels = levels_of(problem.tasks, self.levels)

@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurg
+from gradsurg.normalize import Unscaled
+from gradsurg.pipeline import Pipeline
 from gradsurg.priority import check_names, levels_of, order, parse_levels, protected
+from gradsurg.problem import Problem
+from gradsurg.surgery import resolve_surgery
 
 P = 10
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -272,3 +276,80 @@ def test_unknown_names_are_refused_with_the_nearest():
     optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=1.0), primary="mian")
     with pytest.raises(ValueError, match="Did you mean 'main'"):
         optimizer.total({"main": w.sum(), "aux": (2 * w).sum()})
+
+
+margins = st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.9]), min_size=4, max_size=4).filter(any)
+
+
+def kept_share(J, margin, **options):
+    """Return what was kept of the margins, and the least ⟨u, g_i⟩ asked for, had all of it been kept."""
+    m, ones = len(J), torch.ones(len(J), dtype=torch.float64)
+    names = tuple(map(str, range(m)))
+    pairs = tuple(zip(names, margin, strict=True))
+    pipeline = Pipeline(Unscaled(), resolve_surgery(options.get("surgery", "sum")), margin=pairs)
+    direction = pipeline.direction(Problem(J @ J.T, ones, names), {})
+    asked = torch.tensor(margin, dtype=torch.float64) * J.norm(dim=1) * J.sum(0).norm() / m**0.5
+    return float(direction.margin_kept), asked
+
+
+@families
+@settings(max_examples=15)  # in each of 12 families
+@given(seed=seeds, margin=margins, surgery=st.sampled_from(["sum", "cone", "upgrad", "pcgrad"]))
+def test_margins_are_kept_as_far_as_a_step_as_long_as_the_sum_can(family, seed, margin, surgery):
+    """⟨u, g_i⟩ ≥ share · τ_i ‖g_i‖ ‖t‖ / √m; ‖u‖ ≤ ‖t‖ + 2 ‖u without margin‖."""
+    J = draw(family, 4, P, seed)
+    share, asked = kept_share(J, margin, surgery=surgery)
+    assert 0 <= share <= 1
+    inner, error, u = progress(J, surgery=surgery, margin=margin)
+    t = J.sum(0).norm()
+    assert (inner >= share * asked - error - 1e-7 * t * J.norm(dim=1)).all()
+    before = progress(J, surgery=surgery)[2].norm()
+    assert u.norm() <= (t + 2 * before) * (1 + 1e-6) + 1e-9 * J.norm(dim=1).sum()
+
+
+@given(seed=seeds, tau=st.sampled_from([0.05, 0.5, 0.99]))
+def test_orthogonal_gradients_of_one_length_keep_every_margin(seed, tau):
+    """The reason for √m: their sum has ⟨t, g_i⟩ = ‖g_i‖ ‖t‖ / √m, so nothing has to move for any τ < 1."""
+    generator = torch.Generator().manual_seed(seed)
+    J = torch.linalg.qr(torch.randn(P, 4, generator=generator, dtype=torch.float64)).Q.T * 3
+    assert kept_share(J, [tau] * 4)[0] == 1.0
+    assert gradsurg.weights(J @ J.T, "sum", margin=tau).tolist() == [1.0] * 4
+
+
+def test_a_margin_by_hand():
+    """Row 0 is orthogonal to t = (0, 2): it is given 0.6 · 1 · 2 / √2 along itself."""
+    J = torch.tensor([[1.0, 0.0], [-1.0, 2.0]], dtype=torch.float64)
+    assert gradsurg.combine(J, "sum", margin=0.0).tolist() == [0.0, 2.0]
+    u = gradsurg.combine(J, "sum", margin=[0.6, 0.0])
+    assert u.tolist() == pytest.approx([1.2 / 2**0.5, 2.0], abs=1e-12)
+    assert gradsurg.combine(J, "sum", margin={0: 0.6}).tolist() == u.tolist()
+
+
+def test_margins_out_of_reach_are_cut_and_said():
+    """Two unit vectors 2ε short of opposite: no direction has a larger cosine with both than sin ε."""
+    for opening in (0.3, 1e-2, 1e-4):
+        angle = torch.tensor([opening, torch.pi - opening], dtype=torch.float64)
+        J = torch.stack([angle.cos(), angle.sin()], dim=1)
+        share, asked = kept_share(J, [0.9, 0.9])
+        # A step of length ‖t‖ upwards has ⟨u, g_i⟩ = ‖t‖ sin ε; 0.9 ‖t‖ / √2 was asked.
+        published = min(1.0, float(angle[0].sin()) * 2**0.5 / 0.9)
+        assert share == pytest.approx(published, rel=1e-6)
+        u = gradsurg.combine(J, "sum", margin=0.9)
+        assert (J @ u >= share * asked * (1 - 1e-6)).all()
+    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert kept_share(opposite, [0.5, 0.5, 0.5])[0] == 0.0
+    assert gradsurg.combine(opposite, "sum", margin=0.5).tolist() == [0.0, 1.0]
+
+
+def test_with_help_margins_are_the_first_levels():
+    J = torch.tensor([[1.0, 0.0], [-3.0, 1.0]], dtype=torch.float64)
+    options = {"surgery": "sum", "primary": 0, "auxiliary": "help"}
+    assert gradsurg.combine(J, margin={1: 0.9}, **options).tolist() == gradsurg.combine(J, **options).tolist()
+    u = gradsurg.combine(J, margin=0.9, **options)
+    assert float(u[0]) == pytest.approx(max(1.0, 0.9 * 5**0.5 / 2**0.5), rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, float("nan"), "much", [0.1], {3: 0.1}, [0.1, 0.1, 2.0], None])
+def test_wrong_margins(wrong):
+    with pytest.raises(ValueError, match=r"margin=.*: pass a number in \[0, 1\), 3 of them, or a dict from row"):
+        gradsurg.weights(torch.eye(3), margin=wrong)

@@ -205,6 +205,15 @@ def test_a_smoothed_norm_leaves_steps_with_zero_gradient_out():
     assert float(scales[1] / scales[0]) == pytest.approx(3.0, rel=1e-14)
 
 
+def test_a_smoothed_norm_is_right_from_a_tasks_first_step():
+    """Bias correction: a task that joins late is not taken for a quiet one."""
+    norm, state = Norm(smoothing=0.9), {}
+    for _ in range(5):
+        _, state = norm.scales(Problem(torch.eye(2).double() * 4, ONES[:2], ("a", "b")), state)
+    scales, _ = norm.scales(Problem(torch.eye(3).double() * 4, ONES, ("a", "b", "c")), state)
+    assert scales.tolist() == pytest.approx([1.0] * 3, rel=1e-14)
+
+
 def test_blocks():
     """Scales have shape (blocks, m): norms apart in each block, losses and learned weights alike in all."""
     J = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
