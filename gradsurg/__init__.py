@@ -3,6 +3,7 @@
 from gradsurg._version import __version__
 from gradsurg.errors import MultiTaskError
 from gradsurg.functional import combine, weights
+from gradsurg.methods import methods
 from gradsurg.normalize import Normalizer
 from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total, unwrap, wrap
 from gradsurg.problem import Problem
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "backward",
     "combine",
+    "methods",
     "report",
     "total",
     "unwrap",

@@ -13,6 +13,7 @@ from torchjd.aggregation import UPGrad as PeerUPGrad
 from torchjd.linalg import QuadprogProjector
 
 import gradsurg
+from gradsurg.surgery import MGDA
 
 
 def matrix(m, seed, P=10):
@@ -107,6 +108,20 @@ def test_peer_mgda(m, seed):
     ours, theirs = gradsurg.combine(J, "mgda"), PEER_MGDA(epsilon=1e-9, max_iters=20_000)(J)
     assert ours.norm() <= theirs.norm() + 1e-12, "theirs is 20 000 iterations of Frank-Wolfe, ours the minimum"
     assert torch.allclose(ours, theirs, atol=2e-2)
+
+
+@pytest.mark.parametrize(("m", "seed"), [(2, 0), (3, 1), (5, 2), (8, 3)])
+def test_mgda_by_frank_wolfe(m, seed):
+    J = matrix(m, seed)
+    theirs = PEER_MGDA(epsilon=1e-300, max_iters=50)(J)
+    assert torch.allclose(gradsurg.combine(J, MGDA(frank_wolfe=50)), theirs, atol=1e-9)
+    exact = gradsurg.combine(J, "mgda").norm()
+    lengths = [float(gradsurg.combine(J, MGDA(frank_wolfe=k)).norm() - exact) for k in (1, 10, 100, 1000)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert -1e-12 <= lengths[-1] < 0.02
+    assert gradsurg.combine(J, MGDA(frank_wolfe=2), guarantee="gradient").norm() > 0
+    with pytest.raises(ValueError, match="frank_wolfe=-1"):
+        MGDA(frank_wolfe=-1)
 
 
 def test_peer_pcgrad_of_two_tasks():

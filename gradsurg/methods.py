@@ -1,0 +1,61 @@
+"""The list of methods, made from the registries."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from gradsurg.normalize import NORMALIZERS
+from gradsurg.surgery import SURGERIES
+
+__all__ = ["Method", "methods"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Attributes:
+        name: What to pass as surgery= or normalize=.
+        kind: "surgery" or "normalizer".
+        paper: Who published it, and when.
+        promise: What holds on every instance, in one line; of a normaliser, what it does.
+        options: Name -> default of each option; an instance with others is passed in the name's place.
+    """
+
+    name: str
+    kind: str
+    paper: str
+    promise: str
+    options: dict[str, Any]
+
+
+def methods() -> list[Method]:
+    """Return every method: surgeries first, then normalisers, in the order of the registries.
+
+    Example:
+        >>> import gradsurg
+        >>> next(method for method in gradsurg.methods() if method.name == "cagrad").options
+        {'c': 0.5}
+    """
+    return [
+        *(_method(cls, "surgery", cls.promise) for cls in SURGERIES.values()),
+        *(_method(cls, "normalizer", _first_line(cls)) for cls in NORMALIZERS.values()),
+    ]
+
+
+def _method(cls: Any, kind: str, promise: str) -> Method:
+    options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+    return Method(cls.name, kind, cls.paper, promise, options)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
