@@ -179,7 +179,7 @@ def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...]
 
 
 def _margin(value: object, m: int) -> Margin:
-    if isinstance(value, float) and value == 0:  # nobody asks: not worth 2 of the 40 µs that a call may take
+    if isinstance(value, float) and value == 0:  # nobody asks: 5 µs for 8 rows, of the 40 µs that a call may take
         return ()
     numbers: list[Any] | None = None
     if isinstance(value, Mapping) and set(value) <= set(range(m)):
