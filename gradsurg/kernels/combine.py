@@ -212,3 +212,5 @@ def _launch(
         if written.data_ptr() != target.data_ptr():  # `out` is not dense, so flattening had to copy
             shaped = written.view(*target.shape, 2) if target.is_complex() else written.view(target.shape)
             target.copy_(torch.view_as_complex(shaped) if target.is_complex() else shaped)
+        else:  # autograd did not see the kernel write
+            torch.autograd.graph.increment_version(target)

@@ -74,6 +74,7 @@ def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int
             PLANES=reduce.PLANES,
             SLOTS=reduce.SLOTS,
             num_warps=reduce.WARPS,
+            enable_fp_fusion=True,
         )
 
 
