@@ -38,11 +38,12 @@ def least_squares(gramian: Tensor, right: Tensor) -> Tensor:
         >>> least_squares(A, torch.tensor([1.0, 1.0], dtype=torch.float64)).tolist()
         [0.0, 0.0]
     """
-    finite = torch.isfinite(gramian.sum((-2, -1)))
-    if not bool(finite.all()):
+    try:
+        values, vectors = torch.linalg.eigh(gramian)
+    except torch.linalg.LinAlgError:  # its answer to a NaN; looking for one beforehand takes four calls
+        finite = torch.isfinite(gramian).all(-1).all(-1)
         safe = torch.where(finite[..., None, None], gramian, 0)
         return least_squares(safe, right).masked_fill(~finite.unsqueeze(-1), torch.nan)
-    values, vectors = torch.linalg.eigh(gramian)
     parts = (vectors.mT @ right.unsqueeze(-1)).squeeze(-1)
     heard = parts.abs() > 8 * gramian.shape[-1] * 2.0**-53 * torch.linalg.vector_norm(right, dim=-1, keepdim=True)
     keep = heard & (values > RANK * values[..., -1:])

@@ -206,6 +206,15 @@ def test_gradvac_against_the_peer():
         assert torch.allclose(gradsurg.weights(J @ J.T, GradVac(0.5)), theirs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["imtl_g", "config", "aligned_mtl"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_block_that_is_not_finite_stays_alone(name, bad):
+    G = torch.stack([matrix(3, 0) @ matrix(3, 0).T, torch.full((3, 3), bad).double()])
+    weights = gradsurg.weights(G, name)
+    assert torch.allclose(weights[0], gradsurg.weights(G[0], name))
+    assert weights[1].isnan().all()
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"length='rms' is not known: use one of 'min', 'median', 'rmse'"):
         AlignedMTL(length="rms")
