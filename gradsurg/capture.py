@@ -108,8 +108,9 @@ class Capture:
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
-        reached = {p for name in self.rows for p in self.rows[name] if p.numel() > 0}
-        parameter = min(reached - self._foreign.keys() or reached, key=Tensor.numel, default=None)
+        reached = [p for p in self.parameters() if p.numel() > 0 and self.rows.of(p)]
+        clean = [p for p in reached if p not in self._foreign]
+        parameter = min(clean or reached, key=Tensor.numel, default=None)
         self.write({})
         if parameter is not None:
             self._mark = Mark(parameter)

@@ -309,6 +309,15 @@ def test_hooks_run_exactly_once(first):
     assert counts == [["global before", "own before", "own after", "global after"] * 2] * 2
 
 
+def test_hooks_of_a_copy_run_exactly_once():
+    # Unpickling makes torch instrument the class again, unless it is told that this was done.
+    model, optimizer = copy.deepcopy((model := build(), gradsurg.wrap(torch.optim.Adam(model.parameters()))))
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    train(optimizer, model, several, range(2))
+    assert seen == ["after"] * 2
+
+
 def test_post_hooks_see_the_guarded_parameters():
     model = build("all shared")
     optimizer = gradsurg.wrap(torch.optim.Adam(model.parameters(), lr=0.05))
@@ -667,13 +676,13 @@ def test_several_optimizers_share_their_rows():
     assert second.report is first.report
 
 
-@pytest.mark.parametrize("order", ["steps, then zeros", "step and zero in turn", "zeros first"])
+@pytest.mark.parametrize("order", ["steps, then zeros", "step and zero in turn", "zeros first", "one is skipped"])
 def test_several_optimizers_each_keep_the_promise(order):
     model = build()
     optimizers = pair(model)
     corrected = []
     for batch in range(12):
-        if order == "zeros first":
+        if order in ("zeros first", "one is skipped"):
             for o in optimizers:
                 o.zero_grad()
         optimizers[batch % 2].total(model.losses(batch)).backward()
@@ -683,6 +692,8 @@ def test_several_optimizers_each_keep_the_promise(order):
         }
         before = [p.detach().clone() for p in model.trunk.parameters()]
         for o in optimizers:
+            if order == "one is skipped" and o is optimizers[0] and batch % 2 == 0:
+                continue  # as GradScaler does where an overflow is in this optimizer's gradients only
             o.step()
             corrected.append(o.report.movement is not None and o.report.movement.corrected)
             if order == "step and zero in turn":
@@ -696,8 +707,8 @@ def test_several_optimizers_each_keep_the_promise(order):
             for row in gradients.values():
                 g = torch.cat([t.flatten() for t in row[part]]).double()
                 assert torch.dot(moved, g) >= -1e-4 * moved.norm() * g.norm()  # float32 parameters
-    assert any(corrected[1::2]), "the second optimizer was never corrected: its promise was not put to the test"
-    assert first_memory(optimizers)["step"] == 12
+    assert any(corrected), "nothing was ever corrected: the promise was not put to the test"
+    assert first_memory(optimizers)["step"] == (6 if order == "one is skipped" else 12)
 
 
 def first_memory(optimizers):

@@ -1,0 +1,78 @@
+"""The mark that stands for waiting rows, and what can be read off it."""
+
+import pytest
+import torch
+from torch import nn
+
+from gradsurg.mark import Mark
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+SHAPES = [(), (3,), (2, 4)]
+
+
+def marked(dtype=torch.float32, shape=(3,)):
+    p = nn.Parameter(torch.ones(shape, dtype=dtype))
+    return p, Mark(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_untouched_it_is_there_and_hides_nothing(dtype, shape):
+    p, mark = marked(dtype, shape)
+    assert p.grad.dtype == dtype
+    assert mark.fate() == "there"
+    assert mark.below() is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeroed_by_any_route_it_is_gone(dtype):
+    for zero in (
+        lambda p: p.grad.zero_(),
+        lambda p: p.grad.data.zero_(),
+        lambda p: setattr(p, "grad", None),
+        lambda p: setattr(p, "grad", torch.zeros_like(p)),
+        lambda p: torch._foreach_zero_([p.grad]),
+    ):
+        p, mark = marked(dtype)
+        zero(p)
+        assert mark.fate() == "gone"
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 1 / 65536, 0.3, 2.0])
+def test_scaled_it_says_so(scale):
+    # GradScaler unscales without a trace in _version, as .data does; clipping leaves one.
+    for multiply in (lambda g: g.data.mul_(scale), lambda g: torch._foreach_mul_([g], scale)):
+        p, mark = marked()
+        multiply(p.grad)
+        if scale > 1 and p.grad._version == mark._version + 1:
+            continue  # clipping only ever shortens
+        assert mark.fate() == "scaled"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_added_to_it_gives_back_what_was_added(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    for smallest in (0.0, 1e-3, 1.0):
+        p, mark = marked(dtype, shape)
+        # At least one number above the mark itself; zero where a relu is dead, which must not keep a trace of it.
+        g = torch.randn(p.shape, generator=generator).abs().add(0.5).to(dtype)
+        if g.dim():
+            g[(0,) * g.dim()] = smallest
+        p.grad.add_(g)
+        assert mark.fate() == "added to"
+        assert torch.equal(mark.below(), g)
+
+
+def test_in_a_foreign_gradient_it_only_tells_whether_that_is_still_there():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    mark = Mark(p)
+    assert torch.equal(p.grad, torch.ones(3))
+    assert mark.fate() == "there"
+    assert mark.below() is p.grad
+    p.grad.mul_(0.5)
+    assert mark.fate() == "added to"
+    assert torch.equal(mark.below(), torch.full((3,), 0.5))
+    p.grad = None
+    assert mark.fate() == "gone"
