@@ -45,8 +45,8 @@ SHAPES = {
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("m", [1, 2, 5, MATMUL_FROM - 1, MATMUL_FROM])
 def test_gramian_is_that_of_the_twin(shapes, m):
-    if m > 5:
-        shapes = shapes[:4]
+    if m > 5:  # hundreds of pairs: the shapes that matter are in the small cases too
+        shapes = [(3, 5), (SMALL + 1,), (), (SMALL - 1,), (2, 0)]
     parameters, rows = rows_of(shapes, m)
     want = reference.gramian(rows, parameters)
     norms = want.diagonal().sqrt()
@@ -105,7 +105,7 @@ def test_blocks_read_every_number_once_and_keep_tags_apart():
     shapes = [(SMALL - 1,), (2 * BLOCK + 7,), (5,), (6,), ()]
     tensors = [torch.full(shape, float(k + 1)) for k, shape in enumerate(shapes)]
     tags = ["a", "a", "b", "a", "b"]
-    seen = {k: 0 for k in range(len(shapes))}
+    seen = dict.fromkeys(range(len(shapes)), 0)
     for tag, (pieces,) in blocks([tensors], tags=tags):
         assert sum(piece.numel() for piece in pieces) <= BLOCK + SMALL
         for k in range(len(shapes)):
