@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import functools
 import json
 import math
 import platform
@@ -273,11 +274,11 @@ def measure_passes(bench: Bench) -> None:
                 before = [torch.zeros_like(rows[0][0])]
                 weights = torch.ones(m, dtype=torch.float64, device=bench.device)
                 passes: list[tuple[str, Callable[[], object], dict[str, float]]] = [
-                    ("gramian", lambda r=rows: gramian.gramian(r), gramian_work(m, dtype)),
-                    ("combine", lambda r=rows, w=weights, o=out: combine.combine(r, w, o), combine_work(m, dtype)),
+                    ("gramian", functools.partial(gramian.gramian, rows), gramian_work(m, dtype)),
+                    ("combine", functools.partial(combine.combine, rows, weights, out), combine_work(m, dtype)),
                     (
                         "inner",
-                        lambda r=rows, b=before, o=out: inner.inner(r, b, o),
+                        functools.partial(inner.inner, rows, before, out),
                         {"bytes": (m + 2) * dtype.itemsize},
                     ),
                 ]
@@ -372,7 +373,10 @@ def measure_peers(bench: Bench) -> None:
 def compiled_twin(rows: list[list[Tensor]]) -> Callable[[], object]:
     def twin() -> list[Tensor]:
         G = torch.stack(
-            [torch.stack([sum((a * b).sum() for a, b in zip(x, y, strict=True)) for y in rows]) for x in rows]
+            [
+                torch.stack([torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum() for y in rows])
+                for x in rows
+            ]
         )
         weights = 1 + 0 * G.sum(-1)  # the program itself does not compile: it is left out
         return [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
@@ -411,7 +415,7 @@ def count_launches(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
-    return sum(event.count for event in recorded.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.count for event in recorded.key_averages() if event.device_type.name == "CUDA")
 
 
 # -- a real training step --------------------------------------------------------------------------------------------
@@ -460,7 +464,8 @@ class Transformer(nn.Module):
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.tokens(x)).mean(1)
+        encoded: Tensor = self.layers(self.tokens(x))
+        return encoded.mean(1)
 
 
 def training_cases(bench: Bench, heads: int) -> Iterator[tuple[str, nn.Module, Tensor, int]]:

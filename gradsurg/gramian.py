@@ -81,6 +81,7 @@ def inner_update(
     rows, sparse = _split_sparse(rows)
     inner, square = [0.0] * m, 0.0
     for sign, block in blocks([*rows, before, after], tags=signs):
+        assert isinstance(sign, float)
         *pieces, old, new = WORKSPACE.load(block, torch.float64)
         assert old is not None
         assert new is not None
@@ -88,7 +89,7 @@ def inner_update(
         square += _inner(movement, movement, exact)
         for i, piece in enumerate(pieces):
             if piece is not None:
-                inner[i] += float(sign) * _inner(movement, piece, exact)
+                inner[i] += sign * _inner(movement, piece, exact)
     for k, column in enumerate(sparse):
         if any(g is not None for g in column):
             d = _real((before[k].detach() - after[k].detach()).double()) * signs[k]
@@ -129,7 +130,7 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     for key, indices in grouped.items():
         used = [int(i) for i in key[:-2]]  # type: ignore[call-overload]
         dtype = like[indices[0]].dtype
-        first, *others = (_all_of([rows[i][k] for k in indices], dtype) for i in used)  # type: ignore[union-attr]
+        first, *others = (_all_of([rows[i][k] for k in indices], dtype) for i in used)
         summed = torch._foreach_mul(first, weights[used[0]])
         for i, tensors in zip(used[1:], others, strict=True):
             torch._foreach_add_(summed, tensors, alpha=weights[i])
