@@ -40,7 +40,7 @@ def least_squares(gramian: Tensor, right: Tensor) -> Tensor:
     """
     try:
         values, vectors = torch.linalg.eigh(gramian)
-    except torch._C._LinAlgError:  # its answer to a NaN; looking for one beforehand takes four calls
+    except RuntimeError:  # its answer to a NaN; looking for one beforehand takes four calls
         finite = torch.isfinite(gramian).all(-1).all(-1)
         safe = torch.where(finite[..., None, None], gramian, 0)
         return least_squares(safe, right).masked_fill(~finite.unsqueeze(-1), torch.nan)
