@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from gradsurg._version import __version__
-from gradsurg.demo import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
+from gradsurg.demo import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
-from gradsurg.normalize import NORMALIZERS
+from gradsurg.normalize import NORMALIZERS, Normalizer, PriorLoss
 from gradsurg.pipeline import GUARANTEES
 from gradsurg.surgery import SURGERIES
 
@@ -35,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, f'The demo needs {" and ".join(missing)}: pip install "gradsurg[demo]"\n')
 
     began = time.perf_counter()
+    if options.normalize == PriorLoss.name:
+        normalize: str | Normalizer = PriorLoss({task: PRIORS[task] for task in options.tasks})
+    else:
+        normalize = options.normalize
     job = Job(
         tasks=tuple(options.tasks),
         optimizer=options.optimizer,
-        options={name: getattr(options, name) for name in ("surgery", "normalize", "guarantee")},
+        options={"surgery": options.surgery, "normalize": normalize, "guarantee": options.guarantee},
         epochs=options.epochs,
     )
     try:

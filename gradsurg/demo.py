@@ -6,6 +6,7 @@ what the shared parameters really did in it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ TASKS = {
 BATCH = 128
 HEIGHT, WIDTH = 10, 11  # of the canvas: the right digit lies two rows lower and three columns further right
 VARIANCE = 0.0675  # of a pixel, mean over the training pairs
+# Losses of the best constant prediction, for normalize="prior_loss".
+PRIORS = {"left": math.log(10), "right": math.log(10), "pixels": VARIANCE}
 # cos(d, g_i) below this is a conflict. Parameters are stored rounded, and rounding alone is not a conflict.
 CONFLICT = -1e-4
 

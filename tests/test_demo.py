@@ -104,6 +104,12 @@ def test_the_command_prints_the_table_and_writes_the_picture(data, monkeypatch, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_normaliser_that_needs_the_tasks_priors_gets_them(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(Data, "digits", lambda *_: data)
+    short = ["--epochs", "1", "--runs", "1", "--tasks", "left", "pixels"]
+    assert main([*short, "--normalize", "prior_loss", "--output", str(tmp_path / "picture.png")]) == 0
+
+
 def test_no_update_of_gradsurg_conflicts_and_most_of_plain_adam_do(runs):
     ours, plain = (
         torch.cat([conflicts(run.update) for run in runs[name]]).double().mean() for name in ("gradsurg", "plain sum")
