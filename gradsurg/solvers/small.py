@@ -1,153 +1,168 @@
-"""The nonnegative program in plain Python floats: few tasks, few programs, one Gramian.
+"""The nonnegative program in plain Python floats, one task at a time: complete, and fastest while programs are small.
 
-A torch call costs about 2 µs whatever the size, and one step of the method needs twenty of them; the passive sets of
-real problems hold one to three tasks, so plain arithmetic on lists is several times faster. batched.py is the twin.
+A torch call costs about 2 µs whatever its size, and the passive sets of real problems hold one to three tasks, so
+arithmetic on lists is several times faster there. batched.py is the twin for many programs or many tasks at once.
 """
 
 from __future__ import annotations
 
 from math import isfinite, nan, sqrt
-from operator import mul
 
-__all__ = ["solve_small"]
+__all__ = ["CLEAR", "CLEAR_ROUNDINGS", "RESIDUAL", "bound", "solve_small"]
 
 Vector = list[float]
 Matrix = list[Vector]
 
+# Several tasks enter the passive set at once only while each adds a direction of at least this squared length; closer
+# calls are made one at a time, against `rounding` alone. 1e3 roundings: where G is noisy, so is what is left of it.
+CLEAR = 1e-8
+CLEAR_ROUNDINGS = 1e3
+# A task whose part orthogonal to the passive set has at most this many roundings of squared length is dependent.
+DEPENDENT = 8.0
+# A residual is a sum of products; rounding makes it wrong by less than this times `rounding · (1 + Σλ)`.
+RESIDUAL = 4.0
+
+
+def bound(m: int) -> int:
+    """Return the number of changes of the passive set at which the method stops, with the best λ so far."""
+    return 4 * m + 8
+
 
 def solve_small(
     G: Matrix, rights: Matrix, masks: list[list[bool]] | None, scales: Vector | None, rounding: float
-) -> Matrix:
-    """Return one λ per right-hand side b; arguments as for `nonnegative`."""
-    m = len(G)
-    answers: Matrix = []
-    scaled: tuple[Matrix, Vector] | None = None
-    for p, b in enumerate(rights):
-        if min(b) >= 0:  # nobody is in conflict (False with a NaN in b's first place only: checked below)
-            answers.append([0.0] * m if _finite(b) else [nan] * m)
-            continue
-        if scaled is None:
-            scaled = _unit_diagonal(G)
-        A, s = scaled
-        q = [x * y for x, y in zip(b, s, strict=True)]
-        size = max(map(abs, q)) if scales is None else scales[p]
-        if not (isfinite(size) and _finite(b) and all(map(_finite, A))):
-            answers.append([nan] * m)
-            continue
-        if size == 0:
-            answers.append([0.0] * m)
-            continue
-        usable = [x > 0 for x in s] if masks is None else [x > 0 and y for x, y in zip(s, masks[p], strict=True)]
-        multipliers = _active_set(A, [x / size for x in q], usable, rounding)
-        answers.append([size * x * y for x, y in zip(multipliers, s, strict=True)])
-    return answers
+) -> tuple[Matrix, list[int]]:
+    """Return λ and the number of changes of the passive set, one each per right-hand side b.
 
-
-def _finite(values: Vector) -> bool:
-    return isfinite(sum(values))  # a sum is finite only if every term is, or if it overflows, which is no use either
-
-
-def _unit_diagonal(G: Matrix) -> tuple[Matrix, Vector]:
-    s = [1 / sqrt(row[i]) if row[i] > 0 else 0.0 for i, row in enumerate(G)]
-    return [[x * g * y for g, y in zip(row, s, strict=True)] for row, x in zip(G, s, strict=True)], s
-
-
-def _active_set(A: Matrix, q: Vector, usable: list[bool], rounding: float) -> Vector:
-    """Return λ for a Gramian of unit diagonal; the multipliers are kept as a full vector, zeros outside."""
-    m = len(q)
-    passive, factor, lam = _start(A, q, usable, rounding)
-    banned: set[int] = set()
-    for _ in range(8 * m + 16):
-        # What rounding can do to a residual grows with the multipliers that it is a sum of.
-        lowest, enter = -4 * rounding * (1 + sum(lam)), -1
-        for i, row in enumerate(A):
-            if lam[i] == 0 and usable[i] and i not in banned and i not in passive:
-                r = q[i] + sum(map(mul, row, lam))
-                if r < lowest:
-                    lowest, enter = r, i
-        if enter < 0:
-            break
-        new = _append(A, passive, factor, enter)
-        if new[-1] * new[-1] <= 8 * rounding:
-            banned.add(enter)
-            continue
-        passive.append(enter)
-        factor.append(new)
-        if _descend(A, q, passive, factor, lam, banned):
-            banned.clear()
-    return lam
-
-
-def _start(A: Matrix, q: Vector, usable: list[bool], rounding: float) -> tuple[list[int], Matrix, Vector]:
-    """Return a passive set to start from, its Cholesky factor and its λ > 0.
-
-    It is everybody in conflict, less those whose multiplier comes out negative: one solve instead of one per task, and
-    most often already the answer.
+    Arguments as for `nonnegative`, as lists, for one Gramian.
     """
-    wanted = [i for i, x in enumerate(q) if x < 0 and usable[i]]
-    lam = [0.0] * len(q)
-    while wanted:
-        passive: list[int] = []
-        factor: Matrix = []
-        for i in wanted:
-            row = _append(A, passive, factor, i)
-            if row[-1] * row[-1] > 8 * rounding:
-                passive.append(i)
-                factor.append(row)
-        goal = _solve(factor, [-q[i] for i in passive])
-        if min(goal) > 0:
-            for i, z in zip(passive, goal, strict=True):
-                lam[i] = z
-            return passive, factor, lam
-        wanted = [i for i, z in zip(passive, goal, strict=True) if z > 0]
-    return [], [], lam
+    m = len(G)
+    s = [1 / sqrt(row[i]) if row[i] > 0 else 0.0 for i, row in enumerate(G)]
+    A: Matrix | None = None
+    healthy = isfinite(sum(map(sum, G))) or all(isfinite(x) for row in G for x in row)
+    usable = [x > 0 for x in s]
+    answers: Matrix = []
+    counts: list[int] = []
+    for p, b in enumerate(rights):
+        if not (healthy and all(map(isfinite, b)) and (scales is None or isfinite(scales[p]))):
+            lam, count = [nan] * m, 0
+        elif min(b) >= 0:
+            lam, count = [0.0] * m, 0
+        else:
+            if A is None:
+                A = [[x * g * y for g, y in zip(row, s, strict=True)] for row, x in zip(G, s, strict=True)]
+            q = [x * y for x, y in zip(b, s, strict=True)]
+            size = max(max(q), -min(q)) if scales is None else scales[p]
+            free = usable.copy() if masks is None else [x and y for x, y in zip(usable, masks[p], strict=True)]
+            lam, count = active_set(A, q, free, size, rounding)
+            lam = [x * y for x, y in zip(lam, s, strict=True)]
+        answers.append(lam)
+        counts.append(count)
+    return answers, counts
 
 
-def _descend(A: Matrix, q: Vector, passive: list[int], factor: Matrix, lam: Vector, banned: set[int]) -> bool:
-    """Move λ to the optimum over the passive set, letting go of tasks that block the way; return whether it moved."""
-    moved = False
-    while passive:
-        goal = _solve(factor, [-q[i] for i in passive])
-        if min(goal) > 0:
-            moved = moved or any(lam[i] != z for i, z in zip(passive, goal, strict=True))
-            for i, z in zip(passive, goal, strict=True):
-                lam[i] = z
+def active_set(A: Matrix, q: Vector, free: list[bool], size: float, rounding: float) -> tuple[Vector, int]:
+    """Return λ and the number of changes of the passive set, for a Gramian of unit diagonal.
+
+    Tasks whose residual is negative enter; λ then walks towards the optimum over the passive set, and lets go of the
+    tasks that would turn negative on the way. The value of the program falls with every λ that moves, so no passive
+    set comes twice. All violated tasks enter together first. Where that leads nowhere, one does, the most violated: on
+    paper it cannot but help. If rounding has it otherwise, it is refused until something else has moved.
+
+    Args:
+        A: sGs.
+        q: s b.
+        free: Which tasks may enter; written.
+        size: What violations are measured against.
+        rounding: As for `nonnegative`.
+    """
+    m = len(q)
+    lam, r = [0.0] * m, q
+    passive: list[int] = []  # in the order of entering
+    rows: Matrix = []  # what elimination of the earlier ones leaves of their rows of [A q]: an LDLᵀ factor
+    refused: list[int] = []
+    together = True
+    clear = max(CLEAR, CLEAR_ROUNDINGS * rounding)
+    count, limit = 0, bound(m)
+    while count < limit:
+        least = -RESIDUAL * rounding * (size + sum(lam))
+        entering = [i for i, x in enumerate(r) if x < least and free[i]]
+        if not entering:
             break
-        share, out = min(
-            (lam[i] / (lam[i] - z), i) if lam[i] > z else (0.0, i) for i, z in zip(passive, goal, strict=True) if z <= 0
-        )
-        for i, z in zip(passive, goal, strict=True):
-            lam[i] = max(lam[i] + share * (z - lam[i]), 0.0)
-        lam[out] = 0.0
+        if not together:
+            entering = [min(entering, key=r.__getitem__)]
+        before = len(passive)
+        for i in entering:
+            row = _eliminate(A[i], q[i], passive, rows, i)
+            if row[i] > (clear if together else DEPENDENT * rounding):
+                passive.append(i)
+                rows.append(row)
+                free[i] = False
+        moved = False
+        if len(passive) > before:
+            moved, steps = _descend(A, q, passive, rows, free, lam, limit - count)
+            moved = moved or any(lam[i] > 0 for i in entering)
+            count += steps
+            r = q
+            for i in passive:
+                x = lam[i]
+                r = [y + x * z for y, z in zip(r, A[i], strict=True)]
+        if moved:
+            for i in refused:
+                free[i] = True
+            refused = []
+        elif not together:
+            free[entering[0]] = False
+            refused += entering
+        together = moved
+    return lam, count
+
+
+def _descend(
+    A: Matrix, q: Vector, passive: list[int], rows: Matrix, free: list[bool], lam: Vector, limit: int
+) -> tuple[bool, int]:
+    """Move λ to the optimum over the passive set less those in the way; return whether it moved, and the solves."""
+    moved = False
+    for count in range(1, limit + 1):
+        goal = _substitute(passive, rows, len(q))
+        blocking = [i for i, x in goal if x <= 0]
+        if not blocking:
+            for i, x in goal:
+                lam[i] = x
+            return moved, count
+        share, first = min((lam[i] / (lam[i] - x) if lam[i] > 0 else 0.0, i) for i, x in goal if x <= 0)
         if share > 0:
             moved = True
-        else:
-            banned.add(out)  # it could not move: not again before something else has
-        at = passive.index(out)
-        del passive[at], factor[at:]
-        for k in range(at, len(passive)):
-            factor.append(_append(A, passive[:k], factor, passive[k]))
-    return moved
+            for i, x in goal:
+                lam[i] = max(lam[i] + share * (x - lam[i]), 0.0)
+            lam[first] = 0.0
+        _leave([i for i in blocking if lam[i] == 0], A, q, passive, rows, free)
+    return moved, limit
 
 
-def _append(A: Matrix, passive: list[int], factor: Matrix, enter: int) -> Vector:
-    """Return the row that `enter` adds to the Cholesky factor; its last entry is the length of its new part."""
-    against = A[enter]
-    row: Vector = []
-    for j, other in zip(passive, factor, strict=True):
-        row.append((against[j] - sum(map(mul, row, other))) / other[-1])
-    row.append(sqrt(max(against[enter] - sum(map(mul, row, row)), 0.0)))
-    return row
+def _leave(out: list[int], A: Matrix, q: Vector, passive: list[int], rows: Matrix, free: list[bool]) -> None:
+    first = min(map(passive.index, out))
+    again = [i for i in passive[first:] if i not in out]
+    del passive[first:], rows[first:]
+    for i in out:
+        free[i] = True
+    for i in again:
+        rows.append(_eliminate(A[i], q[i], passive, rows, i))
+        passive.append(i)
 
 
-def _solve(factor: Matrix, right: Vector) -> Vector:
-    y: Vector = []
-    for row, b in zip(factor, right, strict=True):
-        y.append((b - sum(map(mul, row, y))) / row[-1])
-    z: Vector = []
-    for row in reversed(factor):
-        last = y.pop() / row[-1]
-        z.append(last)
-        y = [v - last * x for v, x in zip(y, row, strict=False)]
-    z.reverse()
-    return z
+def _eliminate(row: Vector, right: float, passive: list[int], rows: Matrix, i: int) -> Vector:
+    left = [*row, right]
+    for j, other in zip(passive, rows, strict=True):
+        f = other[i] / other[j]
+        left = [x - f * y for x, y in zip(left, other)]  # noqa: B905 (the innermost loop; strict= adds a third)
+    return left
+
+
+def _substitute(passive: list[int], rows: Matrix, m: int) -> list[tuple[int, float]]:
+    goal: list[tuple[int, float]] = []
+    for i, row in zip(reversed(passive), reversed(rows), strict=True):
+        total = row[m]
+        for j, x in goal:
+            total += row[j] * x
+        goal.append((i, -total / row[i]))
+    return goal

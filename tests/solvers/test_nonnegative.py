@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsurg.solvers import nonnegative, project_rows
-from gradsurg.solvers.batched import solve_batched
-from gradsurg.solvers.nonnegative import SMALL_PROGRAMS, SMALL_TASKS, path
-from gradsurg.solvers.small import solve_small
+from gradsurg.solvers.batched import TURNS, solve_batched
+from gradsurg.solvers.nonnegative import SMALL, path
+from gradsurg.solvers.small import bound, solve_small
 from tests.hostile import FAMILIES, draw
 
 EXACT = 4e-16
@@ -69,12 +69,12 @@ def program(kind, m, seed):
 
 
 def solve(twin, G, b, scale):
-    """Return λ and the pivots, where the twin counts them."""
+    """Return λ and the number of changes of the passive set."""
     if twin == "small":
-        answer = solve_small(G.tolist(), [b.tolist()], None, [float(scale)], EXACT)[0]
-        return torch.tensor(answer, dtype=torch.float64), None
-    answer, pivots = solve_batched(G[None], b[None], None, scale[None], EXACT)
-    return answer[0], int(pivots)
+        answers, counts = solve_small(G.tolist(), [b.tolist()], None, [float(scale)], EXACT)
+        return torch.tensor(answers[0], dtype=torch.float64), counts[0]
+    answer, counts = solve_batched(G[None], b[None], None, scale[None], EXACT)
+    return answer[0], counts[0]
 
 
 def kkt_residual(G, b, lam, scale):
@@ -86,6 +86,15 @@ def kkt_residual(G, b, lam, scale):
     return float(torch.where(norms > 0, torch.minimum(multiplier, slack), 0).abs().max())
 
 
+def slack_and_products(G, b, lam, length):
+    """min r_i, max |λ_i r_i| and Σλ in units of rows and target of length one, in 80-bit arithmetic."""
+    wide = [x.numpy().astype(np.longdouble) for x in (G, b, lam)]
+    norms = np.sqrt(np.diag(wide[0]))
+    r = (wide[0] @ wide[2] + wide[1]) / np.where(norms > 0, norms, 1) / float(length)
+    multipliers = wide[2] * norms / float(length)
+    return float(r.min()), float(np.abs(multipliers * r).max()), float(multipliers.sum())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 16, 32, 64])
 def test_optimality_conditions(kind, m):
@@ -95,11 +104,16 @@ def test_optimality_conditions(kind, m):
             continue
         _, G, r, length = instance
         b = G @ r
-        for twin in TWINS if m <= 16 else ["batched"]:
-            lam, pivots = solve(twin, G, b, length)
+        for twin in TWINS:
+            lam, count = solve(twin, G, b, length)
             assert (lam >= 0).all()
+            slack, product, total = slack_and_products(G, b, lam, length)
+            assert slack >= -1e-9, (twin, seed)
+            # λ is a float64: rounding it turns r by 1e-16 Σλ, and no answer can be better than that.
+            assert product <= 1e-15 * (1 + total) ** 2, (twin, seed)
             assert kkt_residual(G, b, lam, length) <= 1e-9, (twin, seed)
-            assert pivots is None or pivots <= 2 * m + 2
+            assert count <= 2 * m + 2 + (TURNS if twin == "batched" else 0)
+            assert count < bound(m)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,16 +175,54 @@ def test_rows_projected_by_themselves(kind):
 
 
 @pytest.mark.parametrize(
-    ("m", "programs", "one", "want"),
+    ("m", "programs", "want"),
     [
-        (SMALL_TASKS, SMALL_PROGRAMS, True, "small"),
-        (SMALL_TASKS + 1, 1, True, "batched"),
-        (2, SMALL_PROGRAMS + 1, True, "batched"),
-        (2, 1, False, "batched"),
+        (8, SMALL // 64, "small"),
+        (8, SMALL // 64 + 1, "batched"),
+        (16, SMALL // 256, "small"),
+        (17, 1, "batched"),
+        (1, SMALL, "small"),
+        (1, SMALL + 1, "batched"),
     ],
 )
-def test_which_twin_runs(m, programs, one, want):
-    assert path(m, programs, one) == want
+def test_which_twin_runs(m, programs, want):
+    assert path(m, programs) == want
+
+
+@pytest.mark.parametrize("m", [1, 4, 7, 20, 32, 40])
+def test_many_programs_are_those_one_by_one(m):
+    """One Gramian and several, with and without a mask, below and above the size at which finished programs leave."""
+    n = 36
+    Js = torch.stack([draw("surrounding", m, 2 * m, seed) for seed in range(n)])
+    several = Js @ Js.mT
+    weights = torch.rand(n, m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    some = torch.rand(n, m, generator=torch.Generator().manual_seed(m + 1)) < 0.7
+    for G in (several[0], several):
+        b = (G @ weights.unsqueeze(-1)).squeeze(-1)
+        for allowed in (None, some):
+            together, counts = solve_batched(G, b, allowed, None, EXACT)
+            assert max(counts) <= TURNS
+            assert torch.allclose(together, nonnegative(G, b, allowed=allowed), rtol=1e-9, atol=1e-12)
+            for p in range(n):
+                one = G if G.ndim == 2 else G[p]
+                mask = None if allowed is None else [allowed[p].tolist()]
+                alone, _ = solve_small(one.tolist(), [b[p].tolist()], mask, None, EXACT)
+                assert torch.allclose(together[p], torch.tensor(alone[0], dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_exchange_hands_over_what_it_cannot_finish():
+    """Equal rows make the passive block singular; the other programs of the batch keep what exchange found."""
+    J = draw("surrounding", 6, 12, 0)
+    J[1] = J[0]
+    fine = draw("surrounding", 6, 12, 1)
+    G = torch.stack([J @ J.T, fine @ fine.T])
+    b = G.sum(-1) - 2 * G[..., 0]  # t = Σ g_i − 2 g_0: rows 0 and 1 are both in conflict
+    answer, counts = solve_batched(G, b, None, None, EXACT)
+    assert counts[0] > counts[1]
+    assert counts[1] <= TURNS
+    for p in range(2):
+        length = float((torch.tensor([-1.0, 1, 1, 1, 1, 1]).double() @ (J, fine)[p]).norm())
+        assert kkt_residual(G[p], b[p], answer[p], length) <= 1e-12
 
 
 def test_batches_are_solved_one_by_one():
@@ -237,21 +289,34 @@ def test_integers_with_ties(m, seed, rank):
         assert (nonnegative(G, G.sum(1)) == 0).all()
         return
     for twin in TWINS:
-        lam, pivots = solve(twin, G, G.sum(1), t.norm())
+        lam, count = solve(twin, G, G.sum(1), t.norm())
         assert kkt_residual(G, G.sum(1), lam, t.norm()) <= 1e-9
-        assert pivots is None or pivots <= 2 * m + 2
+        assert count <= 2 * m + 2 + (TURNS if twin == "batched" else 0)
 
 
-def test_the_noise_of_the_gramian_is_respected():
-    """With entries good to 1e-7 a dependent row must not be inverted: λ stays of the size of the target."""
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        J = torch.tensor(rng.standard_normal((6, 3)) @ rng.standard_normal((3, 20)))
-        G = J @ J.T
-        norms = G.diagonal().sqrt()
-        noise = torch.tensor(rng.uniform(-1e-7, 1e-7, (6, 6))) * norms * norms[:, None]
-        lam = nonnegative(G + (noise + noise.T) / 2, G.sum(1), rounding=1e-7)
-        assert (lam * norms).max() <= 1e3 * (J.sum(0)).norm()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noise", [1e-7, 4e-13])
+def test_the_noise_of_the_gramian_is_respected(kind, noise):
+    """A dependent row must not be inverted: no real cosine falls below −√(8 · rounding), and u is no longer than t."""
+    for m in (2, 3, 5, 8, 16):
+        for seed in range(5):
+            instance = program(kind, m, seed)
+            if instance is None or instance[3] < 1e-2 * (instance[2] * instance[0].norm(dim=1)).sum():
+                continue  # b itself is known to noise / 1e-2 only
+            J, G, r, length = instance
+            norms = J.norm(dim=1)
+            error = torch.tensor(np.random.default_rng(seed).uniform(-noise, noise, (m, m))) * norms * norms[:, None]
+            noisy = G + (error + error.T) / 2
+            for solved in (
+                torch.tensor(
+                    solve_small(noisy.tolist(), [(noisy @ r).tolist()], None, [length.item()], noise)[0][0],
+                    dtype=torch.float64,
+                ),
+                solve_batched(noisy[None], (noisy @ r)[None], None, length[None], noise)[0][0],
+            ):
+                u = (r + solved) @ J / length
+                assert (J @ u >= -((8 * noise) ** 0.5) * norms).all()
+                assert u.norm() <= 1 + 1e-3
 
 
 def test_nothing_to_do_is_exactly_nothing():
