@@ -109,8 +109,12 @@ class Capture:
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
         reached = [p for p in self.parameters() if p.numel() > 0 and self.rows.of(p)]
-        clean = [p for p in reached if p not in self._foreign]
-        parameter = min(clean or reached, key=Tensor.numel, default=None)
+        clean = [p for p in reached if p not in self._foreign or _is_zero(self._foreign[p])]
+        # In foreign gradients, a multiple is told from a sum by comparing numbers: one number cannot be compared.
+        others = [p for p in reached if p.numel() > 1]
+        parameter = min(clean or others or reached, key=Tensor.numel, default=None)
+        if clean and parameter is not None:
+            self._foreign.pop(parameter, None)
         self.write({})
         if parameter is not None:
             self._mark = Mark(parameter)
@@ -169,6 +173,10 @@ class Capture:
     def _close(self) -> None:
         self._held, self._next_foreign, self.fresh = {}, {}, TaskRows(self.row_dtype)
         self.opened = None
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    return not gradient.is_sparse and not bool(gradient.any())
 
 
 class Total(torch.autograd.Function):

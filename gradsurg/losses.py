@@ -1,4 +1,4 @@
-"""What users hand in as the losses of a step, checked."""
+"""What users hand in, losses or gradients, checked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import unknown_name
+from gradsurg.rows import Row
 
-__all__ = ["Losses", "check_scalar", "parse_losses", "value_of"]
+__all__ = ["Losses", "check_row", "check_scalar", "parse_losses", "value_of"]
 
 Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
 
@@ -71,3 +72,27 @@ def value_of(losses: Mapping[str, Tensor | None], preferences: Mapping[str, floa
         wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
         total = total + wide * preference
     return total
+
+
+def check_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tensor]) -> Row:
+    """Return a task's gradients as a row of copies, or raise a ValueError that names task and position."""
+    given: object = tensors
+    if not isinstance(given, Sequence) or len(given) != len(parameters):
+        count = f"a list of {len(given)}" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"gradients[{name!r}] is {count} for {len(parameters)} shared parameters: pass one tensor, "
+            "or None, per parameter (those of shared=, else all that the optimizer trains)"
+        )
+    row = {}
+    for i, (g, p) in enumerate(zip(tensors, parameters, strict=True)):
+        if g is None:
+            continue
+        if not isinstance(g, Tensor):
+            raise ValueError(f"gradients[{name!r}][{i}] is a {type(g).__name__}: pass a tensor, or None")
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+            raise ValueError(
+                f"gradients[{name!r}][{i}] is {tuple(g.shape)} {g.dtype} on {g.device}, its parameter {tuple(p.shape)} "
+                f"{p.dtype} on {p.device}: they must agree"
+            )
+        row[p] = g.detach().clone()
+    return row

@@ -15,42 +15,50 @@ Fate = Literal["there", "gone", "added to", "scaled"]
 class Mark:
     """Zeros but for one number too small to matter, in a p.grad that is otherwise empty.
 
-    `_version` alone would not do: GradScaler unscales without changing it. Where the parameter has a foreign gradient,
-    that is the mark, and nothing can be read off it but whether it is still there.
+    Where the parameter has a foreign gradient, that is the mark. What happened to it is read off its numbers, because
+    `_version` alone would not do: GradScaler unscales without changing it.
     """
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._signal = parameter.grad is None
+        self._signal: float | None = None
         if parameter.grad is None:
-            self._number = _small(parameter.dtype)
+            self._signal = _small(parameter.dtype)
             parameter.grad = torch.zeros_like(parameter)
-            parameter.grad[_first(parameter)] = self._number
+            parameter.grad[_first(parameter)] = self._signal
         self._tensor, self._version = parameter.grad, parameter.grad._version
+        self._before = None if self._tensor.is_sparse else self._tensor.clone()
 
     def fate(self) -> Fate:
         """Return what became of it: gone is zeroed or replaced; added to, by a backward pass of somebody else."""
         gradient = self.parameter.grad
         if gradient is None or gradient is not self._tensor:
             return "gone"
-        if not self._signal:
-            return "there" if gradient._version == self._version else "added to"
+        untouched = gradient._version == self._version
+        if self._before is None:
+            return "there" if untouched else "added to"
         if not bool(gradient.any()):
             return "gone"
-        alone = bool((gradient.abs() <= self._number).all())
-        if gradient._version == self._version:
-            return "there" if alone and bool(gradient[_first(gradient)] == self._number) else "scaled"
-        return "scaled" if alone else "added to"
+        if torch.equal(gradient, self._before):
+            return "there" if untouched else "scaled"
+        return "scaled" if _is_shrunk(gradient, self._before) else "added to"
 
     def below(self) -> Tensor | None:
         """Return what is foreign in the marked p.grad."""
-        if not self._signal:
+        if self._signal is None:
             return self._tensor
         if self.fate() == "there":
             return None
         foreign = self._tensor.clone()
-        foreign[_first(foreign)] -= self._number
+        foreign[_first(foreign)] -= self._signal
         return foreign
+
+
+def _is_shrunk(now: Tensor, before: Tensor) -> bool:
+    """Whether `now` is a positive multiple of `before`, below one: clipping and unscaling do that, gradients do not."""
+    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (now, before))
+    factor = float((a * b).sum() / b.square().sum())
+    return 0 < factor < 1 and torch.allclose(a, factor * b, rtol=1e-2, atol=0)  # 1e-2: what bfloat16 rounds away
 
 
 def _first(tensor: Tensor) -> tuple[int, ...]:

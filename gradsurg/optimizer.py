@@ -364,7 +364,7 @@ def _extend(optimizer: Optimizer, surgeon: Surgeon) -> MultiTaskOptimizer:
     wrapped = cast(MultiTaskOptimizer, optimizer)
     wrapped.__dict__[STATE] = surgeon
     surgeon.optimizers.append(wrapped)
-    _ = surgeon.memory
+    surgeon.memory.touch()
     if patched:
         _patch_for_scheduler(wrapped)
     return wrapped

@@ -62,6 +62,10 @@ class TaskRows:
         """Forget a task's row."""
         del self._rows[name]
 
+    def nonfinite(self) -> list[str]:
+        """Return the tasks that have a NaN or an infinity."""
+        return [name for name, row in self._rows.items() if not all(map(_is_finite, row.values()))]
+
     def shared(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return those of `parameters` that at least two tasks reached."""
         return [p for p in parameters if sum(p in row for row in self._rows.values()) >= 2]
@@ -85,3 +89,8 @@ class TaskRows:
 def added(a: Tensor, b: Tensor) -> Tensor:
     """Return a + b as a new tensor; torch adds sparse to dense, but not dense to sparse."""
     return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(torch.isfinite(values).all())

@@ -20,15 +20,14 @@ from torch.optim import LBFGS, Optimizer
 from gradsurg.capture import Capture, pass_in_progress
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.judgement import Judgement, joined, trained
+from gradsurg.losses import check_row
+from gradsurg.memory import Memory
 from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
 from gradsurg.report import Report
 from gradsurg.settings import Settings
 
 __all__ = ["Surgeon"]
-
-MEMORY = "gradsurg"  # the key in param_groups[0] under which what must be saved lives
-FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
 Finish = Callable[[Callable[[], None], Callable[[], None]], None]
 
@@ -39,6 +38,7 @@ class Surgeon:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.optimizers: list[Optimizer] = []
+        self.memory = Memory(self.optimizers)
         self.capture = Capture(self.parameters, settings.row_dtype)
         self.report: Report | None = None
         self.deferring = 0  # depth of accumulate()
@@ -65,23 +65,6 @@ class Surgeon:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
         # By id: hashing a tensor runs Python code, which made this the dearest line of a step on a small model.
         return list({id(p): p for optimizer in self.optimizers for p in trained(optimizer)}.values())
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What must survive a checkpoint; a missing or foreign entry (a bare checkpoint) starts afresh."""
-        for optimizer in self.optimizers:
-            entry = optimizer.param_groups[0].get(MEMORY)
-            if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
-                return entry
-        self.optimizers[0].param_groups[0][MEMORY] = dict(FRESH)
-        return self.memory
-
-    def remember(self, **changes: Any) -> None:
-        """Replace entries of the memory; a state dict in somebody's hand keeps the old ones."""
-        old = self.memory
-        for optimizer in self.optimizers:
-            if optimizer.param_groups[0].get(MEMORY) is old:
-                optimizer.param_groups[0][MEMORY] = {**old, **changes}
 
     # -- gradients come in --------------------------------------------------------------------------------------
 
@@ -150,7 +133,7 @@ class Surgeon:
             raise
         finally:
             self.in_task = False
-        self._learn([name])
+        self.memory.learn([name])
         self.capture.take(name)
         waiting = declared is not None and not {*self.entered, name}.issuperset(declared)
         self.finish(defer=waiting or self.deferring > 0)
@@ -166,7 +149,7 @@ class Surgeon:
         if self.settings.tasks is not None:
             check_names((tuple(gradients),), self.settings.tasks, "gradients")
         parameters = self.parameters() if self.settings.shared is None else list(self.settings.shared)
-        rows = {name: _checked_row(name, tensors, parameters) for name, tensors in gradients.items()}
+        rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
         self.introduce(rows)
         self.capture.open()
         for name, row in rows.items():
@@ -176,16 +159,10 @@ class Surgeon:
 
     def introduce(self, names: Iterable[str]) -> None:
         """Check the names in the options against those declared or seen; a typo in `primary` must not pass silently."""
-        known = {*self.memory["tasks"], *(self.settings.tasks or ()), *names}
+        known = {*self.memory.tasks, *(self.settings.tasks or ()), *names}
         check_names(self.settings.pipeline.levels, known)
         check_names((tuple(self.settings.preferences),), known, "preferences")
-        self._learn(names)
-
-    def _learn(self, names: Iterable[str]) -> None:
-        known = self.memory["tasks"]
-        new = [name for name in names if name not in known]
-        if new:
-            self.remember(tasks=[*known, *new])
+        self.memory.learn(names)
 
     # -- surgery ------------------------------------------------------------------------------------------------
 
@@ -212,7 +189,6 @@ class Surgeon:
             raise
 
     def _operate(self) -> None:
-        memory = self.memory
         outcome = operate(
             Patient(
                 rows=self.capture.rows,
@@ -220,8 +196,8 @@ class Surgeon:
                 groups=[group["params"] for optimizer in self.optimizers for group in optimizer.param_groups],
                 losses=self.losses,
                 settings=self.settings,
-                step=memory["step"],
-                state=memory["state"],
+                step=self.memory.step,
+                state=self.memory.state,
                 skipped=self.skipped,
             )
         )
@@ -235,17 +211,15 @@ class Surgeon:
         """Apply the `nonfinite` policy to fresh rows with NaN or infinity, before they touch anything."""
         if self.settings.nonfinite == "propagate":
             return
-        fresh = self.capture.fresh
-        bad = [name for name in fresh if not all(_is_finite(g) for g in fresh[name].values())]
+        bad = self.capture.fresh.nonfinite()
         if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
                 f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "
                 "are as before. nonfinite='skip_task' leaves such a task out of the step."
             )
         for name in bad:
-            fresh.drop(name)
-            counts = self.memory["skipped"]
-            self.remember(skipped={**counts, name: counts.get(name, 0) + 1})
+            self.capture.fresh.drop(name)
+            self.memory.count_skipped(name)
             if name not in self.skipped:
                 self.skipped = (*self.skipped, name)
 
@@ -323,9 +297,7 @@ class Surgeon:
         self._first = None
 
     def _end_of_step(self) -> None:
-        memory = self.memory
-        state = memory["state"] if self._next_state is None else dict(self._next_state)
-        self.remember(step=memory["step"] + 1, state=state)
+        self.memory.end_step(self._next_state)
         self.stepped.clear()
         self.forget()
 
@@ -350,7 +322,7 @@ class Surgeon:
 
     def _warn_of_unknown_names(self) -> None:
         """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
-        if self._warned_of_names or not self.memory["tasks"]:
+        if self._warned_of_names or not self.memory.tasks:
             return
         try:
             self.introduce(())
@@ -385,38 +357,10 @@ class Surgeon:
             )
 
 
-def _checked_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tensor]) -> dict[Tensor, Tensor]:
-    given: object = tensors
-    if not isinstance(given, Sequence) or len(given) != len(parameters):
-        count = f"a list of {len(given)}" if isinstance(given, Sequence) else f"a {type(given).__name__}"
-        raise ValueError(
-            f"gradients[{name!r}] is {count} for {len(parameters)} shared parameters: pass one tensor, "
-            "or None, per parameter (those of shared=, else all that the optimizer trains)"
-        )
-    row = {}
-    for i, (g, p) in enumerate(zip(tensors, parameters, strict=True)):
-        if g is None:
-            continue
-        if not isinstance(g, Tensor):
-            raise ValueError(f"gradients[{name!r}][{i}] is a {type(g).__name__}: pass a tensor, or None")
-        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
-            raise ValueError(
-                f"gradients[{name!r}][{i}] is {tuple(g.shape)} {g.dtype} on {g.device}, its parameter {tuple(p.shape)} "
-                f"{p.dtype} on {p.device}: they must agree"
-            )
-        row[p] = g.detach().clone()
-    return row
-
-
 def _like(gradient: Tensor | None, loss: Tensor) -> Tensor | None:
     if gradient is None:
         return torch.ones_like(loss)
     return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(torch.isfinite(values).all())
 
 
 def _now(callback: Callable[[], None], _: Callable[[], None]) -> None:

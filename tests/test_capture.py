@@ -353,9 +353,14 @@ def test_surgery_waits_for_step_if_all_of_it_was_deferred():
 
 
 @pytest.mark.parametrize("zero", ["optimizer none", "optimizer zeros", "model none", "model zeros"])
-def test_zeroing_while_surgery_waits_drops_the_rows(zero):
+@pytest.mark.parametrize("before", ["nothing", "zeros", "foreign"])
+def test_zeroing_while_surgery_waits_drops_the_rows(zero, before):
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
+    if before != "nothing":
+        sum(p.square().sum() for p in model.parameters()).backward()
+    if before == "zeros":
+        model.zero_grad(set_to_none=False)
     with optimizer.accumulate():
         bring("total", optimizer, model.losses(0))
     clear(zero, model, optimizer)
@@ -407,16 +412,21 @@ def test_parameters_without_elements_are_no_obstacle():
     assert (optimizer.report.update_cosines >= -1e-4).all()  # float32 gradients
 
 
+@pytest.mark.parametrize("before", ["nothing", "zeros", "foreign"])
 @pytest.mark.parametrize("change", ["clip", "clip with others", "unscale", "fused scaler"])
-def test_changing_p_grad_while_surgery_waits_is_refused(change):
+def test_changing_p_grad_while_surgery_waits_is_refused(change, before):
     # Surgery at step() would overwrite what clipping did; that must not pass silently.
     model = build()
     optimizer = wrapped(model)
+    if before != "nothing":
+        sum(p.square().sum() for p in model.parameters()).backward()
+    if before == "zeros":
+        model.zero_grad(set_to_none=False)
     with optimizer.accumulate():
         bring("total", optimizer, model.losses(0))
     if "clip" in change:
         if "others" in change:
-            model.trunk[0].weight.square().sum().backward()
+            model.trunk[0].bias.sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     elif change == "unscale":
         scaler = torch.amp.GradScaler("cpu")

@@ -1,0 +1,73 @@
+"""What must survive a checkpoint, kept where every kind of checkpoint looks: in the first parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["Memory"]
+
+KEY = "gradsurg"
+FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
+
+
+class Memory:
+    """Reads and replaces one entry of `param_groups[0]`, which survives load_state_dict and DCP alike.
+
+    A missing or foreign entry (the checkpoint of a bare optimizer) is a fresh start. The entry is replaced, never
+    changed: a state dict in somebody's hand keeps the numbers it had.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers  # the list itself: it may grow
+
+    def touch(self) -> None:
+        """Make sure that there is an entry, so that a state dict taken before the first step has it."""
+        self._home()
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return int(self._home()[KEY]["step"])
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What normaliser and surgery remember."""
+        state: Mapping[str, Any] = self._home()[KEY]["state"]
+        return state
+
+    @property
+    def tasks(self) -> list[str]:
+        """Every task name seen so far."""
+        return list(self._home()[KEY]["tasks"])
+
+    def end_step(self, state: Mapping[str, Any] | None) -> None:
+        """Count a step; None leaves the state of normaliser and surgery as it is."""
+        self._replace(step=self.step + 1, state=self.state if state is None else dict(state))
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Remember names of tasks."""
+        known = self.tasks
+        new = [name for name in names if name not in known]
+        if new:
+            self._replace(tasks=[*known, *new])
+
+    def count_skipped(self, name: str) -> None:
+        """Count a step that went without this task because of NaN or infinity."""
+        counts = self._home()[KEY]["skipped"]
+        self._replace(skipped={**counts, name: counts.get(name, 0) + 1})
+
+    def _home(self) -> dict[str, Any]:
+        groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in self.optimizers]
+        for group in groups:
+            entry = group.get(KEY)
+            if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
+                return group
+        groups[0][KEY] = dict(FRESH)
+        return groups[0]
+
+    def _replace(self, **changes: Any) -> None:
+        group = self._home()
+        group[KEY] = {**group[KEY], **changes}
