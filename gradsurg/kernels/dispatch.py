@@ -26,10 +26,10 @@ DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
     torch.float64: frozenset({torch.float64}),
 }
 
-# One multiply-add chain per pair of tasks needs m(m+1)/2 float64 accumulators: 36 at m = 8 fit in 152 to 238 of the
+# One multiply-add chain per pair of tasks needs m(m+1)/2 float64 accumulators: 36 at m = 8 fit in 128 to 238 of the
 # 255 registers (read from SASS, sm_80 to sm_100); 78 at m = 12 do not.
 PAIRS_UP_TO = 8
-# Three 16 x 16 tiles of accumulators of one warp take up to 164 registers; ten of them (m = 64) spill.
+# Three 16 x 16 tiles of accumulators of one warp take up to 218 registers; ten of them (m = 64) spill.
 DOTS_UP_TO = 32
 
 
