@@ -63,8 +63,8 @@ def test_larger_than_an_item(m, size):
 
 @pytest.mark.parametrize(("m", "longest"), [(4, 32), (16, 4096)])
 def test_constant_rows_do_not_drift(m, longest):
-    # A running float32 sum of 131 072 such products is off by 7e-5. In float64 each addition of the longest chain of an item of
-    # 4096 elements may be off by 2^-53 of what it has so far, half of the sum on average.
+    # A running float32 sum of 131 072 such products is off by 7e-5. In float64 each addition of the longest chain of an
+    # item of 4096 elements may be off by 2^-53 of what it has so far, half of the sum on average.
     rows = [[torch.full((8_001,), 0.1 + 0.01 * i)] for i in range(m)]
     assert error(gramian.gramian(rows), rows, [torch.zeros(8_001)]) <= longest / 2 * 2.0**-53
 
