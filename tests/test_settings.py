@@ -57,7 +57,7 @@ WRONG = [
     ("surgery", Cone, "Surgery instance"),
     ("surgery", 3, "'cone'"),
     ("normalize", "norms", "'none', 'norm'.*Did you mean 'norm'"),
-    ("normalize", lambda g: g, "Normalizer instance"),
+    ("normalize", len, "Normalizer instance"),
     ("guarantee", "updates", "'update', 'gradient', 'none'.*Did you mean 'update'"),
     ("guarantee", True, "'update'"),
     ("guarantee", None, "'none'"),

@@ -179,8 +179,8 @@ def test_rows_projected_by_themselves(kind):
     [
         (8, SMALL // 64, "small"),
         (8, SMALL // 64 + 1, "batched"),
-        (16, SMALL // 256, "small"),
-        (17, 1, "batched"),
+        (14, 1, "small"),
+        (15, 1, "batched"),
         (1, SMALL, "small"),
         (1, SMALL + 1, "batched"),
     ],
