@@ -6,17 +6,20 @@ reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsurg.byparameter import ByParameter
 from gradsurg.errors import MultiTaskError
 from gradsurg.mark import Mark
 from gradsurg.rows import Row, TaskRows, added
 
 __all__ = ["Capture", "Total", "at_end_of_backward", "pass_in_progress"]
+
+Held = list[tuple[Tensor, "Tensor | None"]]  # every parameter and what was in its p.grad
 
 
 class Capture:
@@ -36,22 +39,20 @@ class Capture:
         self.rows = TaskRows(row_dtype)
         self.opened: object | None = None  # one token per run, while it lasts
         self.fresh = TaskRows(row_dtype)
-        self._foreign: Row = {}
-        self._next_foreign: Row = {}
-        self._written: dict[Tensor, tuple[Tensor, int]] = {}
+        self._foreign, self._next_foreign = Row(), Row()
+        self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
         self._mark: Mark | None = None
-        self._held: dict[Tensor, Tensor | None] = {}
+        self._held: Held = []
 
     def open(self) -> None:
         """Put p.grad of every parameter aside, so that backward passes start from nothing."""
         if self.opened is not None:  # the backward pass that opened it died, and nobody told us
             self.abort()
-        parameters = self.parameters()
         self._was_live = self.is_live()
-        self._held = {p: p.grad for p in parameters}
+        self._held = [(p, p.grad) for p in self.parameters()]
         self._next_foreign = self._foreign_among(self._held)
         self.fresh = TaskRows(self.row_dtype)
-        for p in parameters:
+        for p, _ in self._held:
             p.grad = None
         self.opened = object()
 
@@ -68,7 +69,7 @@ class Capture:
         """Add gradients that were computed elsewhere to the fresh row of a task."""
         self.fresh.add(name, gradients)
 
-    def commit(self) -> dict[Tensor, Tensor | None]:
+    def commit(self) -> Held:
         """Make the fresh rows part of the rows and return what was in p.grad; it is None now."""
         self.take_plain()  # a penalty of the same backward pass may have run since our last task
         self._foreign = self._next_foreign
@@ -87,24 +88,23 @@ class Capture:
         self.give_back(self._held)
         self._close()
 
-    def give_back(self, held: Mapping[Tensor, Tensor | None]) -> None:
+    def give_back(self, held: Held) -> None:
         """Set p.grad to what it was."""
-        for p, gradient in held.items():
+        for p, gradient in held:
             p.grad = gradient
 
-    def write(self, result: Mapping[Tensor, Tensor]) -> None:
+    def write(self, result: Row) -> None:
         """Set p.grad to the result plus what is foreign, for every parameter that has either."""
-        self._written, self._mark = {}, None
-        for p in self.parameters():
-            gradient, foreign = result.get(p), self._foreign.get(p)
-            if gradient is None:
-                p.grad = foreign
-            elif foreign is None:
-                p.grad = gradient
+        self._written, self._mark = ByParameter(), None
+        parameters = self.parameters()
+        for p, gradient, foreign in zip(parameters, result.at(parameters), self._foreign.at(parameters), strict=True):
+            if gradient is None or foreign is None:
+                total = foreign if gradient is None else gradient
             else:
-                p.grad = added(gradient, foreign)
-            if p.grad is not None:
-                self._written[p] = (p.grad, p.grad._version)
+                total = added(gradient, foreign)
+            p.grad = total
+            if total is not None:
+                self._written[p] = (total, total._version)
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
@@ -114,8 +114,8 @@ class Capture:
         others = [p for p in reached if p.numel() > 1]
         parameter = min(clean or others or reached, key=Tensor.numel, default=None)
         if clean and parameter is not None:
-            self._foreign.pop(parameter, None)
-        self.write({})
+            self._foreign.pop(parameter)
+        self.write(Row())
         if parameter is not None:
             self._mark = Mark(parameter)
             assert parameter.grad is not None
@@ -124,7 +124,7 @@ class Capture:
     def clear(self) -> None:
         """Forget rows, foreign gradients and marks; p.grad is left alone."""
         self.rows = TaskRows(self.row_dtype)
-        self._foreign, self._written, self._mark = {}, {}, None
+        self._foreign, self._written, self._mark = Row(), ByParameter(), None
         self._close()
 
     def part_with_rows(self) -> None:
@@ -137,42 +137,49 @@ class Capture:
             return False
         if self._mark is not None:
             return self._mark.fate() != "gone"
-        return all((p.grad is None and p not in self._written) or self._untouched(p) for p in self.parameters())
+        parameters = self.parameters()
+        return all(map(_is_untouched, parameters, self._written.at(parameters)))
 
     def still_ours(self, p: Tensor) -> bool:
         """Whether p.grad is the tensor that we wrote, clipped or unscaled since or not."""
-        return p in self._written and p.grad is self._written[p][0]
+        written = self._written.get(p)
+        return written is not None and p.grad is written[0]
 
     def mark_was_scaled(self) -> bool:
         """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
         return self._mark is not None and self._mark.fate() == "scaled"
 
-    def _untouched(self, p: Tensor) -> bool:
-        return self.still_ours(p) and p.grad is not None and p.grad._version == self._written[p][1]
-
-    def _foreign_among(self, held: Mapping[Tensor, Tensor | None]) -> Row:
+    def _foreign_among(self, held: Held) -> Row:
         """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
         if self._was_live and self._mark is None:
-            return dict(self._foreign)
-        standing = {p: g for p, g in held.items() if g is not None}
+            return self._foreign.copy()
+        standing = Row((p, g) for p, g in held if g is not None)
         if self._was_live and self._mark is not None:
-            standing.pop(self._mark.parameter, None)
+            standing.pop(self._mark.parameter)
             below = self._mark.below()
             if below is not None:
                 standing[self._mark.parameter] = below
         return standing
 
     def _lift(self) -> Row:
-        lifted = {}
+        lifted = []
         for p in self.parameters():
-            if p.grad is not None:
-                lifted[p] = p.grad
+            gradient = p.grad
+            if gradient is not None:
+                lifted.append((p, gradient))
                 p.grad = None
-        return lifted
+        return Row(lifted)
 
     def _close(self) -> None:
-        self._held, self._next_foreign, self.fresh = {}, {}, TaskRows(self.row_dtype)
+        self._held, self._next_foreign, self.fresh = [], Row(), TaskRows(self.row_dtype)
         self.opened = None
+
+
+def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
+    gradient = p.grad
+    if written is None or gradient is None:
+        return written is None and gradient is None
+    return gradient is written[0] and gradient._version == written[1]
 
 
 def _is_zero(gradient: Tensor) -> bool:

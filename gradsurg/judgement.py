@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradsurg.byparameter import ByParameter
 from gradsurg.gramian import gramian
 from gradsurg.guarantee import Movement, guard
-from gradsurg.rows import TaskRows
+from gradsurg.rows import Row, TaskRows
 
 __all__ = ["Judgement", "joined", "trained"]
 
@@ -34,12 +35,14 @@ class Judgement:
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the shared parameters that this optimizer trains."""
-        mine = set(trained(optimizer))
-        return [p for block in self.blocks for p in block if p in mine]
+        mine = set(map(id, trained(optimizer)))
+        return [p for block in self.blocks for p in block if id(p) in mine]
 
-    def hold(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> Movement | None:
+    def hold(self, optimizer: Optimizer, before: Row) -> Movement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
-        sign = {p: -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
+        sign = ByParameter(
+            (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
+        )
         movements = []
         for block, G in zip(self.blocks, self.gramians, strict=True):
             mine = [p for p in block if p in sign and p in before]

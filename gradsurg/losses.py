@@ -83,7 +83,7 @@ def check_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tens
             f"gradients[{name!r}] is {count} for {len(parameters)} shared parameters: pass one tensor, "
             "or None, per parameter (those of shared=, else all that the optimizer trains)"
         )
-    row = {}
+    row = Row()
     for i, (g, p) in enumerate(zip(tensors, parameters, strict=True)):
         if g is None:
             continue

@@ -21,7 +21,7 @@ from gradsurg.pipeline import (
 )
 from gradsurg.problem import Problem, State
 from gradsurg.report import Report
-from gradsurg.rows import TaskRows, added
+from gradsurg.rows import Row, TaskRows, added
 from gradsurg.settings import Settings
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
@@ -64,7 +64,7 @@ class Outcome:
         state: The next state of normaliser and surgery; None leaves it as it is.
     """
 
-    gradients: dict[Tensor, Tensor]
+    gradients: Row
     report: Report
     judgement: Judgement | None = None
     state: State | None = None
@@ -75,21 +75,22 @@ def operate(patient: Patient) -> Outcome:
     """Turn rows into gradients: surgery on what tasks share, everybody's own gradient elsewhere."""
     rows = patient.rows
     shared = _shared(patient)
-    members = set(shared)
-    own = {}
-    for p in patient.parameters:
-        gradients = rows.of(p)
-        if gradients and p not in members:
-            own[p] = functools.reduce(added, gradients)
+    members = set(map(id, shared))
+    own = Row(
+        (p, functools.reduce(added, gradients))
+        for p in patient.parameters
+        if id(p) not in members and (gradients := rows.of(p))
+    )
     if not shared:
         return Outcome(own, _unmeasured(patient))
     if len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer
         (name,) = rows
         preference = patient.settings.preferences.get(name, 1.0)
-        whole = {p: g if preference == 1 else g * preference for p, g in rows[name].items()}
-        return Outcome(own | whole, _unmeasured(patient))
+        own.update(Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items()))
+        return Outcome(own, _unmeasured(patient))
     outcome = _operate_on(patient, _blocks(patient, shared))
-    return replace(outcome, gradients=own | outcome.gradients)
+    outcome.gradients.update(own)
+    return outcome
 
 
 def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
@@ -103,9 +104,9 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     else:
         direction = _plain_sum(problem)
     exact = (direction.cancellation > CANCELLATION_SUM).tolist()
-    gradients: dict[Tensor, Tensor] = {}
+    gradients = Row()
     for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
-        gradients.update(zip(block, combine(table, weights, block, exact=precise), strict=True))
+        gradients.update(Row(zip(block, combine(table, weights, block, exact=precise), strict=True)))
     report = _report(patient, problem, direction)
     if not finite:
         return Outcome(gradients, report)
@@ -136,9 +137,9 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
         blend(surgery, table, block, each, problem.preferences, generator, protect, allowed)
         for table, block, each in zip(tables, blocks, scales.tolist(), strict=True)
     ]
-    gradients = {
-        p: u for block, each in zip(blocks, blends, strict=True) for p, u in zip(block, each.direction, strict=True)
-    }
+    gradients = Row()
+    for block, each in zip(blocks, blends, strict=True):
+        gradients.update(Row(zip(block, each.direction, strict=True)))
     unknown = torch.full_like(scales, float("nan"))
     direction = Direction(unknown, scales, torch.tensor([each.stationary for each in blends]), unknown[..., 0], state)
     report = replace(
@@ -177,8 +178,8 @@ def _problem(patient: Patient, G: Tensor) -> Problem:
 def _shared(patient: Patient) -> list[Tensor]:
     rows, declared = patient.rows, patient.settings.shared
     if declared is not None:
-        members = set(declared)
-        return [p for p in patient.parameters if p in members and rows.of(p)]
+        members = set(map(id, declared))
+        return [p for p in patient.parameters if id(p) in members and rows.of(p)]
     if len(rows) == 1:
         return [p for p in patient.parameters if rows.of(p)]
     return rows.shared(patient.parameters)
@@ -190,8 +191,8 @@ def _blocks(patient: Patient, shared: list[Tensor]) -> list[list[Tensor]]:
         return [shared]
     if granularity == "tensor":
         return [[p] for p in shared]
-    members = set(shared)
-    return [block for block in ([p for p in group if p in members] for group in patient.groups) if block]
+    members = set(map(id, shared))
+    return [block for block in ([p for p in group if id(p) in members] for group in patient.groups) if block]
 
 
 def _report(patient: Patient, problem: Problem, direction: Direction) -> Report:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gradsurg.byparameter import ByParameter
+
 __all__ = ["Row", "TaskRows", "added"]
 
-Row = dict[Tensor, Tensor]
+Row = ByParameter[Tensor]
 
 
 class TaskRows:
@@ -39,9 +41,14 @@ class TaskRows:
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
 
-    def add(self, name: str, gradients: Row) -> None:
-        """Add a task's gradients to its row. The tensors now belong to the rows."""
-        row = self._rows.setdefault(name, {})
+    def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor]) -> None:
+        """Add a task's gradients to its row. The tensors now belong to the rows, and so does a Row itself."""
+        if name not in self._rows:
+            self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
+            if self.dtype is not None:
+                self._narrow(self._rows[name])
+            return
+        row = self._rows[name]
         for parameter, gradient in gradients.items():
             have = row.get(parameter)
             if have is None:
@@ -66,20 +73,27 @@ class TaskRows:
         """Return the tasks that have a NaN or an infinity."""
         return [name for name, row in self._rows.items() if not all(map(_is_finite, row.values()))]
 
-    def shared(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+    def reach(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Return how many tasks reached each of `parameters`."""
+        table = self.table(parameters)
+        if not table:
+            return [0] * len(parameters)
+        return [len(table) - sum(gradient is None for gradient in column) for column in zip(*table, strict=True)]
+
+    def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return those of `parameters` that at least two tasks reached."""
-        return [p for p in parameters if sum(p in row for row in self._rows.values()) >= 2]
+        return [p for p, count in zip(parameters, self.reach(parameters), strict=True) if count >= 2]
 
     def table(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Return m lists of one gradient (or None) per parameter."""
-        return [[row.get(p) for p in parameters] for row in self._rows.values()]
+        return [row.at(parameters) for row in self._rows.values()]
 
     def of(self, parameter: Tensor) -> list[Tensor]:
         """Return every gradient that a task has of a parameter."""
         return [row[parameter] for row in self._rows.values() if parameter in row]
 
     def _narrow(self, row: Row) -> None:
-        for parameter in row:
+        for parameter in list(row):
             holders = [other for other in self._rows.values() if parameter in other]
             if len(holders) >= 2 and parameter.is_floating_point():
                 for holder in (row for row in holders if not row[parameter].is_sparse):

@@ -25,6 +25,7 @@ from gradsurg.memory import Memory
 from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
 from gradsurg.report import Report
+from gradsurg.rows import Row
 from gradsurg.settings import Settings
 
 __all__ = ["Surgeon"]
@@ -63,8 +64,8 @@ class Surgeon:
 
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
-        # By id: hashing a tensor runs Python code, which made this the dearest line of a step on a small model.
-        return list({id(p): p for optimizer in self.optimizers for p in trained(optimizer)}.values())
+        parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
+        return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
 
     # -- gradients come in --------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class Surgeon:
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    def before_step(self, optimizer: Optimizer, closure: bool) -> dict[Tensor, Tensor]:
+    def before_step(self, optimizer: Optimizer, closure: bool) -> Row:
         """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
         if self.in_task:
             raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
@@ -247,12 +248,12 @@ class Surgeon:
         self._warn_of_unknown_names()
         self._first = None
         if self.settings.guarantee != "update":
-            return {}
+            return Row()
         if closure:  # which parameters are shared is known only once the closure has run
-            return {p: p.detach().clone() for p in trained(optimizer)}
+            return Row((p, p.detach().clone()) for p in trained(optimizer))
         if self.judgement is None or not any(map(self.capture.still_ours, self.judgement.parameters(optimizer))):
-            return {}
-        return {p: p.detach().clone() for p in trained(optimizer) if p.grad is not None}
+            return Row()
+        return Row((p, p.detach().clone()) for p in trained(optimizer) if p.grad is not None)
 
     def watch(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
@@ -271,13 +272,13 @@ class Surgeon:
         self._evaluated_again = False
         return watched
 
-    def after_step(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> None:
+    def after_step(self, optimizer: Optimizer, before: Row) -> None:
         """Project the movement, then let the rows go."""
         self._warn_of_unrun_totals()
         if self._first is not None:
             self.judgement, self.report = self._first
             self._first = None
-        if before and self.judgement is not None:
+        if len(before) and self.judgement is not None:
             movement = self.judgement.hold(optimizer, before)
             if self.report is not None and movement is not None:
                 earlier = [] if self.report.movement is None else [self.report.movement]  # of another optimizer
@@ -286,7 +287,7 @@ class Surgeon:
         if all(id(other) in self.stepped for other in self.optimizers):
             self._end_of_step()
 
-    def take_back(self, optimizer: Optimizer, before: Mapping[Tensor, Tensor]) -> None:
+    def take_back(self, optimizer: Optimizer, before: Row) -> None:
         """Undo what a failed step did to the parameters of which there is a copy; rows stay for another try."""
         with torch.no_grad():
             for p, old in before.items():
