@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from gradsurg.priority import Levels, levels_of, order, protected
 from gradsurg.problem import Problem, State
 from gradsurg.solvers import nonnegative
 from gradsurg.surgery import Surgery
+from gradsurg.surgery.shortcut import far_from_zero
 
 __all__ = ["GUARANTEES", "Direction", "Pipeline"]
 
@@ -133,20 +133,15 @@ class Pipeline:
         """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
         scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
         # Without a conflict nothing can cancel, so there is nothing to settle.
-        in_conflict = problem.gramian.min().item() < 0
-        if in_conflict and self.conflict_free and not self._plainly_settled(scaled, weights):
+        in_conflict = self.conflict_free and problem.gramian.min().item() < 0
+        if in_conflict and not self._plainly_settled(scaled, weights):
             weights, _, _ = self._settle(scaled, weights, ROUNDING_EXACT)
         return weights if isinstance(self.normalizer, Unscaled) else weights * scales
 
     @staticmethod
     def _plainly_settled(problem: Problem, weights: Tensor) -> bool:
         """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
-        if weights.ndim > 1:
-            return False
-        rows, w = problem.gramian.tolist(), weights.tolist()
-        square: float = sum(x * sum(map(mul, row, w)) for x, row in zip(w, rows, strict=True))
-        lengths: float = sum(abs(x) * sqrt(max(row[i], 0.0)) for i, (x, row) in enumerate(zip(w, rows, strict=True)))
-        return square > STATIONARY * ROUNDING_EXACT * lengths * lengths
+        return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
 
     def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         scales, state = self.normalizer.scales(problem, state)

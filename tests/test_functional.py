@@ -5,7 +5,8 @@ import torch
 
 import gradsurg
 from gradsurg.normalize import Norm
-from gradsurg.surgery import Cone
+from gradsurg.surgery import SURGERIES, Cone
+from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
 
@@ -46,6 +47,55 @@ def test_a_matrix_must_be_a_real_floating_matrix(bad):
 
 def test_names_and_instances_are_the_same():
     assert torch.equal(gradsurg.weights(G, Cone(), normalize=Norm()), gradsurg.weights(G, "cone", normalize="norm"))
+
+
+def drawn(m, seed, kind):
+    J = torch.randn(m, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {
+        "free": J.abs(),
+        "mild": J,
+        "surrounding": J - 0.95 * J.mean(0),
+        "opposite": torch.cat([J[: m // 2], -J[: m - m // 2]]),
+        "duplicates": J[torch.arange(m) // 2],
+        "zero row": J * (torch.arange(m) != 1)[:, None],
+        "huge": J * 1e150,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["free", "mild", "surrounding", "opposite", "duplicates", "zero row", "huge"])
+@pytest.mark.parametrize("name", SURGERIES)
+def test_the_short_way_and_the_whole_pipeline_agree(name, kind):
+    # Preferences of 1 change no answer, and shortcuts are not asked where any are given.
+    for m, seed in ((1, 0), (2, 1), (4, 2), (8, 3), (17, 4)):
+        J = drawn(m, seed, kind)
+        if issubclass(SURGERIES[name], ElementwiseSurgery):
+            short, whole = gradsurg.combine(J, name), gradsurg.combine(J, name, preferences=[1.0] * m)
+            assert torch.equal(short, whole) or (short - whole).abs().max() <= 1e-14 * whole.abs().max()
+            continue
+        G = J @ J.T
+        short, whole = gradsurg.weights(G, name), gradsurg.weights(G, name, preferences=[1.0] * m)
+        assert short.shape == (m,)
+        assert short.dtype == torch.float64
+        # The same u: where gradients are dependent, weights are not unique.
+        scale = whole.abs() @ G.diagonal().sqrt()
+        difference = short - whole
+        assert (
+            (difference @ J).norm() if kind != "huge" else (difference @ (J / 1e150)).norm() * 1e150
+        ) <= 1e-9 * scale
+        if kind in ("free", "mild", "surrounding"):
+            assert difference.abs().max() <= 1e-10 * whole.abs().max()
+
+
+def test_the_short_way_makes_every_check():
+    for bad in (torch.full((2, 2), torch.nan), torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]])):
+        for name in ("cone", "upgrad", "mgda", "imtl_g", "config", "aligned_mtl"):
+            assert gradsurg.weights(bad, name).isnan().any(), name
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for name in ("sum", "mean", "random", "cone", "upgrad", "imtl_g", "excess_mtl"):
+            assert gradsurg.weights(torch.eye(3, dtype=dtype), name).dtype == dtype
+    first = gradsurg.weights(torch.eye(3), "random")
+    first.zero_()
+    assert gradsurg.weights(torch.eye(3), "random").all()
 
 
 def test_preferences_are_the_weights_of_a_sum_without_conflict():

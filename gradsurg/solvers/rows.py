@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from array import array
+from math import inf, isfinite, sqrt
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from gradsurg.solvers.nonnegative import nonnegative
 from gradsurg.solvers.small import Matrix, Vector
 
-__all__ = ["project_rows"]
+__all__ = ["project_lists", "project_rows"]
 
 # Longest row of the inverse (of the Gramian with unit diagonal) that is trusted: its residuals are then below 1e-12.
 LARGEST_INVERSE = 1e4
@@ -47,32 +48,43 @@ def project_rows(gramian: Tensor, *, rounding: float = 4e-16) -> Tensor:
     if G.ndim > 2 or m > MOST_TASKS:
         return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
     rows: Matrix = G.tolist()
-    conflicts = [sum(x < 0 for x in row) for row in rows]
-    if not any(conflicts) and isfinite(sum(map(sum, rows))):
-        return torch.zeros(m, m, dtype=torch.float64, device=gramian.device)
-    inverse, s = _inverse(G) if sum(conflicts) >= MOSTLY * m * (m - 1) else (None, [])
-    if inverse is None:
-        return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+    if isfinite(sum(map(sum, rows))):
+        return torch.tensor(project_lists(rows, G, rounding), dtype=torch.float64, device=gramian.device)
+    return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+
+
+def project_lists(rows: Matrix, G: Tensor, rounding: float = 4e-16) -> Matrix:
+    """Do the same for one finite Gramian given twice: as lists, and as a float64 tensor on the CPU."""
+    m = len(rows)
+    conflicts = sum(x < 0 for row in rows for x in row)
+    if not conflicts:
+        return [[0.0] * m for _ in rows]
+    inverse, s = _inverse(rows, G) if conflicts >= MOSTLY * m * (m - 1) else (None, [])
     answers: Matrix = []
     left: list[int] = []
     for i in range(m):
-        found = _from_outside(inverse, s, i)
+        found = None if inverse is None else _from_outside(inverse, s, i)
         if found is None:
             left.append(i)
         answers.append(found or [])
     if left:
-        for i, answer in zip(left, nonnegative(G, G[left], rounding=rounding).tolist(), strict=True):
+        others: Matrix = nonnegative(G, G if len(left) == m else G[left], rounding=rounding).tolist()
+        for i, answer in zip(left, others, strict=True):
             answers[i] = answer
-    return torch.tensor(answers, dtype=torch.float64, device=gramian.device)
+    return answers
 
 
-def _inverse(G: Tensor) -> tuple[Matrix | None, Vector]:
+def _inverse(rows: Matrix, G: Tensor) -> tuple[Matrix | None, Vector]:
     """Return the inverse of G with its rows scaled to unit length, or None where it is not to be trusted."""
-    s = G.diagonal().rsqrt()  # infinite for a zero row, which makes the inverse NaN, as does a singular G
-    N: Matrix = torch.linalg.inv_ex(G * s * s.unsqueeze(-1))[0].tolist()
-    if all(0 < row[i] < LARGEST_INVERSE for i, row in enumerate(N)):
-        return N, s.tolist()
-    return None, []
+    s = [1 / sqrt(row[i]) if row[i] > 0 else inf for i, row in enumerate(rows)]
+    if inf in s:  # a zero row
+        return None, []
+    scale = torch.frombuffer(array("d", s), dtype=torch.float64)
+    factor, info = torch.linalg.cholesky_ex(G * scale * scale.unsqueeze(-1))  # with the next line half of inv_ex's time
+    if info.item():
+        return None, []
+    N: Matrix = torch.cholesky_inverse(factor).tolist()
+    return (N, s) if all(0 < row[i] < LARGEST_INVERSE for i, row in enumerate(N)) else (None, [])
 
 
 def _from_outside(N: Matrix, s: Vector, i: int) -> Vector | None:

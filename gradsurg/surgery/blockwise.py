@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
+from gradsurg.surgery.shortcut import vector
 
 __all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block"]
 
@@ -89,5 +90,8 @@ def each_block(
                 weights[i] = w
         answers.append(weights)
         new.append(memory)
-    result = torch.tensor(answers[0] if G.ndim == 2 else answers, dtype=torch.float64)
-    return result.reshape(G.shape[:-1]).to(G.device), {"blocks": new} if any(new) else {}
+    if G.ndim == 2 and G.is_cpu:
+        result = vector(answers[0], G)
+    else:
+        result = torch.tensor(answers, dtype=torch.float64).reshape(G.shape[:-1]).to(G.device)
+    return result, {"blocks": new} if any(new) else {}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import mul
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers.pseudoinverse import least_squares, unit_rows
+from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
 from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import rows_of, vector
 
 __all__ = ["ConFIG"]
 
@@ -46,3 +48,12 @@ class ConFIG(Surgery):
         projected = (problem.norms * inner).sum(-1, keepdim=True)
         pull = torch.where(square > 0, projected / torch.where(square > 0, square, 1), 0)
         return pull * v * inverse, state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        found = equal_pull(rows) if rows else None
+        if found is None:
+            return None
+        pull, norms = found
+        length = sum(norms) / sum(map(mul, pull, norms))
+        return vector([length * x for x in pull], gramian)

@@ -22,13 +22,13 @@ class ElementwiseSurgery(Surgery):
     """
 
     @abstractmethod
-    def combine(self, columns: Tensor, preferences: Tensor, generator: torch.Generator) -> Tensor:
+    def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return u, shape (n,).
 
         Args:
             columns: n numbers of every task's (scaled) gradient, shape (m', n), of the tasks that have a gradient for
                 them; float32 or float64. Not to be written to.
-            preferences: Their r_i, shape (m',), of the same dtype and device.
+            preferences: Their r_i, shape (m',), of the same dtype and device; None for 1 each.
             generator: Source of all random choices, on the CPU.
         """
 

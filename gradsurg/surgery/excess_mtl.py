@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, isfinite, log, sqrt
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -56,6 +56,11 @@ class ExcessMTL(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return each_block(problem, state, self._solve)
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        # The first step sets every task's baseline and moves no weight.
+        m, squares = gramian.shape[-1], gramian.diagonal().tolist()
+        return gramian.new_full((m,), 1 / m) if isfinite(sum(squares)) and min(squares) > 0 else None
 
     def _solve(self, block: Block) -> tuple[Vector, Memory]:
         memory: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in block.memory.items()}

@@ -47,9 +47,9 @@ class GradDrop(ElementwiseSurgery):
         if not self.sharpness >= 0:
             raise ValueError(f"sharpness={self.sharpness!r}: must not be negative")
 
-    def combine(self, columns: Tensor, preferences: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
         drawn = torch.rand(columns.shape[1], generator=generator, dtype=columns.dtype).to(columns.device)
-        rows = columns * preferences[:, None]
+        rows = columns if preferences is None else columns * preferences[:, None]
         total, size = rows.sum(0), rows.abs().sum(0)
         purity = 0.5 + 0.5 * self.sharpness * torch.where(size > 0, total / size, 0)
         up = (purity > drawn)[None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
+from gradsurg.surgery.shortcut import agree, alive, rows_of
 
 __all__ = ["GradVac"]
 
@@ -57,6 +58,10 @@ class GradVac(Surgery):
         generator = problem.generator or torch.Generator().manual_seed(0)
         orders = [torch.randperm(m, generator=generator).tolist() for _ in range(m)]  # the same for all blocks
         return each_block(problem, state, partial(self._solve, orders))
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        return gramian.new_ones(len(rows)) if rows and agree(rows) and alive(gramian) else None
 
     def _solve(self, orders: list[list[int]], block: Block) -> tuple[Vector, Memory]:
         G, place = block.gramian, {row: i for i, row in enumerate(block.rows)}

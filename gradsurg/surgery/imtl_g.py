@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers.pseudoinverse import least_squares, unit_rows
+from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
 from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import rows_of, vector
 
 __all__ = ["IMTLG"]
 
@@ -45,3 +46,14 @@ class IMTLG(Surgery):
         # A sum below the rounding of its terms has no sign, and no direction can be read off it.
         nothing = total.abs() <= 1e-14 * pull.abs().sum(-1, keepdim=True)
         return torch.where(nothing, 0, pull / torch.where(nothing, 1, total)), state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        found = equal_pull(rows) if rows else None
+        if found is None:
+            return None
+        pull, _ = found
+        total = sum(pull)
+        if abs(total) <= 1e-14 * sum(map(abs, pull)):
+            return None
+        return vector([x / total for x in pull], gramian)

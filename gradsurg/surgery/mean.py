@@ -10,6 +10,7 @@ from torch import Tensor
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.shares import shares
+from gradsurg.surgery.shortcut import alive
 
 __all__ = ["Mean"]
 
@@ -34,3 +35,7 @@ class Mean(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return shares(problem), state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        m = gramian.shape[-1]
+        return gramian.new_full((m,), 1 / m) if alive(gramian) else None

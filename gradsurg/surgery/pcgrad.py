@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import agree, rows_of
 
 __all__ = ["PCGrad"]
 
@@ -51,3 +52,7 @@ class PCGrad(Surgery):
             amount = (-inner).clamp(min=0) * inverse_squares[..., others] * (others != own)
             coefficients[..., own, others] += amount
         return problem.preferences @ coefficients, state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        return None if rows is None or not agree(rows) else gramian.new_ones(len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import alive, vector
 
 __all__ = ["Random"]
 
@@ -41,3 +43,14 @@ class Random(Surgery):
         pull = drawn.to(problem.gramian.device) * problem.preferences * alive
         total = pull.sum(-1, keepdim=True)
         return torch.where(total > 0, pull / total, 0), state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        return vector(_drawn(gramian.shape[-1]), gramian) if alive(gramian) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(m: int) -> list[float]:
+    """Return what a fresh generator draws for m tasks."""
+    drawn = torch.randn(m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
+    shares: list[float] = (drawn / drawn.sum()).tolist()
+    return shares

@@ -33,3 +33,6 @@ class Sum(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.preferences.expand(problem.gramian.shape[:-1]).clone(), state
+
+    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+        return gramian.new_ones(gramian.shape[-1])

@@ -42,9 +42,12 @@ class TrimmedMean(ElementwiseSurgery):
         if self.trim < 0:
             raise ValueError(f"trim={self.trim!r}: must not be negative")
 
-    def combine(self, columns: Tensor, preferences: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
         m = columns.shape[0]
         trim = min(self.trim, (m - 1) // 2)
         values, order = columns.sort(dim=0)
-        values, pull = values[trim : m - trim], preferences[order[trim : m - trim]]
+        values = values[trim : m - trim]
+        if preferences is None:
+            return values.sum(0) / len(values)
+        pull = preferences[order[trim : m - trim]]
         return (values * pull).sum(0) / pull.sum(0)
