@@ -1,8 +1,10 @@
 """Train one PyTorch model on several losses: wrap any optimizer, and no update hurts a task to first order."""
 
+from gradsurg import loggers, plot
 from gradsurg._version import __version__
 from gradsurg.errors import MultiTaskError
 from gradsurg.functional import combine, weights
+from gradsurg.history import History
 from gradsurg.methods import methods
 from gradsurg.normalize import Normalizer
 from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total, unwrap, wrap
@@ -11,6 +13,7 @@ from gradsurg.report import Report
 from gradsurg.surgery import Surgery
 
 __all__ = [
+    "History",
     "MultiTaskError",
     "MultiTaskOptimizer",
     "Normalizer",
@@ -20,7 +23,9 @@ __all__ = [
     "__version__",
     "backward",
     "combine",
+    "loggers",
     "methods",
+    "plot",
     "report",
     "total",
     "unwrap",

@@ -1,10 +1,11 @@
-"""python -m gradsurg: train on overlaid digits, plain sum against gradsurg; a table and a picture."""
+"""python -m gradsurg: train on overlaid digits, plain sum against gradsurg; or `report`, a page of a history."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from gradsurg._version import __version__
 from gradsurg.demo import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
 from gradsurg.normalize import NORMALIZERS, Normalizer, PriorLoss
+from gradsurg.page import main as report
 from gradsurg.pipeline import GUARANTEES
 from gradsurg.surgery import SURGERIES
 
@@ -25,7 +27,10 @@ NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the main job; return the exit status."""
+    """Run the main job, or `report`; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "report":
+        return report(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     if len(set(options.tasks)) < len(options.tasks):
@@ -75,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gradsurg",
         description="Train one model on several tasks of overlaid digits: on the plain sum of the losses, "
-        "and with gradsurg, from the same parameters, on the same batches. Print a table, write a picture.",
+        "and with gradsurg, from the same parameters, on the same batches. Print a table, write a picture. "
+        "With `report HISTORY.jsonl`: make a page of what a gradsurg.History recorded; see `report --help`.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Patient:
         step: Number of optimizer steps done before this one.
         state: What normaliser and surgery remember of earlier steps.
         skipped: Tasks left out of this step because of NaN or infinity.
+        names: id of a parameter -> what the report calls it, for granularity="tensor".
     """
 
     rows: TaskRows
@@ -51,6 +52,7 @@ class Patient:
     step: int
     state: State
     skipped: tuple[str, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     gradients = Row()
     for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
         gradients.update(Row(zip(block, combine(table, weights, block, exact=precise), strict=True)))
-    report = _report(patient, problem, direction)
+    report = _report(patient, blocks, problem, direction)
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
@@ -143,7 +145,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     unknown = torch.full_like(scales, float("nan"))
     direction = Direction(unknown, scales, torch.tensor([each.stationary for each in blends]), unknown[..., 0], state)
     report = replace(
-        _report(patient, problem, direction),
+        _report(patient, blocks, problem, direction),
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
@@ -195,7 +197,17 @@ def _blocks(patient: Patient, shared: list[Tensor]) -> list[list[Tensor]]:
     return [block for block in ([p for p in group if id(p) in members] for group in patient.groups) if block]
 
 
-def _report(patient: Patient, problem: Problem, direction: Direction) -> Report:
+def _block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]:
+    granularity = patient.settings.granularity
+    if granularity == "model":
+        return ("model",)
+    if granularity == "tensor":
+        return tuple(patient.names.get(id(p), "parameter") for (p,) in blocks)
+    group = {id(p): f"group {k}" for k, group in enumerate(patient.groups) for p in group}
+    return tuple(group[id(block[0])] for block in blocks)
+
+
+def _report(patient: Patient, blocks: list[list[Tensor]], problem: Problem, direction: Direction) -> Report:
     G, w = problem.gramian, direction.weights
     products = (G @ w.unsqueeze(-1)).squeeze(-1)
     finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
@@ -210,6 +222,9 @@ def _report(patient: Patient, problem: Problem, direction: Direction) -> Report:
         square=(products * w).sum(),
         stationary=bool(direction.stationary.all()),
         nonfinite=patient.skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
+        preferences=problem.preferences,
+        gramians=G,
+        blocks=_block_names(patient, blocks),
     )
 
 

@@ -22,7 +22,7 @@ from gradsurg.report import Report
 from gradsurg.settings import settings_from
 from gradsurg.surgeon import Surgeon
 
-__all__ = ["MultiTaskOptimizer", "backward", "report", "total", "unwrap", "wrap"]
+__all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total", "unwrap", "wrap"]
 
 _EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
 STATE = "_gradsurg"  # the attribute that holds the Surgeon
@@ -257,7 +257,7 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
         >>> type(gradsurg.unwrap(optimizer)) is torch.optim.SGD
         True
     """
-    wrapped = _find(optimizer)
+    wrapped = find_wrapped(optimizer)
     surgeon = wrapped._gradsurg
     surgeon.forget()
     surgeon.optimizers.remove(wrapped)
@@ -273,17 +273,17 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 
 def total(optimizer: Any, losses: Losses, *, plain: Tensor | None = None) -> Tensor:
     """Call optimizer.total(losses), seeing through the proxies that trainers put around an optimizer."""
-    return _find(optimizer).total(losses, plain=plain)
+    return find_wrapped(optimizer).total(losses, plain=plain)
 
 
 def backward(optimizer: Any, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
     """Call optimizer.backward(losses), seeing through the proxies that trainers put around an optimizer."""
-    _find(optimizer).backward(losses, plain=plain, retain_graph=retain_graph)
+    find_wrapped(optimizer).backward(losses, plain=plain, retain_graph=retain_graph)
 
 
 def report(optimizer: Any) -> Report | None:
     """Return optimizer.report, seeing through the proxies that trainers put around an optimizer."""
-    return _find(optimizer).report
+    return find_wrapped(optimizer).report
 
 
 def _run_nested(
@@ -292,7 +292,7 @@ def _run_nested(
     surgeon.run(losses, plain, gradient, retain_graph=keep, finish=at_end_of_backward)
 
 
-def _find(optimizer: Any) -> MultiTaskOptimizer:
+def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:
     """Follow `.optimizer` and `._optimizer` to the wrapped optimizer (Accelerate, Lightning)."""
     seen: list[Any] = []
     while optimizer is not None and optimizer not in seen:

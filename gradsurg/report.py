@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,7 @@ from gradsurg.guarantee import Movement
 __all__ = ["Report"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """One step of several losses, over the shared parameters.
 
@@ -31,6 +33,9 @@ class Report:
         nonfinite: Tasks with a NaN or infinite gradient.
         path: Which implementation ran, e.g. "torch".
         movement: What the parameters did; None before step() or where guarantee is not "update".
+        preferences: r_i, shape (m,); None where nothing was measured.
+        gramians: The same as `gramian`, one a block, shape (blocks, m, m); None where nothing was measured.
+        blocks: The names of the blocks: "model", "group 0" …, or the parameters', as far as the optimizer knows them.
     """
 
     step: int
@@ -45,6 +50,9 @@ class Report:
     nonfinite: tuple[str, ...] = ()
     path: str = "torch"
     movement: Movement | None = field(default=None)
+    preferences: Tensor | None = None
+    gramians: Tensor | None = None
+    blocks: tuple[str, ...] = ("model",)
 
     @property
     def norms(self) -> Tensor:
@@ -54,8 +62,16 @@ class Report:
     @property
     def cosines(self) -> Tensor:
         """cos(g_i, g_j), shape (m, m); 0 where a gradient is zero."""
-        norms = self.norms
-        return _over(self.gramian, norms[:, None] * norms)
+        return _cosines(self.gramian)
+
+    @property
+    def block_cosines(self) -> Tensor:
+        """cos(g_i, g_j) inside each block, shape (blocks, m, m); NaN where a task does not reach the block."""
+        if self.gramians is None:
+            return torch.full((len(self.blocks), *self.gramian.shape), float("nan"), dtype=torch.float64)
+        reached = self.gramians.diagonal(dim1=-2, dim2=-1) > 0
+        both = reached.unsqueeze(-1) & reached.unsqueeze(-2)
+        return _cosines(self.gramians).where(both, float("nan"))
 
     @property
     def direction_cosines(self) -> Tensor:
@@ -70,10 +86,27 @@ class Report:
         return _over(self.movement.inner, self.norms * self.movement.square**0.5)
 
     @property
+    def change(self) -> float:
+        """‖u − t‖ / ‖t‖, t = Σ r_i s_i g_i the sum after normalisation: how much surgery took away or added.
+
+        0 where nobody was in conflict, 1 where u is 0; NaN where there are no weights to read it from.
+        """
+        if self.gramians is None or self.preferences is None:
+            return float("nan")
+        summed = self.scales * self.preferences
+        return _ratio(_square(self.gramians, self.weights - summed), _square(self.gramians, summed))
+
+    @property
     def conflicts(self) -> list[tuple[str, str]]:
         """Pairs of tasks whose gradients point more than 90° apart."""
         negative = (self.cosines < 0).nonzero().tolist()
         return [(self.tasks[i], self.tasks[j]) for i, j in negative if i < j]
+
+    @property
+    def conflict_rate(self) -> float:
+        """Share of the pairs of tasks that are in conflict; 0 with a single task."""
+        pairs = math.comb(len(self.tasks), 2)
+        return len(self.conflicts) / pairs if pairs else 0.0
 
     def scalars(self) -> dict[str, float]:
         """Return one flat dict of numbers, for TensorBoard and the like."""
@@ -88,11 +121,36 @@ class Report:
         for title, column in columns.items():
             result |= {f"{title}/{name}": value for name, value in zip(self.tasks, column.tolist(), strict=True)}
         result["conflicting_pairs"] = float(len(self.conflicts))
+        result["conflict_rate"] = self.conflict_rate
+        result["change"] = self.change
         return result
 
     def __str__(self) -> str:
+        columns = self._columns()
+        widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
+        lines = ["  ".join(title.rjust(width) for title, width in widths.items())]
+        lines += [
+            "  ".join(cells[i].rjust(widths[title]) for title, cells in columns.items()) for i in range(len(self.tasks))
+        ]
+        return "\n".join([*lines, *self._remarks()])
+
+    __repr__ = __str__  # what a prompt shows: the fields are a dozen tensors, which say less
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        columns = self._columns()
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in columns)
+        rows = (
+            "".join(f'<td style="text-align:right">{html.escape(cell)}</td>' for cell in row)
+            for row in zip(*columns.values(), strict=True)
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        remarks = "<br>".join(map(html.escape, self._remarks()))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{remarks}</p>"
+
+    def _columns(self) -> dict[str, list[str]]:
         update = self.update_cosines
-        columns: dict[str, list[str]] = {
+        return {
             "task": list(self.tasks),
             "loss": [f"{float(self.losses[t]):.4g}" if t in self.losses else "-" for t in self.tasks],
             "norm": [f"{x:.3g}" for x in self.norms.tolist()],
@@ -100,22 +158,40 @@ class Report:
             "cos(u, g)": [f"{x:+.3f}" for x in self.direction_cosines.tolist()],
             "cos(d, g)": ["-"] * len(self.tasks) if update is None else [f"{x:+.3f}" for x in update.tolist()],
         }
-        widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
-        lines = ["  ".join(title.rjust(width) for title, width in widths.items())]
-        lines += [
-            "  ".join(cells[i].rjust(widths[title]) for title, cells in columns.items()) for i in range(len(self.tasks))
-        ]
+
+    def _remarks(self) -> list[str]:
         pairs = ", ".join(f"{a} and {b}" for a, b in self.conflicts) or "nobody"
-        lines.append(f"step {self.step}; in conflict: {pairs}")
+        lines = [f"step {self.step}; in conflict: {pairs}"]
+        if self.change > 0:
+            lines[0] += f"; surgery changed the sum by {self.change:.1%}"
+        if len(self.weights) > 1:
+            lines.append(f"weights: mean over {len(self.weights)} blocks")
         if self.stationary:
             lines.append("Pareto stationary: only a zero direction hurts nobody")
         if self.nonfinite:
             lines.append(f"not finite: {', '.join(self.nonfinite)}")
         if self.movement is not None and self.movement.held:
             lines.append("shared parameters held: no movement hurts nobody")
-        return "\n".join(lines)
+        return lines
+
+
+def _cosines(gramian: Tensor) -> Tensor:
+    norms = gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    return _over(gramian, norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     safe = torch.where(denominator > 0, denominator, 1)
     return torch.where(denominator > 0, numerator / safe, 0)
+
+
+def _square(gramians: Tensor, weights: Tensor) -> float:
+    """Return ‖Σ w_i g_i‖², summed over the blocks."""
+    return float(torch.linalg.vecdot(weights, (gramians @ weights.unsqueeze(-1)).squeeze(-1)).sum().clamp(min=0))
+
+
+def _ratio(part: float, whole: float) -> float:
+    # Weights that differ from the sum's in the last place alone are no change; 1e-12 of a length is one.
+    if whole <= 0 or part <= 1e-24 * whole:
+        return 0.0 if part == part else part
+    return math.sqrt(part / whole)

@@ -22,6 +22,7 @@ from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.judgement import Judgement, joined, trained
 from gradsurg.losses import check_row
 from gradsurg.memory import Memory
+from gradsurg.naming import parameter_names
 from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
 from gradsurg.report import Report
@@ -200,6 +201,7 @@ class Surgeon:
                 step=self.memory.step,
                 state=self.memory.state,
                 skipped=self.skipped,
+                names=parameter_names(self.optimizers) if self.settings.granularity == "tensor" else {},
             )
         )
         self.capture.write(outcome.gradients)

@@ -89,3 +89,39 @@ def test_a_zero_gradient_has_no_angle():
     _, optimizer = two_tasks(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     assert optimizer.report.direction_cosines.tolist() == [1.0, 0.0]
     assert optimizer.report.cosines.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_prompt_and_a_notebook_show_the_table():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1), normalize="none")
+    optimizer.backward({"<up>": p.sum(), "down": -2 * p.sum() + p[0]})
+    report = optimizer.report
+    assert repr(report) == str(report)
+    assert "surgery changed the sum by" in str(report)
+    page = report._repr_html_()
+    assert "&lt;up&gt;" in page
+    assert page.count("<tr>") == 3
+
+
+def test_blocks_and_change():
+    """Two blocks of one number each: in the second the tasks are opposed."""
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    optimizer = gradsurg.wrap(torch.optim.SGD([a, b], lr=0.1), granularity="tensor", normalize="none")
+    optimizer.set_gradients({"x": [torch.ones(1), torch.ones(1)], "y": [torch.ones(1), -2 * torch.ones(1)]})
+    report = optimizer.report
+    assert report.blocks == ("parameter 0", "parameter 1")
+    assert report.gramians.tolist() == [[[1, 1], [1, 1]], [[1, -2], [-2, 4]]]
+    assert torch.equal(report.gramians.sum(0), report.gramian)
+    assert report.block_cosines[:, 0, 1].tolist() == [1, -1]
+    assert report.change == pytest.approx((1 / 5) ** 0.5)  # the sum is (2, -1), the direction (2, 0)
+    assert report.conflict_rate == 1.0
+    optimizer.zero_grad()
+    optimizer.set_gradients({"x": [torch.ones(1), None], "y": [torch.ones(1), torch.ones(1)]})
+    assert optimizer.report.change == 0.0
+    assert optimizer.report.blocks == ("parameter 0",)
+
+
+def test_change_is_unknown_number_by_number():
+    _, optimizer = two_tasks(torch.tensor([[1.0, -1.0], [2.0, 1.0]]), surgery="graddrop")
+    assert optimizer.report.change != optimizer.report.change
+    str(optimizer.report)

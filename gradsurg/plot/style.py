@@ -1,0 +1,93 @@
+"""How the pictures look: axes, curves and heat maps that read well in grey and for the colour-blind."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["axes_or_new", "curves_over_time", "heat", "styles", "write"]
+
+# Okabe and Ito's colours, from dark to light and back, so that neighbours differ in grey too.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#BBBBBB")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = "os^Dv<>P"
+POINTS = 100  # of a curve at most: more steps are averaged, or noise hides what happens
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
+    """Return `ax`, or the axes of a new figure."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('gradsurg.plot needs matplotlib: pip install "gradsurg[plot]"') from None
+    if ax is not None:
+        return ax
+    # Where pyplot is in use (a notebook shows its figures by itself), the figure is one of its; else it belongs to
+    # nobody, needs no display, and goes when it is dropped.
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    figure = (
+        Figure(figsize=size, layout="constrained")
+        if pyplot is None
+        else pyplot.figure(None, size, layout="constrained")
+    )
+    return figure.add_subplot()
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Yield colour, dashes and marker, one task after the other."""
+    return (
+        {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k % len(MARKERS)]}
+        for k in itertools.count()
+    )
+
+
+def curves_over_time(
+    ax: Axes | None, steps: Tensor, curves: Mapping[str, Tensor], *, points: int = POINTS, log: bool = False
+) -> Axes:
+    """Draw each curve as means over bins of equally many steps.
+
+    Args:
+        ax: Where to draw, or None.
+        steps: Shape (T,).
+        curves: Name -> values, shape (T,), NaN where there is none.
+        points: The number of bins, at most.
+        log: Use a logarithmic axis if all values are positive and span more than a factor of 20.
+    """
+    ax = axes_or_new(ax)
+    bins = torch.arange(len(steps)).tensor_split(min(points, len(steps)))
+    at = torch.stack([steps[each].mean() for each in bins])
+    for (name, values), style in zip(curves.items(), styles(), strict=False):
+        means = torch.stack([values[each].nanmean() for each in bins])
+        seen = ~means.isnan()
+        x, y = at[seen].tolist(), means[seen].tolist()
+        ax.plot(x, y, label=name, linewidth=1.6, markersize=4.5, markevery=max(1, len(x) // 8), **style)
+    values = torch.cat(list(curves.values()))
+    values = values[values.isfinite()]
+    if log and len(values) and 0 < 20 * float(values.min()) < float(values.max()):
+        ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def heat(ax: Axes, share: Tensor) -> Any:
+    """Draw percentages, darker where larger, in a map whose lightness falls evenly; NaN is left light grey."""
+    from matplotlib import colormaps
+
+    colours = colormaps["cividis_r"].with_extremes(bad="0.93")
+    return ax.imshow(share.numpy(), cmap=colours, vmin=0, vmax=100, aspect="auto")
+
+
+def write(ax: Axes, row: int, column: int, text: str, share: float) -> None:
+    """Write into a cell of a heat map, in the colour that shows on it."""
+    ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if share > 50 else "black")
