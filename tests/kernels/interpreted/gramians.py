@@ -35,11 +35,23 @@ def test_matches_the_twin(m, dtype):
     assert error(G, rows, like) <= bound(m, dtype)
 
 
+# Every dtype in each kernel that the quick test leaves out; unions of tiles with a small tile, a full one, or both.
+MORE = [
+    *((7, dtype) for dtype in DTYPES),
+    *((17, dtype) for dtype in DTYPES),
+    (13, torch.float32),
+    (27, torch.bfloat16),
+    (32, torch.float32),
+    (33, torch.bfloat16),
+    (48, torch.float32),
+    (50, torch.float32),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [6, 7, 13, 17, 27, 32, 33, 48, 50])
+@pytest.mark.parametrize(("m", "dtype"), MORE)
 def test_matches_the_twin_for_more_tasks(m, dtype):
-    rows, like = make_rows(m, SIZES, dtype)
+    rows, like = make_rows(m, [7, 0, 8, 129] if m > 16 else SIZES, dtype)
     G = gramian.gramian(rows)
     assert torch.equal(G, G.T)
     assert error(G, rows, like) <= bound(m, dtype)

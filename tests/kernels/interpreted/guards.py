@@ -6,7 +6,7 @@ import torch
 from gradsurg.kernels import combine, gramian, inner
 from tests.kernels.interpreted.harness import DTYPES, guarded, make_rows
 
-SIZES = [1, 8, 9, 513, 1025]
+SIZES = [1, 8, 1025]  # less than a vector of 16 bytes, one and no more, whole blocks and one element
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,7 +31,7 @@ def check(got, wanted, rows, like):
 def test_matches_the_twin(m, row, moved):
     rows, like = make_rows(m, SIZES, row, missing=0.2)
     before, after = steps(like, moved)
-    signs = [1.0, -1.0] * 5
+    signs = [1.0, -1.0] * (len(SIZES) // 2)
     got = inner.inner(rows, before, after, signs=signs)
     check(got, reference.inner_update(rows, before, after, signs), rows, like)
 
