@@ -32,6 +32,7 @@ __all__ = [
     "Run",
     "compare",
     "conflicts",
+    "overlaid",
     "train",
 ]
 
@@ -136,8 +137,8 @@ class Data:
         order = torch.randperm(len(images), generator=generator)
         seen, unseen = order[: 3 * len(order) // 4], order[3 * len(order) // 4 :]
         return cls(
-            _overlaid(images[seen], labels[seen], train, generator),
-            _overlaid(images[unseen], labels[unseen], test, generator),
+            overlaid(images[seen], labels[seen], train, generator),
+            overlaid(images[unseen], labels[unseen], test, generator),
         )
 
 
@@ -235,6 +236,15 @@ def conflicts(cosines: Tensor) -> Tensor:
     return (cosines < CONFLICT).any(1)
 
 
+def overlaid(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Pairs:
+    """Return n pairs of images (k, 8, 8) drawn with replacement, one upon the other."""
+    left, right = torch.randint(len(images), (2, n), generator=generator)
+    canvas = torch.zeros(n, HEIGHT, WIDTH)
+    canvas[:, :8, :8] = images[left]
+    canvas[:, -8:, -8:] = torch.maximum(canvas[:, -8:, -8:], images[right])
+    return Pairs(canvas.flatten(1), labels[left], labels[right])
+
+
 def _step(model: Model, optimizer: Optimizer, batch: Pairs, clip: float | None) -> tuple[Tensor, Tensor, float]:
     """Do one step; return cos(u, g_i), cos(d, g_i) and the seconds it took without the measuring."""
     shared = list(model.encoder.parameters())
@@ -261,14 +271,6 @@ def _step(model: Model, optimizer: Optimizer, batch: Pairs, clip: float | None) 
     optimizer.step()
     seconds += time.perf_counter() - began
     return _cosines(rows, direction), _cosines(rows, before - _flat(shared)), seconds
-
-
-def _overlaid(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Pairs:
-    left, right = torch.randint(len(images), (2, n), generator=generator)
-    canvas = torch.zeros(n, HEIGHT, WIDTH)
-    canvas[:, :8, :8] = images[left]
-    canvas[:, -8:, -8:] = torch.maximum(canvas[:, -8:, -8:], images[right])
-    return Pairs(canvas.flatten(1), labels[left], labels[right])
 
 
 @torch.no_grad()

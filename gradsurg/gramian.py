@@ -111,6 +111,7 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     Returns:
         u; sparse where all rows of the parameter are sparse.
     """
+    exact = exact or _too_large(weights)
     result: list[Tensor | None] = [None] * len(like)
     grouped: dict[tuple[object, ...], list[int]] = {}
     for k, parameter in enumerate(like):
@@ -156,6 +157,7 @@ def correct_(
         signs: +1 per parameter, −1 where the optimizer maximises (there the sum is added).
         exact: Add up in float64, for movements that nearly cancel.
     """
+    exact = exact or _too_large(coefficients)
     used = [i for i, c in enumerate(coefficients) if c != 0]
     for k, parameter in enumerate(after):
         present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
@@ -241,6 +243,14 @@ def _sum_blocks(
             goal.copy_(total)
     if target.data_ptr() != out.data_ptr():  # `out` is not dense, so flattening had to copy
         out.copy_(torch.view_as_complex(target.view(*out.shape, 2)) if out.is_complex() else target.view(out.shape))
+
+
+def _too_large(weights: Sequence[float]) -> bool:
+    """Whether a weight does not fit into float32: that of a learned task's gradient of 1e-40, made as long as others.
+
+    Met in training: a task at cross-entropy 0 under normalize="norm". Its weight times its gradient fits again.
+    """
+    return any(abs(w) > torch.finfo(torch.float32).max for w in weights)
 
 
 def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:

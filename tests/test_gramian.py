@@ -213,3 +213,13 @@ def test_sparse_and_dense_rows_of_one_parameter():
     assert torch.equal(fast.gramian(rows), reference.gramian(rows, parameters))
     u = fast.combine(rows, [1.0, -1.0], parameters)
     assert torch.equal(reference.flat(u, parameters), reference.combine(rows, [1.0, -1.0], parameters))
+
+
+def test_a_weight_beyond_float32_on_a_gradient_near_nothing():
+    parameter, tiny = torch.zeros(3), torch.full((3,), 1e-40)
+    rows = [[tiny], [torch.tensor([1.0, 0.0, 0.0])]]
+    want = 1e40 * tiny.double() + torch.tensor([1.0, 0.0, 0.0]).double()
+    (u,) = fast.combine(rows, [1e40, 1.0], [parameter])
+    torch.testing.assert_close(u.double(), want, rtol=1e-7, atol=0)
+    fast.correct_(rows, [1e40, 1.0], [parameter], [1.0])
+    torch.testing.assert_close(parameter.double(), -want, rtol=1e-7, atol=0)

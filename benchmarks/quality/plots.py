@@ -1,0 +1,177 @@
+"""The plots: per-task Pareto scatters, differences to the plain sum, and conflicts against quality."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality.cache import Cache
+from benchmarks.quality.choose import FIRST, Results
+from benchmarks.quality.methods import DEFAULT, SUM
+from benchmarks.quality.metrics import half_width, spread
+from benchmarks.quality.search import config, trials
+from benchmarks.quality.summary import Row, Summary
+
+__all__ = ["plot"]
+
+COLOURS = {
+    "baselines": "#222222",
+    "normalisers alone": "#1b7f79",
+    "surgeries alone": "#c1662b",
+    "gradsurg": "#6a3d9a",
+    "primary": "#b5179e",
+}
+MARKERS = {SUM: "X", "static": "P", "static_3": "p", "random": "v", "wide": "D", DEFAULT: "*"}
+
+
+def plot(cache: Cache, summaries: Sequence[Summary], folder: Path) -> list[Path]:
+    """Draw all into a folder; return the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [_pareto(cache, summary, folder / f"pareto-{summary.problem.name}.png") for summary in summaries]
+    drawn.append(_against_sum(summaries, folder / "against-sum.png"))
+    drawn.append(_conflicts(summaries, folder / "conflicts.png"))
+    return drawn
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def _score(row: Row, task: str) -> tuple[float, float]:
+    """Return mean and deviation over seeds of a task's score, itself the mean of its metrics."""
+    return spread([_mean(outcome.test.get(task, [None])) for outcome in row.outcomes])
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return fmean(known) if len(known) == len(values) else math.inf
+
+
+def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    p = summary.problem
+    tasks = [task for task in p.tasks if task in p.judged or p.primary is not None]
+    pairs = list(itertools.combinations(tasks, 2)) if len(tasks) < 4 else list(itertools.pairwise(tasks))
+    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs) + 2.4, 4.2), squeeze=False)
+    front = _static_trials(cache, p.name)
+    for axis, (a, b) in zip(axes[0], pairs, strict=True):
+        points = [(_mean(test[a]), _mean(test[b])) for test in front]
+        axis.scatter(
+            *zip(*points, strict=True), s=12, color="0.75", label="static weights, every trial"
+        ) if points else None
+        for name, row in summary.rows.items():
+            (x, dx), (y, dy) = _score(row, a), _score(row, b)
+            if math.isfinite(x) and math.isfinite(y):
+                _point(axis, name, row, x, y, dx, dy)
+        if a in summary.single and b in summary.single and summary.single[a]:
+            alone = [fmean(fmean(seed) for seed in summary.single[task]) for task in (a, b)]
+            axis.axvline(alone[0], color="0.8", lw=0.8, zorder=0)
+            axis.axhline(alone[1], color="0.8", lw=0.8, zorder=0, label="single-task runs")
+        for task, set_label, invert in (
+            (a, axis.set_xlabel, axis.invert_xaxis),
+            (b, axis.set_ylabel, axis.invert_yaxis),
+        ):
+            metrics = p.tasks[task].metrics
+            set_label(metrics[0].title if len(metrics) == 1 else f"{task}, mean RMSE % of σ")
+            if not metrics[0].higher:
+                invert()  # better is always right and up
+    handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.suptitle(f"{p.name}: test scores, mean ± sd over seeds; better is right and up", fontsize=10)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _point(axis: Any, name: str, row: Row, x: float, y: float, dx: float, dy: float) -> None:
+    colour = COLOURS[row.method.group]
+    if name in MARKERS:
+        axis.errorbar(x, y, dy, dx, color=colour, lw=0.7, zorder=3)
+        size = 160 if name == DEFAULT else 60
+        axis.scatter(
+            x, y, s=size, marker=MARKERS[name], color=colour, zorder=4, label=row.method.title, edgecolor="white"
+        )
+    else:
+        axis.scatter(x, y, s=18, color=colour, alpha=0.75, zorder=2, label=row.method.group)
+
+
+def _static_trials(cache: Cache, name: str) -> list[Any]:
+    """Return the test scores of every trial of the search for static weights, each at its best checkpoint."""
+    results = Results(cache, [name])
+    p = results.problems[name]
+    found = []
+    for trial in trials("static_3", tuple(p.tasks)):
+        entry = cache.get(config(p, "static_3", trial, FIRST))
+        test = results.scores(name, "static_3", entry, FIRST) if entry else None
+        if test:
+            found.append(test)
+    return found
+
+
+def _against_sum(summaries: Sequence[Summary], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    tallest = max(len(summary.rows) for summary in summaries)
+    figure, axes = plt.subplots(1, len(summaries), figsize=(4.6 * len(summaries), 0.2 * tallest + 1.5), squeeze=False)
+    for axis, summary in zip(axes[0], summaries, strict=True):
+        base = summary.rows[SUM]
+        found = []
+        for name, row in summary.rows.items():
+            values = row.against(base)
+            if name != SUM and all(map(math.isfinite, values)):
+                found.append((fmean(values), half_width(values), row))
+        found.sort(key=lambda item: -item[0])
+        for k, (mean, half, row) in enumerate(found):
+            colour = COLOURS[row.method.group]
+            if math.isfinite(half):
+                axis.plot([mean - half, mean + half], [k, k], color=colour, lw=1.2)
+            axis.plot(mean, k, "o", ms=4, color=colour)
+        axis.set_yticks(range(len(found)), [row.method.title for _, _, row in found], fontsize=7)
+        for label, (_, _, row) in zip(axis.get_yticklabels(), found, strict=True):
+            label.set_color(COLOURS[row.method.group])
+        axis.axvline(0, color="0.6", lw=0.8, zorder=0)
+        middle = sorted(abs(mean) for mean, _, _ in found)
+        reach = 2.5 * middle[int(0.8 * (len(middle) - 1))] + 1 if middle else 1
+        axis.set_xlim(-reach, reach)
+        axis.set_ylim(-1, len(found))
+        axis.set_title(f"{summary.problem.name} ({len(base.outcomes)} seeds)", fontsize=9)
+        axis.set_xlabel("Δm less the plain sum's\n(% points; left is better)", fontsize=8)
+    figure.suptitle("Difference to the plain sum on the same seeds, with 95 % confidence intervals", fontsize=10)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _conflicts(summaries: Sequence[Summary], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(summaries), figsize=(3.6 * len(summaries), 3.6), squeeze=False)
+    for axis, summary in zip(axes[0], summaries, strict=True):
+        deltas = []
+        for name, row in summary.rows.items():
+            mean, _ = spread(row.by_task)
+            shares = row.per_hundred("update")
+            if math.isfinite(mean) and shares:
+                deltas.append(mean)
+                _point(axis, name, row, fmean(shares), mean, 0.0, 0.0)
+        axis.set_xlabel("updates that conflict, per 100")
+        axis.set_title(summary.problem.name, fontsize=9)
+        if deltas:  # far-off methods would squeeze all others into one line
+            ordered = sorted(deltas)
+            low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
+            axis.set_ylim(high + 0.4 * (high - low) + 0.5, low - 0.1 * (high - low) - 0.5)
+    axes[0][0].set_ylabel("Δm by task, % (up is better)")
+    handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.tight_layout()
+    return _save(figure, path)
