@@ -1,9 +1,10 @@
 """Few-shot sentiment by a masked-character pattern: 32 labelled reviews, and many without a label.
 
-The classifier is the masked-character model itself: "很满意。" or "不满意。" (very / not satisfied) in front of the review,
-its first character masked; the more likely of 很 and 不 is the answer. The 32 labelled reviews are the primary task,
-masked characters on unlabelled reviews the auxiliary. Compared: the primary alone, the sum of both, and gradsurg with
-auxiliary="protect" (the auxiliary only forbids steps that hurt it) and "help" (it pulls, where the primary is not hurt).
+The classifier is the masked-character model itself: "很满意。" or "不满意。" (very / not satisfied) in front of the
+review, its first character masked; the more likely of 很 and 不 is the answer. The 32 labelled reviews are the primary
+task, masked characters on unlabelled reviews the auxiliary. Compared: the primary alone, the sum of both, and gradsurg
+with auxiliary="protect" (the auxiliary only forbids steps that hurt it) and "help" (it pulls, where the primary is not
+hurt).
 """
 
 from __future__ import annotations

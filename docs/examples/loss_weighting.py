@@ -2,8 +2,9 @@
 
 From the left half of a digit's image: which digit, how much ink the right half has, in grey levels, and its pixels. The
 squared error of the ink starts near 10⁴, the entropy at 2.3, the error of the pixels at 0.2. Each way to scale is run
-three times from the same parameters: as it is; with the ink counted in whole pixels, which divides its loss by 256; and
-with 5 added to the pixels' loss, as the constant of a likelihood would. A scale is worth having if that changes nothing.
+three times from the same parameters: as it is; with the ink counted in whole pixels, which divides its loss by 256;
+and with 5 added to the pixels' loss, as the constant of a likelihood would. A scale is worth having if that changes
+nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def priors(data: Data, scale: float, offset: float) -> dict[str, float]:
     return {"digit": entropy, "ink": scale * ink, "pixels": pixels + offset}
 
 
-def train(data: Data, normalize: Any, variant: tuple[float, float], seed: int, steps: int) -> tuple[list[float], Tensor]:
+def train(
+    data: Data, normalize: Any, variant: tuple[float, float], seed: int, steps: int
+) -> tuple[list[float], Tensor]:
     """Return the test scores and the first direction of the shared layer."""
     scale, offset = variant
     if normalize == "prior_loss":
@@ -118,7 +121,9 @@ def main() -> None:
     for name, normalize in ways.items():
         runs = {v: [train(data, normalize, VARIANTS[v], seed, steps) for seed in range(seeds)] for v in VARIANTS}
         for variant, found in runs.items():
-            cosines = [nn.functional.cosine_similarity(a, b, 0) for (_, a), (_, b) in zip(found, runs["as it is"], strict=True)]
+            cosines = [
+                nn.functional.cosine_similarity(a, b, 0) for (_, a), (_, b) in zip(found, runs["as it is"], strict=True)
+            ]
             angle = torch.stack(cosines).min().clamp(max=1).acos().rad2deg().item()
             cells = [spread([each[k] for each, _ in found]) for k in range(3)]
             print(f"| {name} | {variant} | {' | '.join(cells)} | {angle:.1f}° |")
@@ -129,7 +134,9 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
-    for k, (panel, title) in enumerate(zip(axes, ("digit, accuracy (%)", "ink, R² (%)", "pixels, R² (%)"), strict=True)):
+    for k, (panel, title) in enumerate(
+        zip(axes, ("digit, accuracy (%)", "ink, R² (%)", "pixels, R² (%)"), strict=True)
+    ):
         for i, (variant, marker) in enumerate(zip(VARIANTS, "os^", strict=True)):
             values = [max(each[i][k], -20) for each in scores.values()]
             panel.plot(values, list(scores), marker, color=f"C{i}", alpha=0.8, label=variant)

@@ -1,7 +1,7 @@
 """Pretraining on several supervised tasks at once beside masked characters, each task from a loader of its own.
 
-A small RoFormerV2: no biases, RMSNorm without gain, rotary positions, and what every layer adds is multiplied by a scale
-that rises from 0 to 1. Word segmentation and part of speech (People's Daily), sentiment (book reviews), masked
+A small RoFormerV2: no biases, RMSNorm without gain, rotary positions, and what every layer adds is multiplied by a
+scale that rises from 0 to 1. Word segmentation and part of speech (People's Daily), sentiment (book reviews), masked
 characters (both). Every step draws three of the four tasks; `with optimizer.task(name)` sends each backward pass to its
 row, so that no two batches need to be in memory together. Plain accumulation of the losses against gradsurg, whose
 default scales every task's gradient to the same norm.

@@ -24,7 +24,7 @@ HELP: dict[str, Any] = {"primary": "clean", "auxiliary": "help"}
 
 
 def train(seed: int, epochs: int, tasks: dict[str, float], wrapped: dict[str, Any] | None) -> Tensor:
-    """Train once on the weighted sum of some tasks, or wrapped; return validation and test accuracy an epoch, (E, 2)."""
+    """Train on the weighted sum of some tasks, or wrapped; return validation and test accuracy an epoch, (E, 2)."""
     pixels, labels = digits()
     torch.manual_seed(seed)
     given = labels.clone()
@@ -38,7 +38,9 @@ def train(seed: int, epochs: int, tasks: dict[str, float], wrapped: dict[str, An
     for _ in range(epochs):
         for rows in (torch.randperm(NOISY) + CLEAN).split(100):
             batches = {"noisy": rows, "clean": torch.arange(CLEAN)}
-            losses = {task: nn.functional.cross_entropy(model(pixels[batches[task]]), given[batches[task]]) for task in tasks}
+            losses = {
+                task: nn.functional.cross_entropy(model(pixels[batches[task]]), given[batches[task]]) for task in tasks
+            }
             optimizer.zero_grad()
             if isinstance(optimizer, gradsurg.MultiTaskOptimizer):
                 optimizer.total(losses).backward()

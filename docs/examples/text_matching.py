@@ -115,7 +115,10 @@ def main() -> None:
     steps, seeds = (3, 1) if chosen.fast else (500, chosen.seeds)
     texts = [text for text in ("".join(word for word, _ in words) for words in paragraphs()) if len(text) >= 2 * SHORT]
     alphabet = Characters(texts, 2000)
-    runs = {name: [train(texts, alphabet, s, steps, name == "gradsurg") for s in range(seeds)] for name in ("sum", "gradsurg")}
+    runs = {
+        name: [train(texts, alphabet, s, steps, name == "gradsurg") for s in range(seeds)]
+        for name in ("sum", "gradsurg")
+    }
     print(f"| macro-F1 (%) | {' | '.join(runs)} |\n| --- | --: | --: |")
     for k, subtask in enumerate(SUBTASKS):
         print(f"| {subtask} | {' | '.join(spread([scores[k] for scores, _ in each]) for each in runs.values())} |")

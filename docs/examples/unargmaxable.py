@@ -1,8 +1,8 @@
 """Which outputs can a trained softmax layer never predict?
 
 Class k can win, for some input h, only if ⟨w_k, h⟩ > ⟨w_j, h⟩ for every other j: some h makes an acute angle with every
-row w_k − w_j. Such an h exists iff 0 is not in the convex hull of these rows; then the hull's point nearest to 0 is one.
-That is the minimum-norm point of gradsurg's surgery "mgda", here with classes where tasks used to be. Every answer is
+row w_k − w_j. Such an h exists iff 0 is not in the convex hull of these rows; the hull's point nearest to 0 then is
+one. That is the minimum-norm point of gradsurg's surgery "mgda", here with classes where tasks used to be. Every answer is
 checked against a linear program. The layer: next-character models with few dimensions, trained on People's Daily.
 """
 
@@ -48,7 +48,7 @@ def train(text: Tensor, classes: int, width: int, steps: int) -> NextCharacter:
 
 
 def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for every class the h under which it wins by most, and by how much: the cosine is negative where none does."""
+    """Return for every class the h under which it wins by most, and its least cosine: not above 0 where none does."""
     found, margins = [], []
     for k in range(len(rows)):
         others = torch.cat([rows[:k], rows[k + 1 :]])
@@ -103,8 +103,10 @@ def main() -> None:
     can = [k for k in range(classes) if k not in never]
     left.scatter(*rows[never].T, s=14, color="0.6", label=f"can never win ({len(never)})")
     left.scatter(*rows[can].T, s=30, marker="D", color="C0", label=f"can win ({len(can)})")
-    left.set(title="rows of the output layer, two dimensions", xlabel="first", ylabel="second", aspect="equal")
-    left.legend(loc="best", frameon=False)
+    centred = rows[can] - rows[can].mean(0)
+    left.fill(*rows[can][torch.atan2(*centred.T).argsort()].T, fill=False, edgecolor="C0", linewidth=0.8)
+    left.set(title="the layer's rows in two dimensions", xlabel="first", ylabel="second", aspect="equal")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     right.bar([str(width) for width in widths], shares, color="C0")
     right.set(title=f"{classes} classes", xlabel="dimensions of the layer", ylabel="can never be predicted (%)")
     figure.savefig(chosen.output, dpi=120)
