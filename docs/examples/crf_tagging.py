@@ -125,7 +125,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for panel, (factor, found) in zip(axes, runs.items(), strict=True):
         matrix, bound = found[0][2], max(found[0][2].abs().max().item(), 1e-6)
-        panel.imshow(matrix, cmap="PuOr", vmin=-bound, vmax=bound)
+        panel.imshow(matrix.numpy(), cmap="PuOr", vmin=-bound, vmax=bound)
         for a in range(4):
             for b in range(4):
                 mark = "" if (a, b) in LEGAL else "×"

@@ -28,7 +28,7 @@ class Data:
     """Reviews: 32 labelled ones, unlabelled ones, and a validation and a test set, both balanced."""
 
     def __init__(self, seed: int) -> None:
-        everything = reviews()
+        everything = list(reviews())
         self.alphabet = Characters([text for text, _ in everything] + [PATTERN + ANSWERS] * 9999, 2000)
         random.Random(0).shuffle(everything)
         both = [[review for review in everything if review[1] == label] for label in (0, 1)]
@@ -77,7 +77,9 @@ def train(seed: int, warm: int, steps: int, way: str, wrapped: dict[str, Any] | 
 
     def accuracy(set_: list[tuple[str, int]]) -> float:
         with torch.no_grad():
-            chosen = model(data.asked([text for text, _ in set_]))[:, 1, answers].argmax(1)
+            chosen = (
+                model.encoder(data.asked([t for t, _ in set_]))[:, 1] @ model.encoder.embed.weight[answers].T
+            ).argmax(1)
         return 100 * (chosen == torch.tensor([label for _, label in set_])).float().mean().item()
 
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -6,6 +6,7 @@ import argparse
 import platform
 import time
 from collections import Counter
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def spread(values: list[float]) -> str:
     return f"{numbers.mean():.1f} ± {numbers.std(correction=0):.1f}"
 
 
-def paragraphs() -> list[TaggedWords]:
+@cache
+def paragraphs() -> tuple[TaggedWords, ...]:
     """Return the paragraphs of People's Daily, January 1998, as (word, part of speech) pairs."""
     text = (_corpus() / "tag" / "199801.txt").read_text(encoding="utf-8")
     result = []
@@ -49,17 +51,18 @@ def paragraphs() -> list[TaggedWords]:
         words = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and pair[0]]
         if words:
             result.append(words)
-    return result
+    return tuple(result)
 
 
-def reviews() -> list[tuple[str, int]]:
+@cache
+def reviews() -> tuple[tuple[str, int], ...]:
     """Return book reviews and whether they are favourable (1) or not (0), each once."""
     found: dict[str, int] = {}
     for name, label in (("neg", 0), ("pos", 1)):
         for line in (_corpus() / "sentiment" / f"{name}.txt").read_text(encoding="utf-8").splitlines():
             if len(line.strip()) >= 4:
                 found.setdefault(line.strip(), label)
-    return list(found.items())
+    return tuple(found.items())
 
 
 class Characters:

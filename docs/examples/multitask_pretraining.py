@@ -29,7 +29,7 @@ class Loaders:
     """One batch of a task at a time: characters, targets of each character (or of the text)."""
 
     def __init__(self, seed: int, split: slice) -> None:
-        days, texts = paragraphs(), reviews()
+        days, texts = paragraphs(), list(reviews())
         random.Random(0).shuffle(texts)
         self.random = random.Random(seed)
         everything = ["".join(word for word, _ in words) for words in days]

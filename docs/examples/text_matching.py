@@ -133,7 +133,8 @@ def main() -> None:
     for offset, (name, each), hatch in zip((-0.2, 0.2), runs.items(), ("", "//"), strict=True):
         scores = torch.tensor([found for found, _ in each])
         at = torch.arange(len(SUBTASKS)) + offset
-        axes.bar(at, scores.mean(0), 0.38, yerr=scores.std(0, correction=0), hatch=hatch, edgecolor="w", label=name)
+        mean, deviation = scores.mean(0).tolist(), scores.std(0, correction=0).tolist()
+        axes.bar(at.tolist(), mean, 0.38, yerr=deviation, hatch=hatch, edgecolor="w", label=name)
     axes.set_xticks(range(len(SUBTASKS)), SUBTASKS)
     axes.set(ylabel="macro-F1 (%)", ylim=(40, 100), title="six subtasks of text matching")
     axes.legend(frameon=False, loc="upper left")

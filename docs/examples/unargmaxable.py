@@ -2,8 +2,8 @@
 
 Class k can win, for some input h, only if ⟨w_k, h⟩ > ⟨w_j, h⟩ for every other j: some h makes an acute angle with every
 row w_k − w_j. Such an h exists iff 0 is not in the convex hull of these rows; the hull's point nearest to 0 then is
-one. That is the minimum-norm point of gradsurg's surgery "mgda", here with classes where tasks used to be. Every answer is
-checked against a linear program. The layer: next-character models with few dimensions, trained on People's Daily.
+one. That is the minimum-norm point of gradsurg's surgery "mgda", here with classes where tasks used to be. Every answer
+is checked against a linear program. The layer: next-character models of few dimensions, trained on People's Daily.
 """
 
 from __future__ import annotations
