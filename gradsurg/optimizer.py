@@ -219,6 +219,9 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
             row_dtype: E.g. torch.bfloat16: store the task gradients of shared parameters in less memory.
             nonfinite: "propagate" (default): NaN goes into p.grad, where GradScaler sees it; "skip_task" leaves such
                 a task out of the step; "raise".
+            atomic: True: where the optimizer's own step raises half way, its state and all parameters are put back, so
+                that the step can be tried again. Costs a copy of both each step: 3 P for Adam. By default the copy of
+                the parameters that guarantee="update" needs is all that is put back.
             seed: For the methods that draw random numbers.
 
     Returns:

@@ -37,6 +37,7 @@ class Settings:
     shared: tuple[Tensor, ...] | None = None
     row_dtype: torch.dtype | None = None
     nonfinite: str = "propagate"
+    atomic: bool = False
     seed: int = 0
 
 
@@ -66,6 +67,7 @@ def _settings(
     shared: nn.Module | Iterable[Tensor] | None = None,
     row_dtype: torch.dtype | None = None,
     nonfinite: str = "propagate",
+    atomic: bool = False,
     seed: int = 0,
 ) -> Settings:
     guarantee = choose("guarantee", guarantee, GUARANTEES)
@@ -77,6 +79,8 @@ def _settings(
         check_names((tuple(checked),), names, "preferences")
     if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
         raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
+    if not isinstance(atomic, bool):
+        raise ValueError(f"atomic={atomic!r}: pass True or False")
     return Settings(
         pipeline=Pipeline(
             normalizer=resolve_normalizer(normalize),
@@ -92,6 +96,7 @@ def _settings(
         shared=_shared(shared, optimizers),
         row_dtype=row_dtype,
         nonfinite=choose("nonfinite", nonfinite, NONFINITE),
+        atomic=atomic,
         seed=_seed(seed),
     )
 

@@ -28,6 +28,7 @@ from gradsurg.priority import check_names
 from gradsurg.report import Report
 from gradsurg.rows import Row
 from gradsurg.settings import Settings
+from gradsurg.snapshot import Snapshot
 
 __all__ = ["Surgeon"]
 
@@ -54,6 +55,7 @@ class Surgeon:
         self.stepped: set[int] = set()  # of several optimizers, those that used this surgery
         self._next_state: Mapping[str, Any] | None = None
         self._first: tuple[Judgement | None, Report | None] | None = None  # of a closure's evaluations
+        self._snapshot: Snapshot | None = None
         self._warned_of_names = False
         self._pass = -1  # the enclosing backward pass of the run that is open
 
@@ -249,6 +251,11 @@ class Surgeon:
             self._warn_of_unrun_totals()
         self._warn_of_unknown_names()
         self._first = None
+        before = self._copies(optimizer, closure)
+        self._snapshot = Snapshot(optimizer, before) if self.settings.atomic else None
+        return before
+
+    def _copies(self, optimizer: Optimizer, closure: bool) -> Row:
         if self.settings.guarantee != "update":
             return Row()
         if closure:  # which parameters are shared is known only once the closure has run
@@ -276,6 +283,7 @@ class Surgeon:
 
     def after_step(self, optimizer: Optimizer, before: Row) -> None:
         """Project the movement, then let the rows go."""
+        self._snapshot = None
         self._warn_of_unrun_totals()
         if self._first is not None:
             self.judgement, self.report = self._first
@@ -290,7 +298,11 @@ class Surgeon:
             self._end_of_step()
 
     def take_back(self, optimizer: Optimizer, before: Row) -> None:
-        """Undo what a failed step did to the parameters of which there is a copy; rows stay for another try."""
+        """Undo what a failed step did to that of which there is a copy; rows stay for another try."""
+        if self._snapshot is not None:
+            self._snapshot.restore()
+            self._snapshot = self._first = None
+            return
         with torch.no_grad():
             for p, old in before.items():
                 p.copy_(old)

@@ -1,5 +1,6 @@
 """Failure is safe: a clear error, everything as it was, and the next step as if nothing had happened."""
 
+import copy
 import gc
 
 import pytest
@@ -250,6 +251,81 @@ def test_without_the_update_guarantee_a_step_that_fails_at_once_changes_nothing(
         optimizer.step()
     assert same(Snapshot.of(model), was)
     assert same(rows_of(optimizer), rows)
+
+
+class Half(torch.optim.Adam):
+    """An Adam that steps its first group, state and all, and then raises."""
+
+    fail = False
+
+    def step(self, closure=None):
+        if not self.fail:
+            return super().step(closure)
+        groups, self.param_groups = self.param_groups, self.param_groups[:1]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        raise Mine("between two groups")
+
+
+@pytest.mark.parametrize("guarantee", ["update", "gradient", "none"])
+@pytest.mark.parametrize("steps", [0, 2], ids=["before there is state", "with state"])
+def test_an_atomic_step_that_fails_half_way_leaves_parameters_and_state(guarantee, steps):
+    def prepared(model):
+        half = len(trained(model)) // 2
+        groups = [{"params": part} for part in (trained(model)[:half], trained(model)[half:])]
+        optimizer = gradsurg.wrap(Half(groups, lr=0.05), guarantee=guarantee, atomic=True)
+        for batch in range(steps):
+            good_step(optimizer, model, batch) if guarantee == "update" else plain_step(optimizer, model, batch)
+        optimizer.zero_grad()
+        optimizer.total(model.losses(2)).backward()
+        return optimizer
+
+    model, other = twins()
+    optimizer, reference = prepared(model), prepared(other)
+    was, rows, state = Snapshot.of(model), copy_rows(optimizer), copy.deepcopy(optimizer.state_dict())
+    optimizer.fail = True
+    with pytest.raises(Mine):
+        optimizer.step()
+    assert same(Snapshot.of(model), was)
+    assert same(rows_of(optimizer), rows)
+    assert same(optimizer.state_dict(), state)
+    optimizer.fail = False
+    for o in (optimizer, reference):
+        o.step()
+    assert equal_weights(model, other)
+    assert same(optimizer.state_dict(), reference.state_dict())
+
+
+def plain_step(optimizer, model, batch):
+    optimizer.zero_grad()
+    optimizer.total(model.losses(batch)).backward()
+    optimizer.step()
+
+
+def test_an_atomic_lbfgs_keeps_its_history():
+    model, other = twins()
+    optimizers = [gradsurg.wrap(torch.optim.LBFGS(trained(m), lr=0.5, max_iter=3), atomic=True) for m in (model, other)]
+    failing = []
+
+    def closure(optimizer, m):
+        optimizer.zero_grad()
+        total = optimizer.total(m.losses(0))
+        total.backward()
+        if failing and failing.pop() == "now":
+            raise Mine
+        return total
+
+    for optimizer, m in zip(optimizers, (model, other), strict=True):
+        optimizer.step(lambda o=optimizer, m=m: closure(o, m))
+    failing += ["now", "later"]
+    with pytest.raises(Mine):
+        optimizers[0].step(lambda: closure(optimizers[0], model))
+    assert equal_weights(model, other)
+    for optimizer, m in zip(optimizers, (model, other), strict=True):
+        optimizer.step(lambda o=optimizer, m=m: closure(o, m))
+    assert equal_weights(model, other)
 
 
 def test_the_wrong_optimizer_for_the_gradients():
