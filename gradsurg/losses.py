@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,13 +11,23 @@ from torch import Tensor
 from gradsurg.errors import unknown_name
 from gradsurg.rows import Row
 
-__all__ = ["Losses", "check_row", "check_scalar", "parse_losses", "value_of"]
+__all__ = ["Computations", "Compute", "Losses", "check_row", "check_scalar", "parse_losses", "seed_of", "value_of"]
 
 Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
+Compute = Callable[[], "Tensor | None"]
+Computations = Mapping[str, "Tensor | Compute | None"] | Sequence["Tensor | Compute | None"]
 
 
-def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tensor | None]:
-    """Return name -> loss from a dict or a sequence; a loss that cannot be trained on is None.
+@overload
+def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tensor | None]: ...
+@overload
+def parse_losses(
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool
+) -> dict[str, Tensor | Compute | None]: ...
+def parse_losses(
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool = False
+) -> dict[str, Tensor | None] | dict[str, Tensor | Compute | None]:
+    """Return name -> loss from a dict or a sequence; `functions` allows functions that compute a loss later.
 
     Raises:
         ValueError: No task at all, a name that was not declared, two tasks of one name, or a loss that is not a
@@ -33,13 +44,16 @@ def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tenso
         if tasks is not None and len(tasks) != len(losses):
             raise ValueError(f"losses has {len(losses)} entries, but {len(tasks)} tasks are declared: {list(tasks)}")
         pairs = list(zip(tasks or map(str, range(len(losses))), losses, strict=True))
-    result: dict[str, Tensor | None] = {}
+    result: dict[str, Tensor | Compute | None] = {}
     for name, loss in pairs:
         if name in result:
             raise ValueError(f"losses has two tasks named {name!r}: names must differ")
         if tasks is not None and name not in tasks:
             raise unknown_name("losses", name, tasks)
-        result[name] = None if loss is None else check_scalar(f"losses[{name!r}]", loss)
+        if loss is None or (functions and callable(loss)):
+            result[name] = loss
+        else:
+            result[name] = check_scalar(f"losses[{name!r}]", loss)
     if all(loss is None for loss in result.values()):
         raise ValueError(
             f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
@@ -49,6 +63,11 @@ def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tenso
 
 def check_scalar(label: str, loss: object) -> Tensor:
     """Return the loss if it is a real scalar tensor, or raise a ValueError that begins with the label."""
+    if callable(loss):
+        raise ValueError(
+            f"{label} is a function: functions go into optimizer.backward(losses), without features= and without "
+            "refresh_every=. Pass the loss that it returns"
+        )
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None where "
@@ -72,6 +91,13 @@ def value_of(losses: Mapping[str, Tensor | None], preferences: Mapping[str, floa
         wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
         total = total + wide * preference
     return total
+
+
+def seed_of(gradient: Tensor | None, loss: Tensor) -> Tensor:
+    """Return what a loss's backward pass starts from: one, or the gradient that autograd handed to a scaled total."""
+    if gradient is None:
+        return torch.ones_like(loss)
+    return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
 
 
 def check_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tensor]) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["Memory"]
+__all__ = ["KEY", "Memory"]
 
 KEY = "gradsurg"
 FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
@@ -53,6 +53,15 @@ class Memory:
         new = [name for name in names if name not in known]
         if new:
             self._replace(tasks=[*known, *new])
+
+    def recall(self, key: str) -> Mapping[str, Any]:
+        """Return what `keep` left under a key; empty where there is nothing, as in older checkpoints."""
+        kept: Mapping[str, Any] = self._home()[KEY].get(key, {})
+        return kept
+
+    def keep(self, key: str, **value: Any) -> None:
+        """Keep something of one of the cheap modes."""
+        self._replace(**{key: value})
 
     def count_skipped(self, name: str) -> None:
         """Count a step that went without this task because of NaN or infinity."""

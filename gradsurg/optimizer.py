@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.capture import Total, at_end_of_backward
-from gradsurg.losses import Losses, check_scalar, parse_losses, value_of
+from gradsurg.features import check_features
+from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
+from gradsurg.memory import KEY
 from gradsurg.report import Report
 from gradsurg.settings import settings_from
 from gradsurg.surgeon import Surgeon
@@ -37,7 +39,9 @@ class MultiTaskOptimizer(Optimizer):
 
     _gradsurg: Surgeon
 
-    def total(self, losses: Losses, *, plain: Tensor | None = None) -> Tensor:
+    def total(
+        self, losses: Losses, *, plain: Tensor | None = None, features: Tensor | Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Return the preference-weighted sum Σ r_i L_i, a scalar whose backward() does the surgery.
 
         Each task's backward pass runs when backward() reaches this node; the surgery runs when all of that backward
@@ -47,12 +51,16 @@ class MultiTaskOptimizer(Optimizer):
             losses: Task name -> scalar loss, or a sequence of losses. None, or a loss that does not require grad, is
                 a task absent from this step.
             plain: A loss that takes no part in surgery, such as a penalty: its gradient is added as it is.
+            features: The tensor, or tensors, that the shared part of the model returned and the heads read. Surgery
+                is then done on ∂L_i/∂features, and one backward pass runs through what lies before them: the cost of
+                a plain step. What is promised holds for the features, not for the parameters; see docs/cheap-modes.md.
 
         Returns:
             A scalar on the first loss's device, float32 at least. Under no_grad, a plain number.
 
         Raises:
-            ValueError: No task at all; a loss that is not a real scalar; a name that is not declared.
+            ValueError: No task at all; a loss that is not a real scalar; a name that is not declared; features that
+                the losses do not depend on, or that are no result of the model.
 
         Example:
             >>> import torch, gradsurg
@@ -68,32 +76,55 @@ class MultiTaskOptimizer(Optimizer):
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
         if not torch.is_grad_enabled() or not trainable:
             return value
+        given = None if features is None else check_features(features, surgeon.settings)
         surgeon.introduce(parsed)
         surgeon.unrun += 1
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device, requires_grad=True)
-        run = functools.partial(_run_nested, surgeon, parsed, plain)
+        run = functools.partial(_run_nested, surgeon, parsed, plain, given)
         return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
 
-    def backward(self, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        losses: Losses | Computations,
+        *,
+        plain: Tensor | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
         """Do what total(losses).backward() does, without nesting one backward pass in another.
 
-        The reference form, and the safe choice with several devices or side streams.
+        The reference form, and the safe choice with several devices or side streams. It also takes functions instead
+        of losses: each is called just before its backward pass, so that only one task's graph exists at a time. A
+        function that returns None is a task absent from this step.
 
         Args:
-            losses: As for `total`.
+            losses: As for `total`; any of them may be a function of no arguments that computes the loss.
             plain: As for `total`.
+            features: As for `total`.
             retain_graph: Keep the graph of the losses for another backward pass.
 
         Raises:
             ValueError: As for `total`; also where no loss requires grad.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(2))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1))
+            >>> x = torch.ones(5, 3)
+            >>> def loss(task):
+            ...     return (heads[task](torch.tanh(trunk(x))) - task).square().mean()
+            >>> optimizer.backward({"zero": lambda: loss(0), "one": lambda: loss(1)})
+            >>> optimizer.step()
         """
         surgeon = self._gradsurg
-        parsed = parse_losses(losses, surgeon.settings.tasks)
+        functions = features is None and surgeon.settings.refresh_every == 1
+        parsed = parse_losses(losses, surgeon.settings.tasks, functions=functions)
         plain = None if plain is None else check_scalar("plain", plain)
-        if not any(loss is not None and loss.requires_grad for loss in (*parsed.values(), plain)):
+        given = None if features is None else check_features(features, surgeon.settings)
+        if not any(callable(loss) or (loss is not None and loss.requires_grad) for loss in (*parsed.values(), plain)):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
-        surgeon.run(parsed, plain, retain_graph=retain_graph)
+        surgeon.bring(parsed, plain, given, retain_graph=retain_graph)
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:
@@ -168,8 +199,17 @@ class MultiTaskOptimizer(Optimizer):
             self._gradsurg.forget()
         super().zero_grad(set_to_none=set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
+        return self._gradsurg.rotation.pack_into(self, super().state_dict(), KEY)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
+        super().load_state_dict(self._gradsurg.rotation.unpack_from(self, state_dict, KEY))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (_inner_class(self), self._gradsurg), self.__getstate__()
+        averages = self._gradsurg.rotation.pack(self)
+        return _rebuild, (_inner_class(self), self._gradsurg, averages), self.__getstate__()
 
     def __copy__(self) -> MultiTaskOptimizer:
         copied = _rebuild(_inner_class(self), Surgeon(self._gradsurg.settings))  # rows are never shared with a copy
@@ -223,6 +263,10 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
                 that the step can be tried again. Costs a copy of both each step: 3 P for Adam. By default the copy of
                 the parameters that guarantee="update" needs is all that is put back.
             seed: For the methods that draw random numbers.
+            refresh_every: k: find new weights in every k-th step; between, one backward pass of the sum weighted by
+                the last ones, without a guarantee. 1 by default.
+            rotate: k: run the backward passes of k tasks a step, those that waited longest; the others take part
+                with moving averages of their gradients. Costs m more copies of the shared parameters. None by default.
 
     Returns:
         The same object (or a list of the same objects), now also a MultiTaskOptimizer.
@@ -274,14 +318,14 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     return wrapped
 
 
-def total(optimizer: Any, losses: Losses, *, plain: Tensor | None = None) -> Tensor:
-    """Call optimizer.total(losses), seeing through the proxies that trainers put around an optimizer."""
-    return find_wrapped(optimizer).total(losses, plain=plain)
+def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:
+    """Call optimizer.total(losses, ...), seeing through the proxies that trainers put around an optimizer."""
+    return find_wrapped(optimizer).total(losses, **options)
 
 
-def backward(optimizer: Any, losses: Losses, *, plain: Tensor | None = None, retain_graph: bool = False) -> None:
-    """Call optimizer.backward(losses), seeing through the proxies that trainers put around an optimizer."""
-    find_wrapped(optimizer).backward(losses, plain=plain, retain_graph=retain_graph)
+def backward(optimizer: Any, losses: Losses | Computations, **options: Any) -> None:
+    """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer."""
+    find_wrapped(optimizer).backward(losses, **options)
 
 
 def report(optimizer: Any) -> Report | None:
@@ -290,9 +334,14 @@ def report(optimizer: Any) -> Report | None:
 
 
 def _run_nested(
-    surgeon: Surgeon, losses: dict[str, Tensor | None], plain: Tensor | None, gradient: Tensor, keep: bool
+    surgeon: Surgeon,
+    losses: dict[str, Tensor | None],
+    plain: Tensor | None,
+    features: list[Tensor] | None,
+    gradient: Tensor,
+    keep: bool,
 ) -> None:
-    surgeon.run(losses, plain, gradient, retain_graph=keep, finish=at_end_of_backward)
+    surgeon.bring(losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
 
 
 def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:
@@ -394,10 +443,14 @@ def _patch_for_scheduler(optimizer: Optimizer) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _rebuild(inner: type[Optimizer], surgeon: Surgeon) -> MultiTaskOptimizer:
+def _rebuild(
+    inner: type[Optimizer], surgeon: Surgeon, averages: Mapping[str, Sequence[Tensor | None]] | None = None
+) -> MultiTaskOptimizer:
     """Unpickle: the dynamic class cannot be named in a pickle, its base can."""
     extended = _extended_class(inner)
     optimizer = extended.__new__(extended)
     optimizer.__dict__[STATE] = surgeon
     surgeon.optimizers.append(optimizer)
+    if averages:
+        surgeon.rotation.receive(optimizer, averages)
     return optimizer

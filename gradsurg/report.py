@@ -36,6 +36,11 @@ class Report:
         preferences: r_i, shape (m,); None where nothing was measured.
         gramians: The same as `gramian`, one a block, shape (blocks, m, m); None where nothing was measured.
         blocks: The names of the blocks: "model", "group 0" …, or the parameters', as far as the optimizer knows them.
+        level: What gramian, weights and cosines are about. "gradients": those of this step's losses. "features": the
+            losses' gradients with respect to the features, of total(losses, features=...). "reused weights": weights
+            of an earlier step, of refresh_every=; the rest is NaN. "moving averages": of rotate=, for the tasks that
+            are not in `fresh`.
+        fresh: The tasks whose gradient was computed in this step; None where that is all.
     """
 
     step: int
@@ -53,6 +58,8 @@ class Report:
     preferences: Tensor | None = None
     gramians: Tensor | None = None
     blocks: tuple[str, ...] = ("model",)
+    level: str = "gradients"
+    fresh: tuple[str, ...] | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -168,6 +175,8 @@ class Report:
             lines.append(f"weights: mean over {len(self.weights)} blocks")
         if self.stationary:
             lines.append("Pareto stationary: only a zero direction hurts nobody")
+        if self.level != "gradients":
+            lines.append(f"cosines and weights are those of: {self.level}")
         if self.nonfinite:
             lines.append(f"not finite: {', '.join(self.nonfinite)}")
         if self.movement is not None and self.movement.held:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.byparameter import ByParameter
 
-__all__ = ["Row", "TaskRows", "added"]
+__all__ = ["Row", "TaskRows", "added", "is_finite"]
 
 Row = ByParameter[Tensor]
 
@@ -71,7 +71,7 @@ class TaskRows:
 
     def nonfinite(self) -> list[str]:
         """Return the tasks that have a NaN or an infinity."""
-        return [name for name, row in self._rows.items() if not all(map(_is_finite, row.values()))]
+        return [name for name, row in self._rows.items() if not all(map(is_finite, row.values()))]
 
     def reach(self, parameters: Sequence[Tensor]) -> list[int]:
         """Return how many tasks reached each of `parameters`."""
@@ -105,6 +105,7 @@ def added(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
-def _is_finite(gradient: Tensor) -> bool:
+def is_finite(gradient: Tensor) -> bool:
+    """Whether a gradient has neither NaN nor infinity."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool(torch.isfinite(values).all())

@@ -6,7 +6,7 @@ import inspect
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.pipeline import GUARANTEES, Pipeline, check_mapping
 from gradsurg.priority import AUXILIARY, check_names, parse_levels
 from gradsurg.surgery import Surgery, resolve_surgery
+from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 __all__ = ["Settings", "settings_from"]
 
@@ -39,6 +40,9 @@ class Settings:
     nonfinite: str = "propagate"
     atomic: bool = False
     seed: int = 0
+    refresh_every: int = 1
+    rotate: int | None = None
+    asked: frozenset[str] = frozenset()  # the options that were given, as against left at their defaults
 
 
 def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
@@ -50,7 +54,7 @@ def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -
                 choose("option", name, valid)
             except ValueError as error:
                 raise TypeError(f"wrap() has no option {name!r}. {error}") from None
-    return _settings(optimizers, **options)
+    return replace(_settings(optimizers, **options), asked=frozenset(options))
 
 
 def _settings(
@@ -69,6 +73,8 @@ def _settings(
     nonfinite: str = "propagate",
     atomic: bool = False,
     seed: int = 0,
+    refresh_every: int = 1,
+    rotate: int | None = None,
 ) -> Settings:
     guarantee = choose("guarantee", guarantee, GUARANTEES)
     names = _names(tasks)
@@ -81,7 +87,7 @@ def _settings(
         raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
     if not isinstance(atomic, bool):
         raise ValueError(f"atomic={atomic!r}: pass True or False")
-    return Settings(
+    settings = Settings(
         pipeline=Pipeline(
             normalizer=resolve_normalizer(normalize),
             surgery=resolve_surgery(surgery),
@@ -98,7 +104,39 @@ def _settings(
         nonfinite=choose("nonfinite", nonfinite, NONFINITE),
         atomic=atomic,
         seed=_seed(seed),
+        refresh_every=_count("refresh_every", refresh_every),
+        rotate=None if rotate is None else _count("rotate", rotate),
     )
+    _check_cheap(settings)
+    return settings
+
+
+def _check_cheap(settings: Settings) -> None:
+    """Refuse what a mode that saves backward passes cannot do."""
+    if settings.refresh_every == 1:
+        return
+    if settings.rotate is not None:
+        raise ValueError("refresh_every and rotate both save backward passes, each in its own way: choose one")
+    if settings.granularity != "model":
+        raise ValueError(
+            f"refresh_every={settings.refresh_every} needs granularity='model', and it is {settings.granularity!r}: "
+            "one backward pass of a weighted sum has one weight per task"
+        )
+    if isinstance(settings.pipeline.surgery, ElementwiseSurgery):
+        raise ValueError(
+            f"refresh_every={settings.refresh_every} reuses weights, and this surgery has none: it decides number by "
+            "number. Use one that weighs, such as surgery='cone'."
+        )
+
+
+def _count(argument: str, value: int) -> int:
+    try:
+        whole = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"{argument}={value!r}: pass a whole number of at least 1")
+    return whole
 
 
 def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:

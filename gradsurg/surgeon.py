@@ -19,19 +19,24 @@ from torch.optim import LBFGS, Optimizer
 
 from gradsurg.capture import Capture, pass_in_progress
 from gradsurg.errors import MultiTaskError, unknown_name
+from gradsurg.features import run_on_features
 from gradsurg.judgement import Judgement, joined, trained
-from gradsurg.losses import check_row
+from gradsurg.losses import Compute, check_row, seed_of
 from gradsurg.memory import Memory
 from gradsurg.naming import parameter_names
 from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
+from gradsurg.recompute import evaluate, explain
+from gradsurg.refresh import Refresh, run_reused
 from gradsurg.report import Report
-from gradsurg.rows import Row
+from gradsurg.rotation import Rotation
+from gradsurg.rows import Row, TaskRows
 from gradsurg.settings import Settings
 from gradsurg.snapshot import Snapshot
 
 __all__ = ["Surgeon"]
 
+Task = Tensor | Compute | None
 Finish = Callable[[Callable[[], None], Callable[[], None]], None]
 
 
@@ -43,9 +48,12 @@ class Surgeon:
         self.optimizers: list[Optimizer] = []
         self.memory = Memory(self.optimizers)
         self.capture = Capture(self.parameters, settings.row_dtype)
+        self.refresh = Refresh(settings.refresh_every, self.memory)
+        self.rotation = Rotation(settings.rotate, self.memory, settings.row_dtype)
         self.report: Report | None = None
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
+        self.computing: str | None = None  # the task whose function is being called
         self.pending = False  # rows that no surgery has seen yet
         self.entered: set[str] = set()  # of the declared tasks, those that left task() since the last surgery
         self.unrun = 0  # totals built since the last step whose backward never came
@@ -57,6 +65,7 @@ class Surgeon:
         self._first: tuple[Judgement | None, Report | None] | None = None  # of a closure's evaluations
         self._snapshot: Snapshot | None = None
         self._warned_of_names = False
+        self.told_of_features = False
         self._pass = -1  # the enclosing backward pass of the run that is open
 
     def __reduce__(self) -> Any:
@@ -72,9 +81,28 @@ class Surgeon:
 
     # -- gradients come in --------------------------------------------------------------------------------------
 
+    def bring(
+        self,
+        losses: Mapping[str, Task],
+        plain: Tensor | None = None,
+        features: list[Tensor] | None = None,
+        gradient: Tensor | None = None,
+        retain_graph: bool = False,
+        finish: Finish | None = None,
+    ) -> None:
+        """Let gradients in by the way that the options and the step call for; arguments as for `run`."""
+        tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
+        if features is not None:
+            run_on_features(self, tensors, features, plain, gradient, retain_graph)
+            return
+        present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
+        weights = None if self.capture.is_live() else self.refresh.weights(present)
+        if weights is None or not run_reused(self, present, weights, plain, gradient, retain_graph):
+            self.run(losses, plain, gradient, retain_graph, finish)
+
     def run(
         self,
-        losses: Mapping[str, Tensor | None],
+        losses: Mapping[str, Task],
         plain: Tensor | None = None,
         gradient: Tensor | None = None,
         retain_graph: bool = False,
@@ -83,7 +111,7 @@ class Surgeon:
         """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before.
 
         Args:
-            losses: Name -> loss; those that are None or do not require grad are absent.
+            losses: Name -> loss, or a function that computes it; those that are None or do not require grad are absent.
             plain: A loss that takes no part in surgery.
             gradient: What to scale every loss by, as autograd hands it to a scaled total.
             retain_graph: Keep the graph for another run.
@@ -93,10 +121,16 @@ class Surgeon:
         self._refuse_silent_ranks()
         self._refuse_scaled_mark()
         self.introduce(losses)
-        passes: list[tuple[str | None, Tensor]] = []
-        for name, loss in (*losses.items(), (None, plain)):
-            if loss is not None and loss.requires_grad:
-                passes.append((name, loss))
+        given = {
+            name: task
+            for name, task in losses.items()
+            if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
+        }
+        due = self.rotation.choose(list(given), gradient)
+        passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due]
+        if plain is not None and plain.requires_grad:
+            passes.append((None, plain))
+        known = {name: loss.detach().reshape(()) for name, loss in losses.items() if isinstance(loss, Tensor)}
         self.unrun = 0
         joining = self.capture.opened is not None and self._pass == pass_in_progress()
         if joining:  # a second total in one backward pass, while the first waits for its end
@@ -105,24 +139,64 @@ class Surgeon:
             self.capture.open()
             self._pass = pass_in_progress()
         try:
-            for i, (name, loss) in enumerate(passes):
-                keep = retain_graph or i < len(passes) - 1
-                torch.autograd.backward(loss, _like(gradient, loss), retain_graph=keep)
-                if name is None:
+            for i, (which, task) in enumerate(passes):
+                if not isinstance(task, Tensor):
+                    known.update(self._run_function(str(which), task, retain_graph))
+                    continue
+                keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
+                torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
+                if which is None:
                     self.capture.take_plain()
                 else:
-                    self.capture.take(name)
+                    self.capture.take(which)
+            if not known and plain is None:
+                raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
         except BaseException:
             self.capture.abort()
             raise
-        self.losses = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
+        self.losses = known
         if not joining:
             (finish or _now)(self.finish, functools.partial(self.capture.abort, self.capture.opened))
+
+    def settle(self) -> None:
+        """Finish what waits and drop what died, before something is added to p.grad beside the rows."""
+        self._refuse_nesting("total() or backward()")
+        self._refuse_silent_ranks()
+        self._refuse_scaled_mark()
+        self.unrun = 0
+        if self.capture.opened is None:
+            self._finish_pending()
+        elif self._pass != pass_in_progress():
+            self.capture.abort()
+
+    def record(self, report: Report, state: Mapping[str, Any] | None) -> None:
+        """Note what was added to p.grad beside the rows: there is nothing to judge the update by."""
+        self.report, self.judgement, self._next_state = report, None, state
+        self.stepped.clear()
+
+    def _run_function(self, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
+        """Compute a task's loss and run its backward pass; return the loss by name, or nothing where it is absent."""
+        opened, self.computing = self.capture.opened, name
+        try:
+            loss = evaluate(name, compute)
+        finally:
+            self.computing = None
+        if self.capture.opened is not opened:
+            raise MultiTaskError(f"the function of {name!r} called zero_grad(): it must only compute a loss")
+        if loss is None:
+            return {}
+        try:
+            torch.autograd.backward(loss, retain_graph=retain_graph)
+        except RuntimeError as error:
+            raise explain(name, error) from error
+        self.capture.take(name)
+        return {name: loss.detach().reshape(())}
 
     @contextmanager
     def entering(self, name: str) -> Iterator[None]:
         """Send what happens to p.grad inside this block to one task's row."""
         self._refuse_nesting("task()")
+        self._refuse_cheap("task()")
         self._refuse_silent_ranks()
         self._refuse_scaled_mark()
         declared = self.settings.tasks
@@ -147,6 +221,7 @@ class Surgeon:
     def receive(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Take rows that were computed elsewhere."""
         self._refuse_nesting("set_gradients()")
+        self._refuse_cheap("set_gradients()")
         self._refuse_scaled_mark()
         if not isinstance(gradients, Mapping) or not gradients:
             raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
@@ -195,7 +270,7 @@ class Surgeon:
     def _operate(self) -> None:
         outcome = operate(
             Patient(
-                rows=self.capture.rows,
+                rows=self.rotation.completed(self.capture.rows),
                 parameters=self.parameters(),
                 groups=[group["params"] for optimizer in self.optimizers for group in optimizer.param_groups],
                 losses=self.losses,
@@ -207,23 +282,30 @@ class Surgeon:
             )
         )
         self.capture.write(outcome.gradients)
-        self.report, self.judgement, self._next_state = outcome.report, outcome.judgement, outcome.state
+        self.report = self.rotation.reported(outcome.report)
+        self.judgement, self._next_state = outcome.judgement, outcome.state
         self.pending = False
         self.entered.clear()
         self.stepped.clear()
 
     def _screen(self) -> None:
         """Apply the `nonfinite` policy to fresh rows with NaN or infinity, before they touch anything."""
+        self.screen(self.capture.fresh)
+
+    def screen(self, *parts: TaskRows) -> None:
+        """Apply the `nonfinite` policy to parts of the same tasks' rows."""
         if self.settings.nonfinite == "propagate":
             return
-        bad = self.capture.fresh.nonfinite()
+        bad = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
         if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
                 f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "
                 "are as before. nonfinite='skip_task' leaves such a task out of the step."
             )
         for name in bad:
-            self.capture.fresh.drop(name)
+            for part in parts:
+                if name in part:
+                    part.drop(name)
             self.memory.count_skipped(name)
             if name not in self.skipped:
                 self.skipped = (*self.skipped, name)
@@ -312,6 +394,8 @@ class Surgeon:
         self._first = None
 
     def _end_of_step(self) -> None:
+        self.refresh.end_step(self.report if self.judgement is not None else None)
+        self.rotation.end_step(self.judgement)
         self.memory.end_step(self._next_state)
         self.stepped.clear()
         self.forget()
@@ -321,6 +405,7 @@ class Surgeon:
         self.capture.clear()
         self.judgement, self._next_state = None, None
         self.pending, self.skipped, self.losses = False, (), {}
+        self.rotation.forget()
         self.entered.clear()
 
     # -- warnings and refusals ----------------------------------------------------------------------------------
@@ -346,10 +431,26 @@ class Surgeon:
             warnings.warn(str(error), UserWarning, stacklevel=5)
 
     def _refuse_nesting(self, what: str) -> None:
+        if self.computing is not None:
+            raise MultiTaskError(
+                f"{what} was called inside the function of {self.computing!r}: it must only compute a loss"
+            )
         if self.in_task:
             raise MultiTaskError(
                 f"{what} was called inside `with optimizer.task(...)`: only loss.backward() belongs there"
             )
+
+    def _refuse_cheap(self, what: str) -> None:
+        """The modes that save backward passes choose which ones run; here the user runs them."""
+        for option, value, off in (
+            ("refresh_every", self.settings.refresh_every, 1),
+            ("rotate", self.settings.rotate, None),
+        ):
+            if value != off:
+                raise MultiTaskError(
+                    f"{what} brings gradients that are computed already, so {option}={value} could save nothing: use "
+                    f"total() or backward(), or wrap without {option}="
+                )
 
     def _refuse_scaled_mark(self) -> None:
         if not self.pending:
@@ -370,12 +471,6 @@ class Surgeon:
                 "several ranks are initialised, and this version of gradsurg reduces no gradients over them: every "
                 "rank would train alone. Run one process, or wait for a version whose changelog names DDP and FSDP2."
             )
-
-
-def _like(gradient: Tensor | None, loss: Tensor) -> Tensor | None:
-    if gradient is None:
-        return torch.ones_like(loss)
-    return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
 
 
 def _now(callback: Callable[[], None], _: Callable[[], None]) -> None:

@@ -1,0 +1,165 @@
+"""refresh_every=k: new weights every k-th step; between, one backward pass of the weighted sum.
+
+The weights of a step reach only what several tasks share. Where the graph of a loss enters that part, its gradient is
+multiplied by the task's weight; what lies on the loss's own side of that border, its head, gets its plain gradient to
+the bit, from the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurg.aside import Aside
+from gradsurg.errors import MultiTaskError
+from gradsurg.graph import Border, Map, edge_of, leaf_of, map_of
+from gradsurg.losses import seed_of
+from gradsurg.memory import Memory
+from gradsurg.report import Report
+from gradsurg.rows import Row, is_finite
+
+if TYPE_CHECKING:
+    from gradsurg.surgeon import Surgeon
+
+__all__ = ["Refresh", "run_reused"]
+
+KEY = "refresh"
+Gradients = tuple["Tensor | None", ...]
+
+
+class Refresh:
+    """Which weights a step may reuse; kept in the checkpoint, so that a resumed run goes on as if uninterrupted."""
+
+    def __init__(self, every: int, memory: Memory) -> None:
+        self.every = every
+        self.memory = memory
+        self._reused = False
+
+    def weights(self, names: Iterable[str]) -> dict[str, float] | None:
+        """Return the weights for exactly these tasks, or None where this step has to find new ones."""
+        if self.every == 1:
+            return None
+        kept = self.memory.recall(KEY)
+        if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
+            return None
+        self._reused = True
+        return dict(kept["weights"])
+
+    def end_step(self, fresh: Report | None) -> None:
+        """Count a step; `fresh` is the report of a surgery in it, None where there was none."""
+        if self.every == 1:
+            return
+        if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
+            self.memory.keep(KEY, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
+        elif self._reused:
+            kept = self.memory.recall(KEY)
+            self.memory.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
+        self._reused = False
+
+
+def run_reused(
+    surgeon: Surgeon,
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    plain: Tensor | None = None,
+    gradient: Tensor | None = None,
+    retain_graph: bool = False,
+) -> bool:
+    """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
+
+    Returns:
+        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault:
+        p.grad and the graph are then as before.
+    """
+    surgeon.settle()
+    surgeon.introduce(losses)
+    watchful = surgeon.settings.nonfinite != "propagate"
+    aside = Aside(surgeon.parameters())
+    try:
+        penalty = Row()
+        if plain is not None and plain.requires_grad:
+            torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+            penalty = aside.lift()
+        _check_can_tell(graph := map_of(list(losses.values()), surgeon.settings.shared or ()), surgeon)
+        _weighted_backward(losses, weights, gradient, graph, retain_graph or watchful)
+        result = aside.lift()
+    except BaseException:
+        aside.restore()
+        raise
+    if watchful and not all(map(is_finite, result.values())):
+        aside.restore()
+        return False
+    aside.add(penalty, result)
+    detached = {name: loss.detach().reshape(()) for name, loss in losses.items()}
+    surgeon.record(_report(surgeon.memory.step, detached, weights), None)
+    return True
+
+
+def _weighted_backward(
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    gradient: Tensor | None,
+    graph: Map,
+    retain_graph: bool,
+) -> None:
+    """Leave Σ w_i g_i in p.grad of what several losses reach, and plain gradients elsewhere."""
+    in_order = [weights[name] for name in losses]
+    seeds = []
+    for loss, weight in zip(losses.values(), in_order, strict=True):
+        seed = seed_of(gradient, loss)
+        seeds.append(seed * weight if edge_of(loss)[0] in graph.common else seed)
+    hooks = [border.node.register_hook(_scaling(border, in_order[border.task])) for border in graph.borders]
+    try:
+        torch.autograd.backward(list(losses.values()), seeds, retain_graph=retain_graph)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _report(step: int, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Report:
+    """Return the report of a step without surgery: its weights are known, and nothing else."""
+    m = len(losses)
+    unknown = torch.full((m,), float("nan"), dtype=torch.float64)
+    return Report(
+        step=step,
+        tasks=tuple(losses),
+        losses=dict(losses),
+        gramian=torch.full((m, m), float("nan"), dtype=torch.float64),
+        scales=unknown.unsqueeze(0),
+        weights=torch.tensor([[weights[name] for name in losses]], dtype=torch.float64),
+        products=unknown,
+        square=torch.tensor(float("nan"), dtype=torch.float64),
+        level="reused weights",
+        fresh=(),
+    )
+
+
+def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], Gradients]:
+    def scaled(into: Gradients, _: Gradients) -> Gradients:
+        return tuple(g * weight if k in border.edges and g is not None else g for k, g in enumerate(into))
+
+    return scaled
+
+
+def _check_can_tell(graph: Map, surgeon: Surgeon) -> None:
+    """Refuse graphs in which one pass cannot treat shared parameters and others apart."""
+    if graph.hidden:
+        raise MultiTaskError(
+            "a head uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters it reaches, so "
+            "refresh_every= cannot tell whether they are shared: checkpoint it with use_reentrant=False"
+        )
+    declared = surgeon.settings.shared
+    if declared is None:
+        return
+    members, ours = set(map(id, declared)), set(map(id, surgeon.parameters()))
+    leaves = [leaf for leaf in map(leaf_of, graph.common) if leaf is not None]
+    strangers = [leaf for leaf in leaves if id(leaf) in ours and id(leaf) not in members]
+    if strangers:
+        raise MultiTaskError(
+            f"several tasks reach {len(strangers)} parameters that are not in shared= (one has shape "
+            f"{tuple(strangers[0].shape)}): these take the plain sum, the others the weighted one, and that is two "
+            "backward passes. Leave out shared=, or refresh_every="
+        )
