@@ -3,6 +3,8 @@
 The tests read p.grad and the parameters before and after, and compute every angle themselves in float64.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +41,14 @@ OPTIMIZERS = {
 }
 SHAPES = [(4, 6), (8, 4), (3, 3)]  # Muon takes matrices only
 P = 65
+# The table of optimizers × surgeries × families of gradients is 17 000 steps: all of them where counterexamples are
+# looked for, else a third, chosen so that every optimizer and every surgery meets every family.
+THOROUGH = os.environ.get("GRADSURG_HYPOTHESIS") == "explore"
+
+
+def families_of(row, surgery):
+    start = (list(OPTIMIZERS).index(row) + list(SURGERIES).index(surgery)) % 3
+    return list(FAMILIES) if THOROUGH else list(FAMILIES)[start::3]
 
 
 class Problem:
@@ -93,7 +103,7 @@ def steps(optimizer_row, family, surgery, guarantee, count=3, m=4, seed=0, dtype
 @pytest.mark.parametrize("row", OPTIMIZERS)
 @pytest.mark.parametrize("surgery", SURGERIES)
 def test_the_update_of_every_optimizer_hurts_nobody(row, surgery):
-    for family in FAMILIES:
+    for family in families_of(row, surgery):
         for J, _, d, report in steps(row, family, surgery, "update"):
             assert worst_cosine(J, d) >= -SINGLE, family
             if d.norm() == 0:  # the optimizer did not move (Adam squares 1e12), or the report says why
@@ -104,10 +114,17 @@ def test_the_update_of_every_optimizer_hurts_nobody(row, surgery):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_every_surgery_hurts_nobody(surgery, family):
     for m in (2, 3, 8, 16):
-        for seed in range(4):
+        for seed in range(4 if THOROUGH else 2):
             for J, u, _, report in steps("SGD", family, surgery, "gradient", m=m, seed=seed, count=1):
                 assert worst_cosine(J, u) >= -SINGLE
                 assert (u.norm() == 0) == report.stationary
+
+
+def test_the_table_leaves_no_pair_out():
+    for one, others in ((OPTIMIZERS, SURGERIES), (SURGERIES, OPTIMIZERS)):
+        for each in one:
+            pairs = [(each, other) if one is OPTIMIZERS else (other, each) for other in others]
+            assert {family for pair in pairs for family in families_of(*pair)} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW"])
