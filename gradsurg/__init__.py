@@ -2,6 +2,7 @@
 
 from gradsurg import loggers, plot
 from gradsurg._version import __version__
+from gradsurg.distributed import check_sync
 from gradsurg.errors import MultiTaskError
 from gradsurg.functional import combine, weights
 from gradsurg.history import History
@@ -22,6 +23,7 @@ __all__ = [
     "Surgery",
     "__version__",
     "backward",
+    "check_sync",
     "combine",
     "loggers",
     "methods",

@@ -6,7 +6,7 @@ reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradsurg.byparameter import ByParameter
 from gradsurg.errors import MultiTaskError
+from gradsurg.local import on_every_rank, version_of
 from gradsurg.mark import Mark
 from gradsurg.rows import Row, TaskRows, added
 
@@ -37,6 +38,7 @@ class Capture:
         self.parameters = parameters
         self.row_dtype = row_dtype
         self.rows = TaskRows(row_dtype)
+        self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
         self.opened: object | None = None  # one token per run, while it lasts
         self.fresh = TaskRows(row_dtype)
         self._foreign, self._next_foreign = Row(), Row()
@@ -69,11 +71,45 @@ class Capture:
         """Add gradients that were computed elsewhere to the fresh row of a task."""
         self.fresh.add(name, gradients)
 
-    def commit(self) -> Held:
-        """Make the fresh rows part of the rows and return what was in p.grad; it is None now."""
+    def part_with(self, name: str) -> tuple[Row, ...]:
+        """Return a task's fresh row, and what of it was not sent before; the fresh one belongs to the caller now."""
+        fresh = Row()
+        if name in self.fresh:
+            fresh = self.fresh[name]
+            self.fresh.drop(name)
+        return (fresh, self.unsent[name]) if name in self.to_send() else (fresh,)
+
+    def to_send(self) -> list[str]:
+        """Return the tasks with rows that were not sent before, as far as these still count."""
+        return list(self.unsent) if self._was_live else []
+
+    @property
+    def foreign(self) -> Row:
+        """What others put into p.grad, in the run that is open."""
+        return self._next_foreign
+
+    def arrived(self, rows: Iterable[tuple[str, Row]], foreign: Row) -> None:
+        """Take what the exchange between ranks made of the fresh rows and the foreign gradients."""
+        self.fresh = TaskRows(self.row_dtype)
+        for name, row in rows:
+            self.fresh.add(name, row)
+        self._next_foreign = foreign
+
+    def commit(self, sent: bool | None = None) -> Held:
+        """Make the fresh rows part of the rows and return what was in p.grad; it is None now.
+
+        Args:
+            sent: Over several ranks, whether rows were exchanged; those that were not are kept apart until they are.
+        """
         self.take_plain()  # a penalty of the same backward pass may have run since our last task
         self._foreign = self._next_foreign
-        if self._was_live and len(self.rows):
+        if not self._was_live:
+            self.rows = TaskRows(self.row_dtype)
+        if not self._was_live or sent:
+            self.unsent = TaskRows(self.row_dtype)
+        if sent is False:
+            self.unsent.merge(self.fresh)
+        elif len(self.rows):
             self.rows.merge(self.fresh)
         else:
             self.rows = self.fresh
@@ -104,11 +140,17 @@ class Capture:
                 total = added(gradient, foreign)
             p.grad = total
             if total is not None:
-                self._written[p] = (total, total._version)
+                self._written[p] = (total, version_of(total))
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
-        reached = [p for p in self.parameters() if p.numel() > 0 and self.rows.of(p)]
+        somewhere = [p for p in self.parameters() if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
+        reached = [p for p in somewhere if on_every_rank(p)]
+        if somewhere and not reached:
+            raise MultiTaskError(
+                "surgery cannot wait here: of every parameter that the tasks reach, some rank holds nothing. Leave out "
+                "accumulate(), or shard over fewer ranks."
+            )
         clean = [p for p in reached if p not in self._foreign or _is_zero(self._foreign[p])]
         # In foreign gradients, a multiple is told from a sum by comparing numbers: one number cannot be compared.
         others = [p for p in reached if p.numel() > 1]
@@ -119,21 +161,21 @@ class Capture:
         if parameter is not None:
             self._mark = Mark(parameter)
             assert parameter.grad is not None
-            self._written[parameter] = (parameter.grad, parameter.grad._version)
+            self._written[parameter] = (parameter.grad, version_of(parameter.grad))
 
     def clear(self) -> None:
         """Forget rows, foreign gradients and marks; p.grad is left alone."""
-        self.rows = TaskRows(self.row_dtype)
+        self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
         self._foreign, self._written, self._mark = Row(), ByParameter(), None
         self._close()
 
     def part_with_rows(self) -> None:
         """Begin new rows; whoever holds the old ones keeps them as they are."""
-        self.rows = TaskRows(self.row_dtype)
+        self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
 
     def is_live(self) -> bool:
         """Whether the rows still stand for what is in p.grad."""
-        if not len(self.rows) or not self._written:
+        if not (len(self.rows) or len(self.unsent)) or not self._written:
             return False
         if self._mark is not None:
             return self._mark.fate() != "gone"
@@ -179,10 +221,12 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
     gradient = p.grad
     if written is None or gradient is None:
         return written is None and gradient is None
-    return gradient is written[0] and gradient._version == written[1]
+    return gradient is written[0] and version_of(gradient) == written[1]
 
 
 def _is_zero(gradient: Tensor) -> bool:
+    if hasattr(gradient, "to_local"):  # zero on this rank may not be so on others, and they must agree
+        return False
     return not gradient.is_sparse and not bool(gradient.any())
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsurg.gramian import Rows, combine, gramian
+from gradsurg.distributed.layout import ALONE, Layout
+from gradsurg.gramian import Rows, combine
 from gradsurg.pipeline import ROUNDING_EXACT, STATIONARY, Pipeline
 from gradsurg.problem import Problem, State
 from gradsurg.solvers import nonnegative
@@ -55,26 +56,31 @@ def blend(
     generator: torch.Generator,
     guarantee: bool,
     allowed: Tensor | None = None,
+    layout: Layout = ALONE,
 ) -> Blend:
     """Return the direction of one block.
 
     Args:
         surgery: What makes one number out of m.
         rows: m lists of one gradient, or None, per parameter.
-        like: The parameters: u has their dtypes.
+        like: The parameters: u has their dtypes, and the shapes of what this rank holds of them.
         scales: What to multiply each row by; 0 for one that wants nothing.
         preferences: r_i, shape (m,), on the CPU.
         generator: Source of random choices.
         guarantee: Project u onto the dual cone of the rows: the least change after which it conflicts with nobody.
         allowed: Which tasks that protects, bool (m,); None is all.
+        layout: What of rows and parameters this rank holds.
     """
-    alive = [i for i, s in enumerate(scales) if s != 0 and any(g is not None and bool(g.any()) for g in rows[i])]
+    measure, generators = layout.measure(like), layout.generators(like, generator)
+    like = layout.held(like, like)
+    anywhere = measure.nonzero(rows)
+    alive = [i for i, s in enumerate(scales) if s != 0 and anywhere[i]]
     direction = []
-    for k, parameter in enumerate(like):
+    for k, (parameter, draws) in enumerate(zip(like, generators, strict=True)):
         present = [(i, g) for i in alive if (g := rows[i][k]) is not None]
-        direction.append(_column(surgery, present, parameter, scales, preferences, generator))
+        direction.append(_column(surgery, present, parameter, scales, preferences, draws))
     with_u = [*rows, direction]
-    G = gramian(with_u, exact=True).cpu()
+    G = measure.gramian(with_u, exact=True).cpu()
     correction = torch.zeros(len(rows) + 1, dtype=torch.float64)
     correction[-1] = 1.0
     stationary = False

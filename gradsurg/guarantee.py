@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsurg.gramian import Rows, correct_, gramian, inner_update
+from gradsurg.distributed.layout import Measure
+from gradsurg.gramian import Rows, correct_
 from gradsurg.pipeline import (
     CANCELLATION_GRAMIAN,
     CANCELLATION_SUM,
@@ -53,6 +54,7 @@ def guard(
     after: Sequence[Tensor],
     signs: Sequence[float],
     allowed: Tensor | None,
+    measure: Measure | None = None,
 ) -> Movement:
     """Move the parameters so that ⟨d, g_i⟩ ≥ 0 for every protected task, changing d as little as possible.
 
@@ -68,6 +70,7 @@ def guard(
         after: The same parameters now; written.
         signs: +1 per parameter, −1 where the optimizer maximises.
         allowed: Which tasks are protected, bool (m,); None is all.
+        measure: What measures lengths and inner products over all ranks, where each holds only a part; None is alone.
 
     Returns:
         The movement as it stands.
@@ -75,7 +78,8 @@ def guard(
     Source: math.md's section on the update, after Su Jianlin 2022, kexue.fm 8896, which asks the property of the
     update and not of the gradient.
     """
-    inner, square = inner_update(rows, before, after, signs)
+    measure = Measure() if measure is None else measure
+    inner, square = measure.inner_update(rows, before, after, signs)
     if square == 0 or not torch.isfinite(inner).all():
         return Movement(inner, square)
     coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)
@@ -83,8 +87,8 @@ def guard(
         return Movement(inner, square)
     left, spread = _lengths(G, inner, square, coefficients)
     if not left * CANCELLATION_GRAMIAN**2 > spread:  # most of d has to go: its remainder needs every digit
-        G = gramian(rows, exact=True)
-        inner, square = inner_update(rows, before, after, signs, exact=True)
+        G = measure.gramian(rows, exact=True)
+        inner, square = measure.inner_update(rows, before, after, signs, exact=True)
         coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
         left, spread = _lengths(G, inner, square, coefficients)
     if left <= STATIONARY * ROUNDING_EXACT * spread:
@@ -92,9 +96,9 @@ def guard(
     correct_(rows, coefficients.tolist(), after, signs, exact=left * CANCELLATION_SUM**2 < spread)
     tolerance = _tolerance(after)
     half_place = max(torch.finfo(p.dtype).eps for p in after) / 2
-    if half_place * _norm(after) <= 0.5 * tolerance * left**0.5:
+    if half_place * measure.norm(after) <= 0.5 * tolerance * left**0.5:
         return Movement(inner + G @ coefficients, left, corrected=True)
-    return _settle_rounding(rows, G, before, after, signs, allowed, tolerance)
+    return _settle_rounding(rows, G, before, after, signs, allowed, tolerance, measure)
 
 
 def _settle_rounding(
@@ -105,6 +109,7 @@ def _settle_rounding(
     signs: Sequence[float],
     allowed: Tensor | None,
     tolerance: float,
+    measure: Measure,
 ) -> Movement:
     """Measure the stored movement; while it leaves the cone, aim further inside by what was missed."""
     norms = G.diagonal().sqrt()
@@ -112,7 +117,7 @@ def _settle_rounding(
     margin = torch.zeros_like(norms)
     movement = Movement(norms, 0.0)
     for _ in range(ATTEMPTS):
-        inner, square = inner_update(rows, before, after, signs, exact=True)
+        inner, square = measure.inner_update(rows, before, after, signs, exact=True)
         movement = Movement(inner, square, corrected=True)
         slack = inner + tolerance * norms * square**0.5
         if not (watched & (slack < 0)).any():
@@ -139,11 +144,6 @@ def _lengths(G: Tensor, inner: Tensor, square: float, coefficients: Tensor) -> t
 
 def _length(square: float) -> Tensor:
     return torch.tensor(square, dtype=torch.float64).sqrt()
-
-
-def _norm(parameters: Sequence[Tensor]) -> float:
-    real = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
-    return float(torch.stack([n.double() for n in torch._foreach_norm(real)]).square().sum().sqrt())
 
 
 def _tolerance(parameters: Sequence[Tensor]) -> float:

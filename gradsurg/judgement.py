@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.byparameter import ByParameter
-from gradsurg.gramian import gramian
+from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.guarantee import Movement, guard
 from gradsurg.rows import Row, TaskRows
 
@@ -26,12 +26,14 @@ class Judgement:
         blocks: The shared parameters, in blocks that are treated apart.
         gramians: One Gramian per block, shape (blocks, m, m).
         allowed: Which tasks are protected, bool (m,); None is all.
+        layout: What of rows and parameters this rank holds.
     """
 
     rows: TaskRows
     blocks: list[list[Tensor]]
     gramians: Tensor
     allowed: Tensor | None
+    layout: Layout = ALONE
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the shared parameters that this optimizer trains."""
@@ -48,11 +50,15 @@ class Judgement:
             mine = [p for p in block if p in sign and p in before]
             if not mine:
                 continue
-            table = self.rows.table(mine)
+            table, measure = self.rows.table(mine), self.layout.measure(mine)
             if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
-                G = gramian(table, exact=True)
-            old, new = [before[p] for p in mine], [p.detach() for p in mine]
-            movements.append(guard(table, G, old, new, [sign[p] for p in mine], self.allowed))
+                G = measure.gramian(table, exact=True)
+            old = self.layout.held(mine, [before[p] for p in mine])
+            new = self.layout.held(mine, [p.detach() for p in mine])
+            movement = guard(table, G, old, new, [sign[p] for p in mine], self.allowed, measure)
+            if movement.corrected:
+                self.layout.put_back(mine, new)
+            movements.append(movement)
         return joined(movements)
 
 

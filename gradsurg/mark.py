@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradsurg.local import local_of, version_of
+
 __all__ = ["Mark"]
 
 Fate = Literal["there", "gone", "added to", "scaled"]
@@ -25,23 +27,25 @@ class Mark:
         if parameter.grad is None:
             self._signal = _small(parameter.dtype)
             parameter.grad = torch.zeros_like(parameter)
-            parameter.grad[_first(parameter)] = self._signal
-        self._tensor, self._version = parameter.grad, parameter.grad._version
-        self._before = None if self._tensor.is_sparse else self._tensor.clone()
+            numbers = local_of(parameter.grad)
+            numbers[_first(numbers)] = self._signal
+        self._tensor, self._version = parameter.grad, version_of(parameter.grad)
+        self._before = None if self._tensor.is_sparse else local_of(self._tensor).clone()
 
     def fate(self) -> Fate:
         """Return what became of it: gone is zeroed or replaced; added to, by a backward pass of somebody else."""
         gradient = self.parameter.grad
         if gradient is None or gradient is not self._tensor:
             return "gone"
-        untouched = gradient._version == self._version
+        untouched = version_of(gradient) == self._version
         if self._before is None:
             return "there" if untouched else "added to"
-        if not bool(gradient.any()):
+        numbers = local_of(gradient)
+        if not bool(numbers.any()):
             return "gone"
-        if torch.equal(gradient, self._before):
+        if torch.equal(numbers, self._before):
             return "there" if untouched else "scaled"
-        return "scaled" if _is_shrunk(gradient, self._before) else "added to"
+        return "scaled" if _is_shrunk(numbers, self._before) else "added to"
 
     def below(self) -> Tensor | None:
         """Return what is foreign in the marked p.grad."""
@@ -50,7 +54,8 @@ class Mark:
         if self.fate() == "there":
             return None
         foreign = self._tensor.clone()
-        foreign[_first(foreign)] -= self._signal
+        numbers = local_of(foreign)
+        numbers[_first(numbers)] -= self._signal
         return foreign
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.elementwise import blend, scales_of
 from gradsurg.gramian import Rows, combine, gramian
 from gradsurg.judgement import Judgement
@@ -42,6 +43,7 @@ class Patient:
         state: What normaliser and surgery remember of earlier steps.
         skipped: Tasks left out of this step because of NaN or infinity.
         names: id of a parameter -> what the report calls it, for granularity="tensor".
+        layout: What of rows and parameters this rank holds.
     """
 
     rows: TaskRows
@@ -53,6 +55,7 @@ class Patient:
     state: State
     skipped: tuple[str, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
+    layout: Layout = ALONE
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Outcome:
     """What came of it.
 
     Attributes:
-        gradients: The new p.grad of every parameter that a task reached.
+        gradients: The new p.grad of every parameter that a task reached; of it what this rank holds.
         report: What was found and done.
         judgement: What the update must respect; None where there is nobody to protect.
         state: The next state of normaliser and surgery; None leaves it as it is.
@@ -97,12 +100,12 @@ def operate(patient: Patient) -> Outcome:
 
 def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     tables: list[Rows] = [patient.rows.table(block) for block in blocks]
-    problem = _problem(patient, torch.stack([gramian(table) for table in tables]))
+    problem = _problem(patient, _gramians(patient, blocks, tables))
     finite = bool(torch.isfinite(problem.gramian).all())
     if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
         return _blend(patient, blocks, tables, problem)
     if finite:
-        problem, direction = _direction(patient, problem, tables)
+        problem, direction = _direction(patient, problem, blocks, tables)
     else:
         direction = _plain_sum(problem)
     exact = (direction.cancellation > CANCELLATION_SUM).tolist()
@@ -113,16 +116,27 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
-    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, protected), direction.state)
+    return Outcome(
+        gradients, report, Judgement(patient.rows, blocks, problem.gramian, protected, patient.layout), direction.state
+    )
 
 
-def _direction(patient: Patient, problem: Problem, tables: Sequence[Rows]) -> tuple[Problem, Direction]:
+def _gramians(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows], *, exact: bool = False) -> Tensor:
+    """Return one Gramian a block, over all ranks, in one message."""
+    measures = map(patient.layout.measure, blocks)
+    here = [gramian(measure.counted(rows), exact=exact) for measure, rows in zip(measures, tables, strict=True)]
+    return patient.layout.total(torch.stack(here))
+
+
+def _direction(
+    patient: Patient, problem: Problem, blocks: list[list[Tensor]], tables: Sequence[Rows]
+) -> tuple[Problem, Direction]:
     """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
     pipeline = patient.settings.pipeline
     direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_QUICK)
     delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
     if pipeline.conflict_free and bool(delicate.any()):
-        problem = _problem(patient, torch.stack([gramian(table, exact=True) for table in tables]))
+        problem = _problem(patient, _gramians(patient, blocks, tables, exact=True))
         direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
     return problem, direction
 
@@ -136,7 +150,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     assert generator is not None
     allowed, protect = pipeline.protected(problem), pipeline.guarantee == "gradient"
     blends = [
-        blend(surgery, table, block, each, problem.preferences, generator, protect, allowed)
+        blend(surgery, table, block, each, problem.preferences, generator, protect, allowed, patient.layout)
         for table, block, each in zip(tables, blocks, scales.tolist(), strict=True)
     ]
     gradients = Row()
@@ -149,7 +163,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
-    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, allowed), state)
+    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, allowed, patient.layout), state)
 
 
 def _plain_sum(problem: Problem) -> Direction:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.capture import Total, at_end_of_backward
+from gradsurg.distributed import check_model, refuse_optimizer
 from gradsurg.features import check_features
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
 from gradsurg.memory import KEY
@@ -78,6 +79,7 @@ class MultiTaskOptimizer(Optimizer):
             return value
         given = None if features is None else check_features(features, surgeon.settings)
         surgeon.introduce(parsed)
+        surgeon.lay_out()
         surgeon.unrun += 1
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device, requires_grad=True)
@@ -254,6 +256,8 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
             guarantee: "update" (default) projects the parameters' real movement, whatever the optimizer makes of the
                 gradient; "gradient" projects only what is written to p.grad; "none" trusts the surgery.
             granularity: "model" (default), "group" or "tensor": one Gramian, one a parameter group, one a parameter.
+            model: Where several ranks train it: the DistributedDataParallel or fully_shard module, if it cannot be
+                found by itself.
             tasks: The task names, where they are known beforehand.
             shared: The parameters that surgery treats; by default those that at least two tasks of a step reached.
             row_dtype: E.g. torch.bfloat16: store the task gradients of shared parameters in less memory.
@@ -290,8 +294,10 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
         _check_optimizer(each)
     if len(set(map(id, optimizers))) < len(optimizers):
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
-    surgeon = Surgeon(settings_from(options, optimizers))
+    model = check_model(options.pop("model", None))
+    surgeon = Surgeon(settings_from(options, optimizers), model)
     wrapped = [_extend(each, surgeon) for each in optimizers]
+    surgeon.traffic.ranks.know_early(surgeon.parameters())
     return wrapped if several else wrapped[0]
 
 
@@ -359,6 +365,7 @@ def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:
 
 
 def _check_optimizer(optimizer: object) -> None:
+    refuse_optimizer(optimizer)
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         raise TypeError(
             f"wrap() was given the class {optimizer.__name__}: build it first, as in "

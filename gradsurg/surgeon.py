@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from gradsurg.capture import Capture, pass_in_progress
+from gradsurg.distributed import Ranks, Traffic
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.judgement import Judgement, joined, trained
@@ -43,13 +44,14 @@ Finish = Callable[[Callable[[], None], Callable[[], None]], None]
 class Surgeon:
     """Takes rows, writes p.grad, guards the update."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, model: nn.Module | None = None) -> None:
         self.settings = settings
         self.optimizers: list[Optimizer] = []
         self.memory = Memory(self.optimizers)
         self.capture = Capture(self.parameters, settings.row_dtype)
         self.refresh = Refresh(settings.refresh_every, self.memory)
         self.rotation = Rotation(settings.rotate, self.memory, settings.row_dtype)
+        self.traffic = Traffic(self.capture, Ranks(model))
         self.report: Report | None = None
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
@@ -66,10 +68,12 @@ class Surgeon:
         self._snapshot: Snapshot | None = None
         self._warned_of_names = False
         self.told_of_features = False
+        self._joined = False  # whether a second total joined that run
         self._pass = -1  # the enclosing backward pass of the run that is open
 
     def __reduce__(self) -> Any:
-        # Copies start with the same options and no rows; several optimizers copied together share one copy.
+        # Copies start with the same options and no rows, and look for a DDP or FSDP2 module of their own; several
+        # optimizers copied together share one copy.
         return Surgeon, (self.settings,)
 
     # -- what the optimizers hold -------------------------------------------------------------------------------
@@ -78,6 +82,15 @@ class Surgeon:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
         parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
         return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
+
+    def lay_out(self) -> None:
+        """Find out how the parameters are spread over ranks; see Traffic."""
+        self.traffic.lay_out(self.parameters())
+        if self.traffic.layout.several and (self.settings.refresh_every > 1 or self.settings.rotate is not None):
+            raise MultiTaskError(
+                "refresh_every= and rotate= work in one process only: ranks would have to agree on whose turn it is. "
+                "Leave them out; docs/many-gpus.md says what a full step costs."
+            )
 
     # -- gradients come in --------------------------------------------------------------------------------------
 
@@ -93,6 +106,12 @@ class Surgeon:
         """Let gradients in by the way that the options and the step call for; arguments as for `run`."""
         tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
         if features is not None:
+            self.lay_out()
+            if self.traffic.layout.several:
+                raise MultiTaskError(
+                    "features= works in one process only: each rank has features of its own part of the batch. Leave "
+                    "it out; docs/many-gpus.md says what a full step costs."
+                )
             run_on_features(self, tensors, features, plain, gradient, retain_graph)
             return
         present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
@@ -118,7 +137,7 @@ class Surgeon:
             finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
         """
         self._refuse_nesting("total() or backward()")
-        self._refuse_silent_ranks()
+        self.lay_out()
         self._refuse_scaled_mark()
         self.introduce(losses)
         given = {
@@ -136,38 +155,45 @@ class Surgeon:
         if joining:  # a second total in one backward pass, while the first waits for its end
             self.capture.take_plain()
         else:
+            self._abort()  # of a backward pass that died, where nobody told us
             self.capture.open()
             self._pass = pass_in_progress()
+        self._joined = joining
         try:
+            if not joining:
+                self.traffic.start([which for which, _ in passes if which is not None], self.deferring > 0)
             for i, (which, task) in enumerate(passes):
                 if not isinstance(task, Tensor):
                     known.update(self._run_function(str(which), task, retain_graph))
-                    continue
-                keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
-                if which is None:
-                    self.capture.take_plain()
                 else:
-                    self.capture.take(which)
+                    keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
+                    with self.traffic.layout.quiet():
+                        torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
+                    if which is None:
+                        self.capture.take_plain()
+                    else:
+                        self.capture.take(which)
+                if which is not None and not joining:
+                    self.traffic.captured(which)
             if not known and plain is None:
                 raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
-        except BaseException:
-            self.capture.abort()
+        except BaseException as error:
+            self._abort(error)
             raise
         self.losses = known
         if not joining:
-            (finish or _now)(self.finish, functools.partial(self.capture.abort, self.capture.opened))
+            (finish or _now)(self.finish, functools.partial(self._abort, None, self.capture.opened))
 
     def settle(self) -> None:
         """Finish what waits and drop what died, before something is added to p.grad beside the rows."""
         self._refuse_nesting("total() or backward()")
-        self._refuse_silent_ranks()
+        self.lay_out()
         self._refuse_scaled_mark()
         self.unrun = 0
         if self.capture.opened is None:
             self._finish_pending()
         elif self._pass != pass_in_progress():
-            self.capture.abort()
+            self._abort()
 
     def record(self, report: Report, state: Mapping[str, Any] | None) -> None:
         """Note what was added to p.grad beside the rows: there is nothing to judge the update by."""
@@ -178,7 +204,8 @@ class Surgeon:
         """Compute a task's loss and run its backward pass; return the loss by name, or nothing where it is absent."""
         opened, self.computing = self.capture.opened, name
         try:
-            loss = evaluate(name, compute)
+            with self.traffic.layout.quiet():
+                loss = evaluate(name, compute)
         finally:
             self.computing = None
         if self.capture.opened is not opened:
@@ -186,7 +213,8 @@ class Surgeon:
         if loss is None:
             return {}
         try:
-            torch.autograd.backward(loss, retain_graph=retain_graph)
+            with self.traffic.layout.quiet():
+                torch.autograd.backward(loss, retain_graph=retain_graph)
         except RuntimeError as error:
             raise explain(name, error) from error
         self.capture.take(name)
@@ -197,21 +225,23 @@ class Surgeon:
         """Send what happens to p.grad inside this block to one task's row."""
         self._refuse_nesting("task()")
         self._refuse_cheap("task()")
-        self._refuse_silent_ranks()
+        self.lay_out()
         self._refuse_scaled_mark()
         declared = self.settings.tasks
         if declared is not None and name not in declared:
             raise unknown_name("task()", name, declared)
+        self._abort()
         self.capture.open()
         self.in_task = True
         try:
-            yield
-        except BaseException:
-            self.capture.abort()
+            with self.traffic.layout.quiet():
+                yield
+        except BaseException as error:
+            self._abort(error)
             raise
         finally:
             self.in_task = False
-        self.memory.learn([name])
+        self._learn([name])
         self.capture.take(name)
         waiting = declared is not None and not {*self.entered, name}.issuperset(declared)
         self.finish(defer=waiting or self.deferring > 0)
@@ -230,6 +260,7 @@ class Surgeon:
         parameters = self.parameters() if self.settings.shared is None else list(self.settings.shared)
         rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
         self.introduce(rows)
+        self.lay_out()
         self.capture.open()
         for name, row in rows.items():
             self.capture.give(name, row)
@@ -241,7 +272,11 @@ class Surgeon:
         known = {*self.memory.tasks, *(self.settings.tasks or ()), *names}
         check_names(self.settings.pipeline.levels, known)
         check_names((tuple(self.settings.preferences),), known, "preferences")
-        self.memory.learn(names)
+        self._learn(names)
+
+    def _learn(self, names: Iterable[str]) -> None:
+        if not self.traffic.layout.several:  # else they are learnt in the order that the ranks agree on
+            self.memory.learn(names)
 
     # -- surgery ------------------------------------------------------------------------------------------------
 
@@ -249,14 +284,18 @@ class Surgeon:
         """Commit the fresh rows and operate, unless accumulation defers that; on any error p.grad is as before."""
         if self.capture.opened is None:  # something else came in between and settled it
             return
+        waiting = self.deferring > 0 if defer is None else defer
         try:
+            sent, losses, agreed = self.traffic.settle(waiting, self.losses, self._joined)
+            self.losses = dict(losses)
+            self.memory.learn(agreed)
             self._screen()
-        except BaseException:
-            self.capture.abort()
+        except BaseException as error:
+            self._abort(error)
             raise
-        held = self.capture.commit()
-        self.pending = True
-        if self.deferring > 0 if defer is None else defer:
+        held = self.capture.commit(sent)
+        self.pending, self._joined = True, False
+        if waiting or sent is False:
             self.capture.write_pending()
             return
         try:
@@ -279,14 +318,22 @@ class Surgeon:
                 state=self.memory.state,
                 skipped=self.skipped,
                 names=parameter_names(self.optimizers) if self.settings.granularity == "tensor" else {},
+                layout=self.traffic.layout,
             )
         )
-        self.capture.write(outcome.gradients)
+        self.capture.write(self.traffic.layout.whole(outcome.gradients))
         self.report = self.rotation.reported(outcome.report)
         self.judgement, self._next_state = outcome.judgement, outcome.state
         self.pending = False
         self.entered.clear()
         self.stepped.clear()
+
+    def _abort(self, error: BaseException | None = None, opened: object = None) -> None:
+        """Give p.grad back as it was, and tell other ranks; `opened` limits this to the run of that token."""
+        if opened is None or opened is self.capture.opened:
+            self.capture.abort()
+            self.traffic.fail(error)
+            self._joined = False
 
     def _screen(self) -> None:
         """Apply the `nonfinite` policy to fresh rows with NaN or infinity, before they touch anything."""
@@ -296,7 +343,8 @@ class Surgeon:
         """Apply the `nonfinite` policy to parts of the same tasks' rows."""
         if self.settings.nonfinite == "propagate":
             return
-        bad = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
+        found = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
+        bad = self.traffic.layout.on_any_rank(self.capture.fresh, found) if self.traffic.layout.several else found
         if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
                 f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "
@@ -327,7 +375,7 @@ class Surgeon:
         """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
         if self.in_task:
             raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
-        self.capture.abort()  # of a backward pass that died, where nobody told us
+        self._abort()  # of a backward pass that died, where nobody told us
         self._finish_pending()
         if not closure:
             self._warn_of_unrun_totals()
@@ -462,14 +510,6 @@ class Surgeon:
                 "p.grad was clipped, unscaled or zeroed in place while surgery was waiting, which would undo it. It "
                 f"waits inside accumulate(), and for declared tasks that have not come (now: {absent}): run the last "
                 "backward outside accumulate(), or wrap without tasks=. optimizer.zero_grad() starts afresh."
-            )
-
-    def _refuse_silent_ranks(self) -> None:
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise MultiTaskError(
-                "several ranks are initialised, and this version of gradsurg reduces no gradients over them: every "
-                "rank would train alone. Run one process, or wait for a version whose changelog names DDP and FSDP2."
             )
 
 

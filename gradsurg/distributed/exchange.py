@@ -1,0 +1,185 @@
+"""One step's traffic under DDP: rows go out as they come, and arrive as slices that all ranks agree about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradsurg.distributed.buckets import Bucket, pack, plan, unpack
+from gradsurg.distributed.layout import Delivery
+from gradsurg.distributed.talk import RanksError, fingerprint, listening, start_reduce_scatter
+from gradsurg.errors import MultiTaskError
+from gradsurg.rows import Row
+
+if TYPE_CHECKING:
+    from gradsurg.distributed.slices import Slices
+
+__all__ = ["SliceExchange"]
+
+
+@dataclass
+class _Shipment:
+    """A task's row on its way: what of it was sent, and what is left to be sent when the ranks have compared."""
+
+    parts: tuple[Row, ...]
+    reached: frozenset[int]
+    sent: frozenset[int]
+    flights: list[tuple[Bucket, Tensor, Any]] = field(default_factory=list)
+
+
+class SliceExchange:
+    """Sends every task's row as soon as it is there, while the next task runs backward.
+
+    Ranks may have different tasks in a step: a small message at the start tells everybody of all of them, and a rank
+    sends zeros for those that it lacks. At the end, the ranks compare which parameters each task reached, and whether
+    everybody came through: if one raised, all do, and nothing of the step is kept anywhere.
+
+    Args:
+        slices: The layout.
+        names: The tasks of this rank.
+    """
+
+    def __init__(self, slices: Slices, names: Sequence[str]) -> None:
+        self._slices, self._group, self._mine = slices, slices.group, list(names)
+        self._waiting: dict[str, tuple[Row, ...]] = {}
+        self._shipments: dict[str, _Shipment] = {}
+        self._names: list[str] | None = None
+        reach = fingerprint(sorted((name, sorted(reached)) for name, reached in slices.reach.items()))
+        header = torch.tensor([fingerprint(names), slices.signature, reach])
+        self._header, self._header_work = self._group.start_gather(header)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks of all ranks, in the order of the lowest rank that has them."""
+        if self._names is None:
+            with listening("comparing the tasks of this step"):
+                self._header_work.wait()
+            first, *others = self._header.tolist()
+            alike = [all(other[i] == first[i] for other in others) for i in range(len(first))]
+            if not alike[1]:
+                raise RanksError(
+                    "the optimizers of the ranks train parameters of different shapes, dtypes or order: build the same "
+                    "model and the same parameter groups on every rank"
+                )
+            if not alike[2]:
+                self._slices.reach.clear()
+            lists = [self._mine] if alike[0] else self._group.objects(self._mine)
+            self._names = list(dict.fromkeys(name for each in lists for name in each))
+        return self._names
+
+    def offer(self, name: str, *parts: Row) -> None:
+        """Hand over a task's row, in parts to be added up; sent at once if its turn has come."""
+        for part in parts:
+            if any(gradient.is_sparse for gradient in part.values()):
+                raise MultiTaskError(
+                    f"task {name!r} has a sparse gradient, and gradsurg reduces only dense ones over ranks: build the "
+                    "embedding with sparse=False"
+                )
+        self._waiting[name] = parts
+        self._send_ready()
+
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
+        """Wait for everything; raises MultiTaskError on every rank if one failed."""
+        self._send_ready()
+        assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
+        failed, used, has_foreign, has_outside = self._compare(foreign, error=0)
+        if failed:
+            self._land()
+            raise RanksError(
+                f"rank {failed - 1} raised in the backward passes of this step, so no rank keeps anything of it: "
+                "parameters, p.grad and optimizer state are as before. See that rank's own error."
+            )
+        for name, reached in zip(self.names, used, strict=True):
+            self._send(self._shipments[name], reached - self._shipments[name].sent)
+        averaged = self._average(foreign, has_foreign, has_outside)
+        means = self._mean_losses(losses)
+        rows = self._land(used)
+        for name, reached in zip(self.names, used, strict=True):
+            self._slices.reach[name] = self._slices.reach.get(name, frozenset()) | reached
+        return Delivery(rows, averaged, means)
+
+    def fail(self) -> None:
+        """Take part in what the others still wait for, with zeros, and tell them that this rank raised."""
+        try:
+            for name in self._mine:
+                self._waiting.setdefault(name, ())
+            self._send_ready()
+            self._compare(Row(), error=self._group.rank + 1)
+            self._land()
+        except Exception:  # the group itself is broken: they will hear of it from the backend
+            return
+
+    def _send_ready(self) -> None:
+        for name in self.names[len(self._shipments) :]:
+            if name in self._mine and name not in self._waiting:
+                return
+            parts = self._waiting.pop(name, ())
+            reached = frozenset(self._slices.position[p] for part in parts for p in part)
+            shipment = _Shipment(parts, reached, self._slices.reach.get(name, frozenset()))
+            self._shipments[name] = shipment
+            self._send(shipment, shipment.sent)
+
+    def _send(self, shipment: _Shipment, members: frozenset[int]) -> None:
+        parameters, ranks = self._slices.parameters, self._group.size
+        for bucket in plan(parameters, sorted(members), ranks):
+            message = pack(bucket, parameters, shipment.parts, ranks)
+            part = torch.empty(bucket.width, dtype=bucket.dtype, device=bucket.device)
+            with listening("reducing the rows of the tasks"):
+                work = start_reduce_scatter(part, message, self._group.group)
+            shipment.flights.append((bucket, part, work))
+        if members >= shipment.reached:
+            shipment.parts = ()  # the copies in flight are all that is needed
+
+    def _compare(self, foreign: Row, error: int) -> tuple[int, list[frozenset[int]], list[bool], list[bool]]:
+        """Return who failed (rank + 1), and which parameters have what gradient on any rank."""
+        n = len(self._slices.parameters)
+        flags = [error]
+        for name in self.names:
+            reached = self._shipments[name].reached
+            flags += [k in reached for k in range(n)]
+        flags += [p in foreign for p in self._slices.parameters]
+        flags += [p.grad is not None for p in self._slices.outside]
+        failed, *together = self._group.biggest(torch.tensor(flags, dtype=torch.int32)).tolist()
+        tables = [together[i * n : (i + 1) * n] for i in range(len(self.names))]
+        used = [frozenset(k for k, flag in enumerate(table) if flag) for table in tables]
+        rest = [bool(flag) for flag in together[len(self.names) * n :]]
+        return failed, used, rest[:n], rest[n:]
+
+    def _average(self, foreign: Row, has_foreign: list[bool], has_outside: list[bool]) -> Row:
+        """Average what takes no part in surgery, and write it where it is not this optimizer's."""
+        inside = [p for p, has in zip(self._slices.parameters, has_foreign, strict=True) if has]
+        outside = [p for p, has in zip(self._slices.outside, has_outside, strict=True) if has]
+        means = self._slices.mean([*inside, *outside], [*foreign.at(inside), *(p.grad for p in outside)])
+        for p, mean in zip(outside, means[len(inside) :], strict=True):
+            if p.grad is None:
+                p.grad = mean
+            else:
+                p.grad.copy_(mean)
+        return Row(zip(inside, means[: len(inside)], strict=True))
+
+    def _mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        present = [1.0 if name in losses else 0.0 for name in self.names]
+        values = [losses[name].double().cpu() if name in losses else torch.zeros(()).double() for name in self.names]
+        numbers = self._group.total(torch.stack([*values, *torch.tensor(present, dtype=torch.float64)]))
+        means, counts = numbers.chunk(2)
+        return {
+            name: mean / self._group.size for name, mean, count in zip(self.names, means, counts, strict=True) if count
+        }
+
+    def _land(self, used: Sequence[frozenset[int]] | None = None) -> dict[str, Row]:
+        """Wait for all flights and return the pieces of the parameters that some rank used."""
+        rows: dict[str, Row] = {}
+        parameters, ranks = self._slices.parameters, self._group.size
+        for i, (name, shipment) in enumerate(self._shipments.items()):
+            pieces = Row()
+            for bucket, part, work in shipment.flights:
+                with listening("reducing the rows of the tasks"):
+                    work.wait()
+                pieces.update(unpack(bucket, part, parameters, ranks))
+            if used is not None and used[i]:  # a task that reached nothing on any rank is absent
+                rows[name] = Row((parameters[k], pieces[parameters[k]]) for k in sorted(used[i]))
+        return rows

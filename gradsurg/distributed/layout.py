@@ -1,0 +1,169 @@
+"""What each rank holds of the parameters and rows, and what of that it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradsurg.distributed.talk import fingerprint
+from gradsurg.gramian import Rows, gramian, inner_update
+from gradsurg.rows import Row
+
+__all__ = ["ALONE", "Delivery", "Exchange", "Layout", "Measure", "generator_of"]
+
+
+class Delivery:
+    """What an exchange brought.
+
+    Attributes:
+        rows: Task name -> what this rank holds of the task's gradients, in the order that all ranks agreed on.
+        foreign: The averaged gradients that take no part in surgery.
+        losses: Name -> mean over ranks; a rank without the task counts as 0, as its gradient does.
+    """
+
+    def __init__(self, rows: dict[str, Row], foreign: Row, losses: dict[str, Tensor]) -> None:
+        self.rows, self.foreign, self.losses = rows, foreign, losses
+
+
+class Exchange(Protocol):
+    """One step's traffic of rows between ranks."""
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks of all ranks, in an order that is everybody's."""
+
+    def offer(self, name: str, *parts: Row) -> None:
+        """Hand over a task's row, in parts to be added up; may start to send it."""
+
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
+        """Wait for everything; raises MultiTaskError on every rank if one failed."""
+
+    def fail(self) -> None:
+        """Tell the others that this rank raised, so that they need not wait for it."""
+
+
+class Measure:
+    """Gramian and inner products of some parameters, over all ranks.
+
+    Args:
+        cuts: Per parameter, the part of the flattened tensor that this rank counts, where others hold the same
+            numbers; None counts all of it.
+        total: Adds a small tensor up over the ranks; None where there is but one.
+    """
+
+    def __init__(
+        self, cuts: Sequence[slice | None] | None = None, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._cuts, self._total = cuts, total
+
+    def counted(self, rows: Rows) -> Rows:
+        """Return what this rank counts of its rows."""
+        return [self._counted(row) for row in rows] if self._cuts is not None else rows
+
+    def gramian(self, rows: Rows, *, exact: bool = False) -> Tensor:
+        """Return what gramian.gramian does, for the whole of the rows."""
+        return self._sum(gramian(self.counted(rows), exact=exact))
+
+    def inner_update(
+        self,
+        rows: Rows,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        signs: Sequence[float],
+        *,
+        exact: bool = False,
+    ) -> tuple[Tensor, float]:
+        """Return what gramian.inner_update does, for the whole of rows and parameters."""
+        if self._cuts is None and self._total is None:
+            return inner_update(rows, before, after, signs, exact=exact)
+        old, new = self._counted(before), self._counted(after)
+        inner, square = inner_update(self.counted(rows), old, new, signs, exact=exact)  # type: ignore[arg-type]
+        numbers = self._sum(torch.cat([inner, inner.new_tensor([square])]))
+        return numbers[:-1], float(numbers[-1])
+
+    def nonzero(self, rows: Rows) -> list[bool]:
+        """Return which rows have a number other than 0 on any rank."""
+        here = [any(g is not None and bool(g.any()) for g in row) for row in rows]
+        return [bool(count) for count in self._sum(torch.tensor(here, dtype=torch.float64))]
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Return the length of the whole of the tensors."""
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in self._counted(tensors) if t is not None]
+        square = torch.stack([n.double() for n in torch._foreach_norm(real)]).square().sum()
+        return float(self._sum(square).sqrt())
+
+    def _counted(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if self._cuts is None:
+            return tensors
+        return [
+            t if t is None or cut is None else t.detach().reshape(-1)[cut]
+            for t, cut in zip(tensors, self._cuts, strict=True)
+        ]
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        return numbers if self._total is None else self._total(numbers)
+
+
+class Layout:
+    """One process: it holds and counts all of everything. Subclasses say what is different over several ranks.
+
+    The gradients and parameters that gramian.py and guarantee.py see are those that `held` returns.
+    """
+
+    several = False
+
+    def begin(self) -> None:
+        """Make the model's own synchronisation fit for several backward passes, or refuse."""
+
+    def sends(self, waiting: bool) -> bool:
+        """Whether rows are exchanged now, `waiting` being whether their surgery has to wait."""
+        return not waiting
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep the model's own synchronisation out of the passes inside this block."""
+        yield
+
+    def exchange(self, names: Sequence[str]) -> Exchange:
+        """Begin the exchange of the rows of the tasks that this rank has."""
+        raise NotImplementedError
+
+    def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return what this rank holds of tensors shaped like the parameters."""
+        return list(tensors)
+
+    def measure(self, parameters: Sequence[Tensor]) -> Measure:
+        """Return what measures these parameters."""
+        return Measure()
+
+    def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
+        """Return what each parameter's random numbers are drawn from: equal where ranks hold the same numbers."""
+        return [generator] * len(parameters)
+
+    def on_any_rank(self, names: Iterable[str], mine: Sequence[str]) -> list[str]:
+        """Return those of `names`, which all ranks have in one order, that are in some rank's `mine`."""
+        flags = self.total(torch.tensor([name in mine for name in names], dtype=torch.float64))
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Add up over ranks."""
+        return numbers
+
+    def whole(self, result: Row) -> Row:
+        """Make gradients for p.grad of what this rank holds of them."""
+        return result
+
+    def put_back(self, parameters: Sequence[Tensor], held: Sequence[Tensor]) -> None:
+        """Write what was changed in the held part of the parameters into the parameters of all ranks."""
+
+
+def generator_of(generator: torch.Generator, *what: object) -> torch.Generator:
+    """Return a generator of its own for one thing, the same in every process and state of the given one."""
+    return torch.Generator().manual_seed(fingerprint([generator.initial_seed(), *what]))
+
+
+ALONE = Layout()

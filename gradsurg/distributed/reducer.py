@@ -1,0 +1,105 @@
+"""DDP's own reduction, kept out of the way: it can take one backward pass a forward pass, and surgery makes several.
+
+Left alone it raises ("mark a variable ready only once") or, where every task reaches every parameter, averages the
+first task and silently leaves the others local.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gradsurg.errors import MultiTaskError
+
+__all__ = ["Replica"]
+
+
+ENQUEUED = "_static_graph_delay_allreduce_enqueued"  # an attribute of DDP modules with a static graph only
+
+
+class Replica:
+    """One DDP module.
+
+    Where torch has `reducer._reset_state` (private), the expectation that forward() armed is cancelled when a run
+    begins, so that plain backward steps in between stay DDP's own. Where it is missing, hooks keep forward() from
+    arming it; plain backward steps of that model are then not averaged.
+    """
+
+    def __init__(self, module: DistributedDataParallel) -> None:
+        self._module = weakref.ref(module)
+        self._cancels = hasattr(module.reducer, "_reset_state")
+        self._seen_forward = self._cancels
+        self._armed: bool | None = None
+        if not self._cancels:
+            module.register_forward_pre_hook(self._before_forward)
+            module.register_forward_hook(self._after_forward, always_call=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the module is still there."""
+        return self._module() is not None
+
+    @property
+    def module(self) -> DistributedDataParallel:
+        """The module itself."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def synced(self) -> bool:
+        """Whether gradients are to be averaged now: not inside no_sync()."""
+        return bool(self.module.require_backward_grad_sync)
+
+    def parameters(self) -> list[Tensor]:
+        """Return what DDP keeps equal: its parameters that require grad and are not ignored."""
+        ignored = self.module.parameters_to_ignore
+        return [p for name, p in self.module.module.named_parameters() if p.requires_grad and name not in ignored]
+
+    def ignored(self) -> dict[str, Tensor]:
+        """Return the parameters that DDP was told to leave alone."""
+        ignored = self.module.parameters_to_ignore
+        return {name: p for name, p in self.module.module.named_parameters() if name in ignored}
+
+    def cancel(self) -> None:
+        """Cancel what forward() told the reducer to expect; hooks of backward passes then do nothing."""
+        if self._cancels:
+            self.module.reducer._reset_state()
+        elif not self._seen_forward:
+            raise MultiTaskError(
+                "this version of torch cannot cancel the reduction that DDP prepared in forward(): pass the DDP module "
+                "to wrap(..., model=ddp), or wrap after building it, so that it is known before the first forward pass"
+            )
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Forward passes inside this block arm nothing, and backward passes reduce nothing; buffers are broadcast."""
+        module = self.module
+        sync, enqueued = module.require_backward_grad_sync, getattr(module, ENQUEUED, None)
+        module.require_backward_grad_sync = False
+        # Of a static graph, the first backward pass that does not find this set reduces everything at its end: that
+        # has to be a plain one, not the first task's.
+        if enqueued is not None:
+            setattr(module, ENQUEUED, True)
+        try:
+            yield
+        finally:
+            module.require_backward_grad_sync = sync
+            module.require_forward_param_sync = sync
+            if enqueued is not None:
+                setattr(module, ENQUEUED, enqueued)
+
+    def _before_forward(self, module: DistributedDataParallel, _: Any) -> None:
+        self._armed = module.require_backward_grad_sync
+        module.require_backward_grad_sync = False
+
+    def _after_forward(self, module: DistributedDataParallel, *_: Any) -> None:
+        if self._armed is not None:
+            module.require_backward_grad_sync = self._armed
+            module.require_forward_param_sync = self._armed
+            self._armed, self._seen_forward = None, True

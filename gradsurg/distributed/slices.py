@@ -1,0 +1,127 @@
+"""DDP: every rank trains all parameters; each owns a slice of every task's averaged gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradsurg.byparameter import ByParameter
+from gradsurg.distributed.buckets import cut, flat_reals, plan, share, unpack
+from gradsurg.distributed.exchange import SliceExchange
+from gradsurg.distributed.layout import Layout, Measure, generator_of
+from gradsurg.distributed.reducer import Replica
+from gradsurg.distributed.talk import Group, fingerprint, listening, start_all_gather
+from gradsurg.rows import Row
+
+__all__ = ["Slices"]
+
+
+class Slices(Layout):
+    """Rows are reduced to their owners, multiplied piece by piece, and only their combination is gathered.
+
+    With P numbers and m tasks a rank sends and receives (m + 1) P, half of what reducing m rows to everybody takes
+    (2 m P), and keeps m P / ranks of rows. A step whose update has to be projected gathers P once more.
+
+    Args:
+        parameters: What the optimizers train.
+        replicas: The DDP modules that own them.
+        group: Their process group.
+    """
+
+    several = True
+
+    def __init__(self, parameters: Sequence[Tensor], replicas: Sequence[Replica], group: Group) -> None:
+        self.parameters, self.replicas, self.group = list(parameters), list(replicas), group
+        self.position = ByParameter((p, k) for k, p in enumerate(parameters))
+        self.signature = fingerprint([(tuple(p.shape), p.dtype) for p in parameters])
+        # Of each task, which parameters some rank's backward pass was seen to reach: these are sent as soon as the
+        # pass is over. What it reaches beyond is sent at the end, when the ranks have compared; so None stays None.
+        self.reach: dict[str, frozenset[int]] = {}
+        mine = {id(p) for p in parameters}
+        # Of the DDP modules, but not this optimizer's: they get what a plain backward pass would have given them.
+        self.outside = [p for replica in replicas for p in replica.parameters() if id(p) not in mine]
+        self._synced, self._quiet = True, False
+
+    def begin(self) -> None:  # noqa: D102
+        for replica in self.replicas:
+            replica.cancel()
+        if not self._quiet:
+            self._synced = all(replica.synced for replica in self.replicas)
+
+    def sends(self, waiting: bool) -> bool:
+        """Whether rows are exchanged now: not inside no_sync(), nor while surgery waits anyway."""
+        return self._synced and not waiting
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:  # noqa: D102
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                stack.enter_context(replica.quiet())
+            self._quiet = True
+            try:
+                yield
+            finally:
+                self._quiet = False
+
+    def exchange(self, names: Sequence[str]) -> SliceExchange:  # noqa: D102
+        return SliceExchange(self, names)
+
+    def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        return [cut(t, self.group.size, self.group.rank) for t in tensors]
+
+    def measure(self, parameters: Sequence[Tensor]) -> Measure:  # noqa: D102
+        return Measure(total=self.group.total)
+
+    def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
+        """Return one a parameter and owner: no two slices draw the same numbers."""
+        return [generator_of(generator, self.position[p], self.group.rank) for p in parameters]
+
+    def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
+        return self.group.total(numbers)
+
+    def whole(self, result: Row) -> Row:
+        """Gather the pieces of all ranks into tensors like the parameters."""
+        parameters, ranks = list(result), self.group.size
+        buckets = plan(parameters, range(len(parameters)), ranks)
+        sent: list[tuple[Tensor, Any]] = []
+        whole = Row()
+        with listening("gathering what the owners of the slices computed"):
+            for bucket in buckets:
+                part = torch.cat([flat_reals(result[parameters[k]]).to(bucket.dtype) for k in bucket.members])
+                message = torch.empty(ranks, bucket.width, dtype=bucket.dtype, device=bucket.device)
+                work = start_all_gather(message, part, self.group.group)
+                sent.append((message, work))
+            for bucket, (message, work) in zip(buckets, sent, strict=True):
+                work.wait()
+                for k, offset in zip(bucket.members, bucket.offsets, strict=True):
+                    p = parameters[k]
+                    flat = message[:, offset : offset + share(p, ranks)].reshape(-1)
+                    if p.is_complex():
+                        flat = torch.view_as_complex(flat.view(-1, 2))
+                    whole[p] = torch.empty_like(p, requires_grad=False).copy_(flat[: p.numel()].view(p.shape))
+        return whole
+
+    def put_back(self, parameters: Sequence[Tensor], held: Sequence[Tensor]) -> None:
+        """Gather every owner's piece of the parameters, and write them on all ranks."""
+        for p, value in self.whole(Row(zip(parameters, held, strict=True))).items():
+            p.detach().copy_(value)
+
+    def mean(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the mean over ranks of whole gradients, None counting as zeros; averaging twice is harmless."""
+        result = Row()
+        for bucket in plan(parameters, range(len(parameters)), 1):
+            flats = []
+            for k in bucket.members:
+                p, g = parameters[k], gradients[k]
+                flats.append(p.new_zeros(share(p, 1), dtype=bucket.dtype) if g is None else flat_reals(g))
+            message = torch.cat(flats) / self.group.size
+            with listening("averaging the gradients that take no part in surgery"):
+                dist.all_reduce(message, group=self.group.group)
+            for p, flat in unpack(bucket, message, parameters, 1).items():
+                result[p] = torch.empty_like(p, requires_grad=False).copy_(flat.view(p.shape))
+        return [result[p] for p in parameters]

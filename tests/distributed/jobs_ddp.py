@@ -1,0 +1,281 @@
+"""What the ranks do under DDP; each job has a twin that sees the whole batch in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed import nets
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+NETS = {"net": nets.Net, "shared": nets.Shared}
+
+
+def ddp_of(model: nn.Module, **options: Any) -> nn.Module:
+    options = {"find_unused_parameters": False, **options}
+    return DistributedDataParallel(model, **options)
+
+
+def one_backward(optimizer: Any, form: str, model: nn.Module, data: Any) -> None:
+    if form == "total":
+        optimizer.total(model(*data)).backward()
+    elif form == "backward":
+        optimizer.backward(model(*data))
+    else:
+        for name in list(model(*data)):
+            with optimizer.task(name):
+                model(*data)[name].backward()
+
+
+def train(model: nn.Module, optimizer: Any, form: str, part: Any, steps: int = nets.STEPS) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        one_backward(optimizer, form, model, part(nets.batch(step)))
+        optimizer.step()
+
+
+def steps(net: str, form: str, ddp: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    model = ddp_of(nets.build(NETS[net]), **ddp)
+    optimizer = nets.optimizer_of(model, **options)
+    train(model, optimizer, form, nets.mine)
+    return nets.state_of(model), optimizer.report
+
+
+def steps_alone(net: str, form: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    model = nets.build(NETS[net])
+    optimizer = nets.optimizer_of(model, **options)
+    train(model, optimizer, form, lambda data: data)
+    return nets.state_of(model), optimizer.report
+
+
+# -- accumulation -------------------------------------------------------------------------------------------------
+
+
+def accumulate(model: nn.Module, optimizer: Any, how: str, part: Any) -> None:
+    """Two micro-batches a step, the first in accumulate(), in no_sync(), in both or in neither."""
+    from contextlib import ExitStack
+
+    for step in range(3):
+        optimizer.zero_grad()
+        for micro in range(2):
+            with ExitStack() as stack:
+                if micro == 0 and how in ("accumulate", "both"):
+                    stack.enter_context(optimizer.accumulate())
+                if micro == 0 and how in ("no_sync", "both") and hasattr(model, "no_sync"):
+                    stack.enter_context(model.no_sync())
+                losses = model(*part(nets.batch(10 * step + micro)))
+                if step == 1 and micro == 0:
+                    losses = {"task1": losses["task1"]}  # the others come in the second micro-batch only
+                (optimizer.total(losses) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+
+def accumulated(how: str) -> tuple[dict[str, Tensor], int]:
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model)
+    with nets.counting() as record:
+        accumulate(model, optimizer, how, nets.mine)
+    return nets.state_of(model), sum(name == "reduce_scatter" for name, _ in record)
+
+
+def accumulated_alone(how: str) -> dict[str, Tensor]:
+    model = nets.build()
+    accumulate(model, nets.optimizer_of(model), how, lambda data: data)
+    return nets.state_of(model)
+
+
+# -- who has which task -------------------------------------------------------------------------------------------
+
+PRESENCE = [  # of every step and rank (modulo 2): the tasks that it has
+    [("task0", "task1", "task2"), ("task0", "task1", "task2")],
+    [("task0", "task1"), ("task1", "task2")],
+    [("task2",), ("task1", "task0")],  # in another order, and none in common
+    [("task2", "task0"), ("task0", "task2", "task1")],
+]
+
+
+def uneven(form: str) -> tuple[dict[str, Tensor], Any, Any]:
+    """Every rank has some of the tasks, in some order."""
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model)
+    for step, presence in enumerate(PRESENCE):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        present = {name: losses[name] for name in presence[dist.get_rank() % 2]}
+        getattr(optimizer, form)(present) if form == "backward" else optimizer.total(present).backward()
+        optimizer.step()
+    return nets.state_of(model), optimizer.report, optimizer.state_dict()["param_groups"][0]["gradsurg"]
+
+
+def uneven_alone(ranks: int) -> dict[str, Tensor]:
+    """A rank without the task counts as a loss of 0 in the mean."""
+    model = nets.build()
+    optimizer = nets.optimizer_of(model)
+    for step, presence in enumerate(PRESENCE):
+        optimizer.zero_grad()
+        parts = [model(*nets.mine(nets.batch(step), rank, ranks)) for rank in range(ranks)]
+        names = dict.fromkeys(name for rank in range(ranks) for name in presence[rank % 2])
+        losses = {
+            name: sum(parts[rank][name] for rank in range(ranks) if name in presence[rank % 2]) / ranks
+            for name in names
+        }
+        optimizer.backward(losses)
+        optimizer.step()
+    return nets.state_of(model)
+
+
+# -- gradients that take no part in surgery -----------------------------------------------------------------------
+
+
+def plain(model: nn.Module, optimizer: Any, how: str, part: Any) -> None:
+    outside = None
+    if how == "outside":  # the heads are DDP's, but another optimizer's
+        heads = [p for name, p in model.named_parameters() if "heads" in name]
+        outside = torch.optim.SGD(heads, lr=0.05)
+    for step in range(3):
+        model.zero_grad()
+        data = part(nets.batch(step))
+        losses = model(*data)
+        penalty = (data[0].mean() + 1) * sum(p.square().sum() for p in model.parameters() if p.ndim > 1)
+        if how == "argument":
+            optimizer.total(losses, plain=penalty).backward()
+        elif how == "added":
+            (optimizer.total(losses) + penalty).backward()
+        elif how == "added first":  # built before total(), so that its backward pass runs after the tasks'
+            (penalty + optimizer.total(losses)).backward()
+        elif how == "built later":
+            total = optimizer.total(losses)
+            (total + (data[0].mean() + 1) * sum(p.square().sum() for p in model.parameters())).backward()
+        elif how == "outside":
+            optimizer.total(losses).backward()
+        elif how == "mixed" and step == 1:
+            sum(losses.values()).backward()  # a plain step of DDP's own, between two of ours
+        else:
+            optimizer.total(losses).backward()
+        optimizer.step()
+        if outside is not None:
+            outside.step()
+
+
+def plain_of(model: nn.Module, how: str) -> Any:
+    if how == "outside":
+        trunk = [p for name, p in model.named_parameters() if "trunk" in name]
+        import gradsurg
+
+        return gradsurg.wrap(torch.optim.AdamW(trunk, lr=0.02))
+    return nets.optimizer_of(model)
+
+
+def with_plain(how: str, flags: dict[str, Any]) -> dict[str, Tensor]:
+    model = ddp_of(nets.build(nets.Shared if how == "mixed" else nets.Net), **flags)
+    plain(model, plain_of(model, how), how, nets.mine)
+    return nets.state_of(model)
+
+
+def with_plain_alone(how: str) -> dict[str, Tensor]:
+    model = nets.build(nets.Shared if how == "mixed" else nets.Net)
+    plain(model, plain_of(model, how), how, lambda data: data)
+    return nets.state_of(model)
+
+
+# -- what surrounds a model ---------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """BatchNorm has buffers, and dropout random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8)
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = torch.tanh(self.norm(self.first(x)))
+        return {f"task{i}": (head(z) - y[:, i]).square().mean() for i, head in enumerate(self.heads)}
+
+
+def buffers() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what plain DDP does with the sum of the losses, and what we do where surgery changes nothing."""
+    states = []
+    for ours in (False, True):
+        model = ddp_of(nets.build(Normed))
+        if ours:
+            optimizer = nets.optimizer_of(model, surgery="sum", normalize="none", guarantee="none")
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        for step in range(4):
+            optimizer.zero_grad()
+            losses = model(*nets.mine(nets.batch(step)))
+            (optimizer.total(losses) if ours else sum(losses.values())).backward()
+            optimizer.step()
+        states.append(nets.state_of(model))
+    return states[0], states[1]
+
+
+def scaled(overflow: bool) -> tuple[dict[str, Tensor], float]:
+    """GradScaler; in the second step one rank's gradient overflows."""
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        if overflow and step == 1 and dist.get_rank() == 1:
+            losses["task1"] = losses["task1"] * float("inf")
+        scaler.scale(optimizer.total(losses)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    return nets.state_of(model), scaler.get_scale()
+
+
+def scaled_alone(overflow: bool) -> dict[str, Tensor]:
+    model = nets.build()
+    optimizer = nets.optimizer_of(model)
+    for step in range(3):
+        if overflow and step == 1:
+            continue
+        optimizer.zero_grad()
+        optimizer.total(model(*nets.batch(step))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return nets.state_of(model)
+
+
+class Checkpointed(nets.Net):
+    reentrant = True
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        from torch.utils.checkpoint import checkpoint
+
+        z = torch.tanh(checkpoint(self.trunk, x.requires_grad_(), use_reentrant=self.reentrant))
+        return {f"task{i}": (head(z) - y[:, i]).square().mean() for i, head in enumerate(self.heads)}
+
+
+class CheckpointedAnew(Checkpointed):
+    reentrant = False
+
+
+class Compiled(nets.Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk.compile(backend="aot_eager")
+
+
+KINDS = {"reentrant": Checkpointed, "non-reentrant": CheckpointedAnew, "compiled": Compiled}
+
+
+def special(kind: str) -> dict[str, Tensor]:
+    model = ddp_of(nets.build(KINDS[kind]))
+    train(model, nets.optimizer_of(model), "total", nets.mine)
+    return nets.state_of(model)
+
+
+def special_alone(kind: str) -> dict[str, Tensor]:
+    model = nets.build(KINDS[kind])
+    train(model, nets.optimizer_of(model), "total", lambda data: data)
+    return nets.state_of(model)
