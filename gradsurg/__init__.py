@@ -2,6 +2,7 @@
 
 from gradsurg import loggers, plot
 from gradsurg._version import __version__
+from gradsurg.compiled import prepare_compile
 from gradsurg.distributed import check_sync
 from gradsurg.errors import MultiTaskError
 from gradsurg.functional import combine, weights
@@ -28,6 +29,7 @@ __all__ = [
     "loggers",
     "methods",
     "plot",
+    "prepare_compile",
     "report",
     "total",
     "unwrap",

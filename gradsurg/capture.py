@@ -6,6 +6,7 @@ reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from gradsurg.byparameter import ByParameter
+from gradsurg.compiled import anything_compiled, graph_is_kept, in_compiled_autograd, outside_compilation
 from gradsurg.errors import MultiTaskError
 from gradsurg.local import on_every_rank, version_of
 from gradsurg.mark import Mark
+from gradsurg.reach import Reach
 from gradsurg.rows import Row, TaskRows, added
 
 __all__ = ["Capture", "Total", "at_end_of_backward", "pass_in_progress"]
@@ -39,6 +42,7 @@ class Capture:
         self.row_dtype = row_dtype
         self.rows = TaskRows(row_dtype)
         self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
+        self.reach = Reach()
         self.opened: object | None = None  # one token per run, while it lasts
         self.fresh = TaskRows(row_dtype)
         self._foreign, self._next_foreign = Row(), Row()
@@ -60,7 +64,10 @@ class Capture:
 
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""
-        self.fresh.add(name, self._lift())
+        row = self._lift()
+        if anything_compiled():
+            self.fresh.blank.update(self.reach.sift(name, row))
+        self.fresh.add(name, row)
 
     def take_plain(self) -> None:
         """Move what is in p.grad to the gradients that take no part in surgery."""
@@ -236,28 +243,32 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: Callable[[Tensor, bool], None], value: Tensor) -> Tensor:  # noqa: D102
         ctx.run = run
+        ctx.run_tasks = outside_compilation(_run_tasks)  # found here, where torch.compile does not look
         ctx.set_materialize_grads(False)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:  # noqa: D102
-        if gradient is None:
-            return None, None, None
-        if torch.is_grad_enabled():
-            raise MultiTaskError(
-                "create_graph=True cannot pass through total(losses): surgery is not differentiable. Call "
-                "backward() on it without create_graph."
-            )
-        if ctx.run is None:
-            raise MultiTaskError(
-                "backward() ran through this total(losses) a second time: build it anew from this step's losses, or "
-                "pass retain_graph=True the first time."
-            )
-        keep = _keeps_graph()
-        ctx.run(gradient, keep)
-        if not keep:
-            ctx.run = None
+        if gradient is not None:
+            ctx.run_tasks(ctx, gradient)
         return None, None, None
+
+
+def _run_tasks(ctx: Any, gradient: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise MultiTaskError(
+            "create_graph=True cannot pass through total(losses): surgery is not differentiable. Call "
+            "backward() on it without create_graph."
+        )
+    if ctx.run is None:
+        raise MultiTaskError(
+            "backward() ran through this total(losses) a second time: build it anew from this step's losses, or "
+            "pass retain_graph=True the first time."
+        )
+    keep = graph_is_kept()
+    ctx.run(gradient, keep)
+    if not keep:
+        ctx.run = None
 
 
 class _AtEnd:
@@ -276,6 +287,10 @@ class _AtEnd:
             self.abandoned()
 
 
+def _call(callback: Callable[[], None]) -> None:
+    callback()
+
+
 def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], None]) -> None:
     """Run `callback` when the backward pass in progress is complete, or now where torch has no way to say so.
 
@@ -283,19 +298,13 @@ def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], Non
     """
     engine = torch.autograd.Variable._execution_engine
     queue = getattr(engine, "queue_callback", None)  # private, but what DDP and FSDP2 are built on
-    if queue is None:
+    if queue is None or in_compiled_autograd():  # which never runs what is queued from outside its graph
         callback()
     else:
-        queue(_AtEnd(callback, abandoned))
+        queue(_AtEnd(functools.partial(outside_compilation(_call), callback), abandoned))
 
 
 def pass_in_progress() -> int:
     """Return a number for the backward pass that is running on this thread; -1 where there is none, or no telling."""
     probe = getattr(torch._C, "_current_graph_task_id", None)  # private, since torch 2.1
     return -1 if probe is None else int(probe())
-
-
-def _keeps_graph() -> bool:
-    # Private and present since torch 1.x; without it, keeping the graph costs memory but is never wrong.
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if probe is None else bool(probe())

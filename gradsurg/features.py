@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.aside import Aside
+from gradsurg.compiled import Watch, advise, anything_compiled
 from gradsurg.errors import MultiTaskError
 from gradsurg.graph import Edge, edge_of, leaves_past
 from gradsurg.losses import seed_of
@@ -77,11 +78,14 @@ def run_on_features(
     settings = _settings(surgeon.settings, features)
     aside = Aside(surgeon.parameters())
     try:
-        if plain is not None and plain.requires_grad:
-            torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
-        penalty = aside.lift()
         present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
-        rows, own = _heads(present, features, aside, gradient, settings.row_dtype)
+        watch = Watch(present.values() if plain is None else [*present.values(), plain])
+        if plain is not None and plain.requires_grad:
+            with advise():
+                torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+            watch.check(plain, "plain=")
+        penalty = aside.lift()
+        rows, own = _heads(surgeon, present, features, aside, gradient, watch)
         surgeon.screen(rows, own)
         outcome = operate(
             Patient(
@@ -114,14 +118,15 @@ def _settings(settings: Settings, features: list[Tensor]) -> Settings:
 
 
 def _heads(
+    surgeon: Surgeon,
     losses: Mapping[str, Tensor],
     features: list[Tensor],
     aside: Aside,
     gradient: Tensor | None,
-    dtype: torch.dtype | None,
+    watch: Watch,
 ) -> tuple[TaskRows, TaskRows]:
     """Return every task's gradient with respect to the features, and to the leaves that it reaches past them."""
-    rows, own = TaskRows(dtype), TaskRows()
+    rows, own = TaskRows(surgeon.settings.row_dtype), TaskRows()
     edges = [edge_of(h) for h in features]
     # Leaves before the features may also be reached past them, and one feature may be made from another: what a task
     # wants of these is then only what does not pass a feature on the way.
@@ -130,9 +135,14 @@ def _heads(
         for name, loss in losses.items():
             leaves = leaves_past(loss, edges)
             # Not backward(inputs=...): that runs the node of a feature too, which may be a whole compiled trunk.
-            found = _gradients(name, loss, [*features, *leaves], seed_of(gradient, loss))
+            with advise():
+                found = _gradients(name, loss, [*features, *leaves], seed_of(gradient, loss))
+            watch.check(loss, repr(name))
             rows.add(name, Row((h, g) for h, g in zip(features, found, strict=False) if g is not None))
-            own.add(name, aside.sorted(zip(leaves, found[len(features) :], strict=True)))
+            past = aside.sorted(zip(leaves, found[len(features) :], strict=True))
+            if anything_compiled():
+                surgeon.capture.reach.sift(name, past)
+            own.add(name, past)
     finally:
         for block in blocks:
             block.remove()

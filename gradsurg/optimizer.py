@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.capture import Total, at_end_of_backward
+from gradsurg.compiled import outside_compilation
 from gradsurg.distributed import check_model, refuse_optimizer
 from gradsurg.features import check_features
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
@@ -29,6 +30,7 @@ __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total", 
 
 _EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
 STATE = "_gradsurg"  # the attribute that holds the Surgeon
+UNTRACED = ("total", "backward", "task", "set_gradients", "zero_grad")  # besides step
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -397,10 +399,16 @@ def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
     # Hooks registered on the optimizer run around the whole of our step: post hooks (EMA, logging) see the parameters
     # that the guarantee left, not those before it.
     step.hooked = True  # type: ignore[attr-defined]
+    untraced = {name: outside_compilation(vars(MultiTaskOptimizer)[name]) for name in UNTRACED}
     return type(
         f"MultiTask{inner.__name__}",
         (MultiTaskOptimizer, inner),
-        {"step": step, "__module__": inner.__module__, "__doc__": MultiTaskOptimizer.__doc__},
+        {
+            **untraced,
+            "step": outside_compilation(step),
+            "__module__": inner.__module__,
+            "__doc__": MultiTaskOptimizer.__doc__,
+        },
     )
 
 

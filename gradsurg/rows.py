@@ -27,6 +27,7 @@ class TaskRows:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
+        self.blank = Row()  # zeros of parameters that no task reached, and compiled code returned all the same
         self._rows: dict[str, Row] = {}
 
     def __len__(self) -> int:
@@ -64,6 +65,7 @@ class TaskRows:
         """Add all rows of `other`, which must not be used afterwards."""
         for name in other:
             self.add(name, other[name])
+        self.blank.update(other.blank)
 
     def drop(self, name: str) -> None:
         """Forget a task's row."""

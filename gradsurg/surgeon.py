@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from gradsurg.capture import Capture, pass_in_progress
+from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.distributed import Ranks, Traffic
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
@@ -69,6 +70,7 @@ class Surgeon:
         self._warned_of_names = False
         self.told_of_features = False
         self._joined = False  # whether a second total joined that run
+        self._met: set[str] = set()  # tasks that had a block of their own in this process
         self._pass = -1  # the enclosing backward pass of the run that is open
 
     def __reduce__(self) -> Any:
@@ -162,13 +164,17 @@ class Surgeon:
         try:
             if not joining:
                 self.traffic.start([which for which, _ in passes if which is not None], self.deferring > 0)
+            retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
+            watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
             for i, (which, task) in enumerate(passes):
                 if not isinstance(task, Tensor):
                     known.update(self._run_function(str(which), task, retain_graph))
                 else:
                     keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                    with self.traffic.layout.quiet():
+                    with self.traffic.layout.quiet(), advise():
                         torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
+                    if keep:
+                        watch.check(task, "plain=" if which is None else repr(which))
                     if which is None:
                         self.capture.take_plain()
                     else:
@@ -233,8 +239,11 @@ class Surgeon:
         self._abort()
         self.capture.open()
         self.in_task = True
+        # Until something is compiled, only a task's first block is watched: there the first compilation may happen.
+        watched = self.parameters() if anything_compiled() or name not in self._met else []
+        self._met.add(name)
         try:
-            with self.traffic.layout.quiet():
+            with self.traffic.layout.quiet(), advise(), noticing_kept_graphs(watched):
                 yield
         except BaseException as error:
             self._abort(error)
