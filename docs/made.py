@@ -1,0 +1,80 @@
+"""Pages that are made from the library and from result files, so that they cannot say anything else.
+
+Written to docs/generated/, which is not committed, each time the documentation is built.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gradsurg
+
+__all__ = ["make_pages"]
+
+MEASURED = {
+    "conflicts": "Conflicts of the update, by optimizer",
+    "parts": "What each part does",
+    "solvers": "The small solver against TorchJD's",
+    "methods": "Time of every method's weights",
+    "training": "Training quality",
+    "cpu": "Cost of a step on the CPU",
+}
+
+
+def make_pages(docs: Path) -> None:
+    """Write the list of methods and the benchmarks."""
+    folder = docs / "generated"
+    folder.mkdir(exist_ok=True)
+    _write(folder / "methods.md", _methods(docs / "methods"))
+    _write(folder / "benchmarks.md", _benchmarks(docs.parent / "benchmarks" / "results"))
+
+
+def _write(path: Path, text: str) -> None:
+    # Only where something changed: Sphinx reads again what is newer than the last build.
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _methods(pages: Path) -> str:
+    lines = [
+        "# Methods",
+        "",
+        "Made from `gradsurg.methods()`. Pass a name as `surgery=` or `normalize=`; for other values of its options, an",
+        "instance of the class of that name from `gradsurg.surgery` or `gradsurg.normalize`.",
+    ]
+    for kind, heading, promise in (
+        ("surgery", "Surgeries", "what it promises of the gradient"),
+        ("normalizer", "Normalisers", "what it does"),
+    ):
+        lines += ["", f"## {heading}", "", f"| name | {promise} | options | source |", "| --- | --- | --- | --- |"]
+        for method in gradsurg.methods():
+            if method.kind == kind:
+                options = ", ".join(f"`{name}={value!r}`" for name, value in method.options.items())
+                lines.append(f"| {_linked(method.name, pages)} | {_cell(method.promise)} | {options} | {_cell(method.paper)} |")
+    lines += ["", "```{toctree}", ":glob:", ":hidden:", "", "../methods/*", "```", ""]
+    return "\n".join(lines)
+
+
+def _linked(name: str, pages: Path) -> str:
+    return f"[`{name}`](../methods/{name}.md)" if (pages / f"{name}.md").exists() else f"`{name}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _benchmarks(results: Path) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Each section is a result file in `benchmarks/results/`, as the script of that name in `benchmarks/` wrote it:",
+        "first what it was measured on, then the table. Newest first.",
+    ]
+    files = sorted(results.glob("*.md"), key=lambda path: path.stem[-10:], reverse=True)
+    for path in files:
+        name, date = re.fullmatch(r"(.+?)(?:-(\d{4}-\d\d-\d\d))?", path.stem).groups()  # type: ignore[union-attr]
+        title = MEASURED.get(name, name.replace("_", " ").replace("-", " ").capitalize())
+        text = re.sub(r"^#+ ", "### ", path.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+        lines += ["", f"## {title}" + (f" ({date})" if date else ""), "", f"`python -m benchmarks.{name}`", "", text]
+    return "\n".join(lines) + "\n"
