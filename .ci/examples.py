@@ -1,13 +1,15 @@
 """Run every python fence of the Markdown files given, or found in folders given.
 
-The fences of one file share one namespace, in order, as a reader would type them. An example that
-nobody runs goes stale.
+The fences of one file share one namespace, in order, as a reader would type them, in a folder of their own that goes
+when they are through. An example that nobody runs goes stale.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,12 +25,18 @@ def fences(path: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run them all; an exception or a warning ends the run with its traceback."""
     warnings.simplefilter("error")
+    home = Path.cwd()
     paths = [p for a in map(Path, arguments) for p in (sorted(a.rglob("*.md")) if a.is_dir() else [a])]
     for path in paths:
         namespace: dict[str, object] = {"__name__": path.stem}
         codes = fences(path)
-        for code in codes:
-            exec(compile(code, str(path), "exec"), namespace)
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                for code in codes:
+                    exec(compile(code, str(path), "exec"), namespace)
+            finally:
+                os.chdir(home)
         print(f"{path}: {len(codes)} example{'s' * (len(codes) != 1)} ran")
     return 0
 

@@ -22,12 +22,32 @@ MEASURED = {
 }
 
 
+# Caption -> pages in order; patterns stand for pages of people who add one by adding a file.
+TREES = {
+    "Learn": ["start", "concepts", "choosing", "when-it-helps", "faq"],
+    "Guides": ["compatibility", "many-gpus", "cheap-modes", "monitoring", "migrating", "guides/*"],
+    "Gallery": ["gallery", "gallery/*", "examples/*"],
+    "Reference": ["generated/methods", "api", "generated/benchmarks", "kernels"],
+}
+
+
 def make_pages(docs: Path) -> None:
-    """Write the list of methods and the benchmarks."""
+    """Write the list of methods, the benchmarks, and the tables of contents of the pages that there are."""
     folder = docs / "generated"
     folder.mkdir(exist_ok=True)
     _write(folder / "methods.md", _methods(docs / "methods"))
     _write(folder / "benchmarks.md", _benchmarks(docs.parent / "benchmarks" / "results"))
+    _write(folder / "toctrees.md", _toctrees(docs))
+
+
+def _toctrees(docs: Path) -> str:
+    lines: list[str] = []
+    for caption, patterns in TREES.items():
+        found = [sorted(docs.glob(f"{pattern}.md")) for pattern in patterns]
+        pages = [page.relative_to(docs).with_suffix("").as_posix() for each in found for page in each]
+        if pages:
+            lines += ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
+    return "\n".join(lines)
 
 
 def _write(path: Path, text: str) -> None:
@@ -40,8 +60,8 @@ def _methods(pages: Path) -> str:
     lines = [
         "# Methods",
         "",
-        "Made from `gradsurg.methods()`. Pass a name as `surgery=` or `normalize=`; for other values of its options, an",
-        "instance of the class of that name from `gradsurg.surgery` or `gradsurg.normalize`.",
+        "Made from `gradsurg.methods()`. Pass a name as `surgery=` or `normalize=`; for other values of its options,",
+        "an instance of the class of that name from `gradsurg.surgery` or `gradsurg.normalize`.",
     ]
     for kind, heading, promise in (
         ("surgery", "Surgeries", "what it promises of the gradient"),
@@ -51,9 +71,13 @@ def _methods(pages: Path) -> str:
         for method in gradsurg.methods():
             if method.kind == kind:
                 options = ", ".join(f"`{name}={value!r}`" for name, value in method.options.items())
-                lines.append(f"| {_linked(method.name, pages)} | {_cell(method.promise)} | {options} | {_cell(method.paper)} |")
-    lines += ["", "```{toctree}", ":glob:", ":hidden:", "", "../methods/*", "```", ""]
-    return "\n".join(lines)
+                lines.append(
+                    f"| {_linked(method.name, pages)} | {_cell(method.promise)} | {options} | {_cell(method.paper)} |"
+                )
+    listed = [f"../methods/{page.stem}" for page in sorted(pages.glob("*.md"))]
+    if listed:
+        lines += ["", "```{toctree}", ":hidden:", "", *listed, "```"]
+    return "\n".join([*lines, ""])
 
 
 def _linked(name: str, pages: Path) -> str:
