@@ -43,7 +43,7 @@ def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tenso
             f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
             "use one or the other"
         )
-    direction = replace(pipeline, surgery=Sum(), guarantee="none").direction(problem, state)
+    direction = replace(pipeline, surgery=Sum(), guarantee="none", margin=0.0).direction(problem, state)
     return direction.scales, direction.state
 
 
@@ -57,6 +57,7 @@ def blend(
     guarantee: bool,
     allowed: Tensor | None = None,
     layout: Layout = ALONE,
+    least: Tensor | None = None,
 ) -> Blend:
     """Return the direction of one block.
 
@@ -70,6 +71,7 @@ def blend(
         guarantee: Project u onto the dual cone of the rows: the least change after which it conflicts with nobody.
         allowed: Which tasks that protects, bool (m,); None is all.
         layout: What of rows and parameters this rank holds.
+        least: What ⟨u, g_i⟩ it holds to, shape (m,); None is 0.
     """
     measure, generators = layout.measure(like), layout.generators(like, generator)
     like = layout.held(like, like)
@@ -85,7 +87,12 @@ def blend(
     correction[-1] = 1.0
     stationary = False
     if guarantee:
-        correction[:-1] = nonnegative(G[:-1, :-1], G[-1, :-1], allowed=allowed, rounding=ROUNDING_EXACT)
+        correction[:-1] = nonnegative(
+            G[:-1, :-1],
+            G[-1, :-1] if least is None else G[-1, :-1] - least,
+            allowed=allowed,
+            rounding=ROUNDING_EXACT,
+        )
         square = correction @ G @ correction
         lengths = correction.abs() @ G.diagonal().sqrt()
         stationary = bool(square <= STATIONARY * ROUNDING_EXACT * lengths.square())

@@ -13,8 +13,9 @@ from torch import Tensor
 from gradsurg.elementwise import blend
 from gradsurg.errors import choose
 from gradsurg.gramian import gramian
+from gradsurg.margin import Margin
 from gradsurg.normalize import Normalizer, resolve_normalizer
-from gradsurg.pipeline import GUARANTEES, Margin, Pipeline
+from gradsurg.pipeline import GUARANTEES, Pipeline
 from gradsurg.priority import AUXILIARY, parse_levels
 from gradsurg.problem import Problem
 from gradsurg.surgery import Surgery, resolve_surgery

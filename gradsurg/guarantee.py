@@ -55,6 +55,7 @@ def guard(
     signs: Sequence[float],
     allowed: Tensor | None,
     measure: Measure | None = None,
+    asked: Tensor | None = None,
 ) -> Movement:
     """Move the parameters so that ⟨d, g_i⟩ ≥ 0 for every protected task, changing d as little as possible.
 
@@ -71,6 +72,8 @@ def guard(
         signs: +1 per parameter, −1 where the optimizer maximises.
         allowed: Which tasks are protected, bool (m,); None is all.
         measure: What measures lengths and inner products over all ranks, where each holds only a part; None is alone.
+        asked: Cosines a_i ≥ 0, shape (m,), that make it ⟨d, g_i⟩ ≥ a_i ‖g_i‖ ‖d_0‖, d_0 the movement of the inner
+            optimizer: margins, see gradsurg.margin. None asks for 0.
 
     Returns:
         The movement as it stands.
@@ -82,15 +85,17 @@ def guard(
     inner, square = measure.inner_update(rows, before, after, signs)
     if square == 0 or not torch.isfinite(inner).all():
         return Movement(inner, square)
-    coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)
+    least = _least(G, asked, square)
+    coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)
     if not coefficients.any():
         return Movement(inner, square)
-    left, spread = _lengths(G, inner, square, coefficients)
+    left, spread = _lengths(G, inner + least, square, coefficients)
     if not left * CANCELLATION_GRAMIAN**2 > spread:  # most of d has to go: its remainder needs every digit
         G = measure.gramian(rows, exact=True)
         inner, square = measure.inner_update(rows, before, after, signs, exact=True)
-        coefficients = nonnegative(G, inner, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
-        left, spread = _lengths(G, inner, square, coefficients)
+        least = _least(G, asked, square)
+        coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
+        left, spread = _lengths(G, inner + least, square, coefficients)
     if left <= STATIONARY * ROUNDING_EXACT * spread:
         return _hold(before, after, inner)
     correct_(rows, coefficients.tolist(), after, signs, exact=left * CANCELLATION_SUM**2 < spread)
@@ -98,7 +103,7 @@ def guard(
     half_place = max(torch.finfo(p.dtype).eps for p in after) / 2
     if half_place * measure.norm(after) <= 0.5 * tolerance * left**0.5:
         return Movement(inner + G @ coefficients, left, corrected=True)
-    return _settle_rounding(rows, G, before, after, signs, allowed, tolerance, measure)
+    return _settle_rounding(rows, G, before, after, signs, allowed, tolerance, measure, least)
 
 
 def _settle_rounding(
@@ -110,6 +115,7 @@ def _settle_rounding(
     allowed: Tensor | None,
     tolerance: float,
     measure: Measure,
+    least: Tensor,
 ) -> Movement:
     """Measure the stored movement; while it leaves the cone, aim further inside by what was missed."""
     norms = G.diagonal().sqrt()
@@ -119,11 +125,12 @@ def _settle_rounding(
     for _ in range(ATTEMPTS):
         inner, square = measure.inner_update(rows, before, after, signs, exact=True)
         movement = Movement(inner, square, corrected=True)
-        slack = inner + tolerance * norms * square**0.5
+        missing = least - inner
+        slack = tolerance * norms * square**0.5 - missing
         if not (watched & (slack < 0)).any():
             return movement
-        margin = margin + torch.where(watched, (-inner).clamp(min=0), 0)
-        step = nonnegative(G, inner - margin, allowed=allowed, scale=_length(square))
+        margin = margin + torch.where(watched, missing.clamp(min=0), 0)
+        step = nonnegative(G, -missing - margin, allowed=allowed, scale=_length(square))
         if float(step @ norms) > 2 * square**0.5:
             break  # the cone has no inside worth the name: tasks are opposed to within rounding
         correct_(rows, step.tolist(), after, signs, exact=True)
@@ -136,10 +143,15 @@ def _hold(before: Sequence[Tensor], after: Sequence[Tensor], inner: Tensor) -> M
     return replace(Movement(torch.zeros_like(inner), 0.0), corrected=True, held=True)
 
 
-def _lengths(G: Tensor, inner: Tensor, square: float, coefficients: Tensor) -> tuple[float, float]:
-    """Return ‖d + Σ λ_i g_i‖², by complementary slackness, and (‖d‖ + Σ λ_i ‖g_i‖)²."""
+def _least(G: Tensor, asked: Tensor | None, square: float) -> Tensor:
+    """Return the least ⟨d, g_i⟩ that is asked of every task."""
+    return torch.zeros_like(G[0]) if asked is None else asked * G.diagonal().sqrt() * square**0.5
+
+
+def _lengths(G: Tensor, both: Tensor, square: float, coefficients: Tensor) -> tuple[float, float]:
+    """Return ‖d + Σ λ_i g_i‖², by complementary slackness, and (‖d‖ + Σ λ_i ‖g_i‖)²; both: ⟨d, g_i⟩ + its least."""
     total = square**0.5 + float(coefficients @ G.diagonal().sqrt())
-    return square + float(coefficients @ inner), total**2
+    return square + float(coefficients @ both), total**2
 
 
 def _length(square: float) -> Tensor:

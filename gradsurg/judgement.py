@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from gradsurg.byparameter import ByParameter
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.guarantee import Movement, guard
+from gradsurg.margin import Margin, attainable
+from gradsurg.pipeline import ROUNDING_QUICK
 from gradsurg.rows import Row, TaskRows
 
 __all__ = ["Judgement", "joined", "trained"]
@@ -27,6 +29,7 @@ class Judgement:
         gramians: One Gramian per block, shape (blocks, m, m).
         allowed: Which tasks are protected, bool (m,); None is all.
         layout: What of rows and parameters this rank holds.
+        margin: What is asked beyond no conflict.
     """
 
     rows: TaskRows
@@ -34,6 +37,7 @@ class Judgement:
     gramians: Tensor
     allowed: Tensor | None
     layout: Layout = ALONE
+    margin: Margin = 0.0
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the shared parameters that this optimizer trains."""
@@ -55,7 +59,10 @@ class Judgement:
                 G = measure.gramian(table, exact=True)
             old = self.layout.held(mine, [before[p] for p in mine])
             new = self.layout.held(mine, [p.detach() for p in mine])
-            movement = guard(table, G, old, new, [sign[p] for p in mine], self.allowed, measure)
+            asked = None
+            if self.margin:
+                asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)
+            movement = guard(table, G, old, new, [sign[p] for p in mine], self.allowed, measure, asked)
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)

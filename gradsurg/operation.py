@@ -117,9 +117,9 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
-    return Outcome(
-        gradients, report, Judgement(patient.rows, blocks, problem.gramian, protected, patient.layout), direction.state
-    )
+    margin = patient.settings.pipeline.margin
+    judgement = Judgement(patient.rows, blocks, problem.gramian, protected, patient.layout, margin)
+    return Outcome(gradients, report, judgement, direction.state)
 
 
 def _gramians(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows], *, exact: bool = False) -> Tensor:
@@ -149,22 +149,30 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     surgery, generator = pipeline.surgery, problem.generator
     assert isinstance(surgery, ElementwiseSurgery)
     assert generator is not None
-    allowed, protect = pipeline.protected(problem), pipeline.guarantee == "gradient"
+    allowed, protect = pipeline.protected(problem), pipeline.guarantee == "gradient" or bool(pipeline.margin)
+    least: Sequence[Tensor | None] = [None] * len(blocks)
+    kept = None
+    if pipeline.margin:
+        scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
+        asked, kept = pipeline.margins(scaled, allowed, ROUNDING_QUICK)
+        least = list(torch.where(scales > 0, asked / scales, 0))
     blends = [
-        blend(surgery, table, block, each, problem.preferences, generator, protect, allowed, patient.layout)
-        for table, block, each in zip(tables, blocks, scales.tolist(), strict=True)
+        blend(surgery, table, block, each, problem.preferences, generator, protect, allowed, patient.layout, at_least)
+        for table, block, each, at_least in zip(tables, blocks, scales.tolist(), least, strict=True)
     ]
     gradients = Row()
     for block, each in zip(blocks, blends, strict=True):
         gradients.update(Row(zip(block, each.direction, strict=True)))
     unknown = torch.full_like(scales, float("nan"))
-    direction = Direction(unknown, scales, torch.tensor([each.stationary for each in blends]), unknown[..., 0], state)
+    stationary = torch.tensor([each.stationary for each in blends])
+    direction = Direction(unknown, scales, stationary, unknown[..., 0], state, kept)
     report = replace(
         _report(patient, blocks, problem, direction),
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
-    return Outcome(gradients, report, Judgement(patient.rows, blocks, problem.gramian, allowed, patient.layout), state)
+    judgement = Judgement(patient.rows, blocks, problem.gramian, allowed, patient.layout, pipeline.margin)
+    return Outcome(gradients, report, judgement, state)
 
 
 def _plain_sum(problem: Problem) -> Direction:
@@ -236,6 +244,7 @@ def _report(patient: Patient, blocks: list[list[Tensor]], problem: Problem, dire
         products=products.sum(0),
         square=(products * w).sum(),
         stationary=bool(direction.stationary.all()),
+        margin_kept=direction.margin_kept,
         nonfinite=patient.skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
         preferences=problem.preferences,
         gramians=G,

@@ -257,6 +257,9 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
             preferences: Task name -> r_i > 0 (default 1): the weight in the sum that surgery starts from.
             guarantee: "update" (default) projects the parameters' real movement, whatever the optimizer makes of the
                 gradient; "gradient" projects only what is written to p.grad; "none" trusts the surgery.
+            margin: τ in [0, 1), or task name -> τ (0 for the others): guarantees hold to ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m
+                and not only to 0, t the plain sum; in the update t is what the optimizer would have done. Of margins
+                that no direction as long as t can keep, as large a share as one can: `report.margin_kept`.
             granularity: "model" (default), "group" or "tensor": one Gramian, one a parameter group, one a parameter.
             model: Where several ranks train it: the DistributedDataParallel or fully_shard module, if it cannot be
                 found by itself.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gradsurg.margin import Margin, attainable
 from gradsurg.normalize import Normalizer, Unscaled
 from gradsurg.priority import Levels, levels_of, order, protected
 from gradsurg.problem import Problem, State
@@ -36,11 +36,6 @@ CANCELLATION_GRAMIAN = 1e4
 # Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
 # guarantee allows: such sums are formed in float64.
 CANCELLATION_SUM = 50.0
-# A margin counts as out of reach where the shortest direction that should keep it misses it by more than this cosine:
-# the solver leaves out a row that lies within √(8 · 4e-13) = 2e-6 of the span of others.
-MISSED = 1e-5
-
-Margin = float | tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ class Pipeline:
             allowed = self.protected(problem)
             excess = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
             if self.margin:
-                margins, kept = self._margins(scaled, allowed, rounding)
+                margins, kept = self.margins(scaled, allowed, rounding)
                 excess = excess - margins
             weights = weights + nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
         return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
@@ -156,24 +151,12 @@ class Pipeline:
         factor = torch.where(after > 0, before / after.where(after > 0, torch.ones_like(after)), 1)
         return torch.where(alive, scales * factor, 0), state
 
-    def _margins(self, problem: Problem, allowed: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
+    def margins(self, problem: Problem, allowed: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
         """Return the least ⟨u, g_i⟩ that is asked of every task, shape (..., m), and the share of the margins kept."""
-        gramian, norms, m = problem.gramian, problem.norms, len(problem.tasks)
-        asked = dict.fromkeys(problem.tasks, self.margin) if isinstance(self.margin, float) else dict(self.margin)
-        tau = torch.tensor([asked.get(task, 0.0) for task in problem.tasks], dtype=torch.float64, device=norms.device)
-        watched = norms > 0 if allowed is None else (norms > 0) & allowed
-        tau = torch.where(watched, tau, 0)
-        inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, torch.ones_like(norms)), 0)
-        unit = gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-        # The shortest v with ⟨v, g_i⟩ ≥ τ_i ‖g_i‖: a direction as long as t keeps the margins if ‖v‖ ≤ √m.
-        shortest = nonnegative(unit, -tau, allowed=watched, rounding=rounding)
-        cosines = (unit @ shortest.unsqueeze(-1)).squeeze(-1)
-        length = torch.linalg.vecdot(shortest, cosines).clamp(min=0).sqrt()
-        missed = (torch.where(watched, tau - cosines, 0) > MISSED).any(-1)
-        kept = torch.where(length > sqrt(m), sqrt(m) / length, 1).masked_fill(missed, 0)
-        preferences = problem.preferences
+        gramian, preferences = problem.gramian, problem.preferences
+        share, kept = attainable(gramian, self.margin, problem.tasks, allowed, rounding)
         sum_length = ((gramian @ preferences) @ preferences).clamp(min=0).sqrt()
-        return (kept * sum_length / sqrt(m)).unsqueeze(-1) * tau * norms, kept
+        return sum_length.unsqueeze(-1) * share * problem.norms, kept
 
     def _ordered(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         levels = levels_of(problem.tasks, self.levels)

@@ -31,6 +31,7 @@ class Report:
         square: ‖u‖².
         stationary: Only u = 0 satisfied every task (in every block), so u is 0.
         nonfinite: Tasks with a NaN or infinite gradient.
+        margin_kept: The share of the margins that could be asked for, shape (blocks,); None where no margin is set.
         path: Which implementation ran, e.g. "torch".
         movement: What the parameters did; None before step() or where guarantee is not "update".
         preferences: r_i, shape (m,); None where nothing was measured.
@@ -53,6 +54,7 @@ class Report:
     square: Tensor
     stationary: bool = False
     nonfinite: tuple[str, ...] = ()
+    margin_kept: Tensor | None = None
     path: str = "torch"
     movement: Movement | None = field(default=None)
     preferences: Tensor | None = None
@@ -130,6 +132,8 @@ class Report:
         result["conflicting_pairs"] = float(len(self.conflicts))
         result["conflict_rate"] = self.conflict_rate
         result["change"] = self.change
+        if self.margin_kept is not None:
+            result["margin_kept"] = float(self.margin_kept.min())
         return result
 
     def __str__(self) -> str:
@@ -177,6 +181,8 @@ class Report:
             lines.append("Pareto stationary: only a zero direction hurts nobody")
         if self.level != "gradients":
             lines.append(f"cosines and weights are those of: {self.level}")
+        if self.margin_kept is not None and float(self.margin_kept.min()) < 1:
+            lines.append(f"margins out of reach: {100 * float(self.margin_kept.min()):.3g} % of them kept")
         if self.nonfinite:
             lines.append(f"not finite: {', '.join(self.nonfinite)}")
         if self.movement is not None and self.movement.held:

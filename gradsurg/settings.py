@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.errors import choose
+from gradsurg.margin import named, parse_margin
 from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.pipeline import GUARANTEES, Pipeline, check_mapping
 from gradsurg.priority import AUXILIARY, check_names, parse_levels
@@ -66,6 +67,7 @@ def _settings(
     auxiliary: str = "protect",
     preferences: Mapping[str, float] | None = None,
     guarantee: str = "update",
+    margin: float | Mapping[str, float] = 0.0,
     granularity: str = "model",
     tasks: Sequence[str] | None = None,
     shared: nn.Module | Iterable[Tensor] | None = None,
@@ -80,9 +82,13 @@ def _settings(
     names = _names(tasks)
     levels = parse_levels(_primary(primary))
     checked = _preferences(preferences)
+    margins = parse_margin(margin)
+    if margins and guarantee == "none":
+        raise ValueError(f"margin={margin!r} is part of a guarantee: use guarantee='update' or 'gradient' with it")
     if names is not None:
         check_names(levels, names)
         check_names((tuple(checked),), names, "preferences")
+        check_names((tuple(named(margins)),), names, "margin")
     if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
         raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
     if not isinstance(atomic, bool):
@@ -94,6 +100,7 @@ def _settings(
             levels=levels,
             auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
             guarantee=guarantee,
+            margin=margins,
         ),
         guarantee=guarantee,
         preferences=checked,

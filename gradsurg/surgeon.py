@@ -24,6 +24,7 @@ from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.judgement import Judgement, joined, trained
 from gradsurg.losses import Compute, check_row, seed_of
+from gradsurg.margin import named
 from gradsurg.memory import Memory
 from gradsurg.naming import parameter_names
 from gradsurg.operation import Patient, operate
@@ -281,6 +282,7 @@ class Surgeon:
         known = {*self.memory.tasks, *(self.settings.tasks or ()), *names}
         check_names(self.settings.pipeline.levels, known)
         check_names((tuple(self.settings.preferences),), known, "preferences")
+        check_names((tuple(named(self.settings.pipeline.margin)),), known, "margin")
         self._learn(names)
 
     def _learn(self, names: Iterable[str]) -> None:
