@@ -75,8 +75,6 @@ def test_cagrad_by_its_dual(seed):
 @quiet
 @pytest.mark.parametrize(("m", "seed"), [(2, 0), (3, 1), (5, 2), (8, 3)])
 def test_cagrad_of_the_peer(m, seed):
-    pytest.importorskip("cvxpy")
-    pytest.importorskip("clarabel")
     from torchjd.aggregation import CAGradWeighting
 
     J = matrix(m, seed)
@@ -147,8 +145,6 @@ def test_nash_mtl_ignores_the_scale_of_a_loss(m, seed):
 
 @quiet
 def test_nash_mtl_of_the_peer():
-    pytest.importorskip("cvxpy")
-    pytest.importorskip("ecos")
     from torchjd.aggregation import NashMTL as PeerNashMTL
 
     def theirs(J):
