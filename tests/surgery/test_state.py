@@ -47,10 +47,10 @@ def some_tasks(step):
     return [name for i, name in enumerate(TASKS) if i != step % 6]
 
 
-def resumed(name, params, tasks, **options):
+def resumed(name, params, present, **options):
     """Return parameters of a run that is saved after five steps and goes on for three in fresh objects."""
     first = wrapped(ALL[name], params, **options)
-    train(first, range(5), tasks)
+    train(first, range(5), present)
     file = io.BytesIO()
     torch.save({"parameters": [p.detach() for p in params], "optimizer": first.state_dict()}, file)
     file.seek(0)
@@ -58,7 +58,7 @@ def resumed(name, params, tasks, **options):
     others = [torch.nn.Parameter(p) for p in saved["parameters"]]
     second = wrapped(ALL[name], others, **options)
     second.load_state_dict(saved["optimizer"])
-    train(second, range(5, 8), tasks)
+    train(second, range(5, 8), present)
     return others
 
 
@@ -71,10 +71,10 @@ def test_a_resumed_run_is_an_uninterrupted_one(name, options):
         if name not in WEIGHING:
             return  # refused: see test_elementwise.py
         options = options | {"tasks": TASKS}  # a primary may be away at first
-    tasks = (lambda step: TASKS) if "granularity" in options else some_tasks
+    present = (lambda step: TASKS) if "granularity" in options else some_tasks
     straight = parameters()
-    train(wrapped(ALL[name], straight, **options), range(8), tasks)
-    others = resumed(name, parameters(), tasks, **options)
+    train(wrapped(ALL[name], straight, **options), range(8), present)
+    others = resumed(name, parameters(), present, **options)
     assert all(map(torch.equal, straight, others))
 
 
