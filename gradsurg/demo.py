@@ -67,7 +67,7 @@ class Job:
 
     Attributes:
         tasks: Which of TASKS.
-        optimizer: A key of OPTIMIZERS.
+        optimizer: A key of OPTIMIZERS, or what makes an optimizer of parameters.
         options: Keyword arguments of gradsurg.wrap.
         epochs: Passes over the training pairs.
         seed: Of the initial parameters and of the order of the batches.
@@ -76,7 +76,7 @@ class Job:
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    optimizer: str = "adam"
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam"
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 12
     seed: int = 0
@@ -196,7 +196,8 @@ def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = Model(job.tasks)
-    optimizer = OPTIMIZERS[job.optimizer](list(model.parameters()))
+    make = OPTIMIZERS[job.optimizer] if isinstance(job.optimizer, str) else job.optimizer
+    optimizer = make(list(model.parameters()))
     if wrapped:
         optimizer = gradsurg.wrap(optimizer, seed=job.seed, **job.options)
     scheduler = job.schedule(optimizer) if job.schedule else None
