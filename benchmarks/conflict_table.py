@@ -50,7 +50,7 @@ AGGREGATORS: dict[str, Callable[[int], object]] = {
     "cagrad": lambda m: peer.CAGrad(c=0.5),
     "imtl_g": lambda m: peer.IMTLG(),
     "nash_mtl": lambda m: peer.NashMTL(n_tasks=m),
-    "fairgrad": lambda m: peer.FairGrad(),
+    "fairgrad": lambda m: peer.FairGrad(alpha=2.0),
     "aligned_mtl": lambda m: peer.AlignedMTL(),
     "config": lambda m: peer.ConFIG(),
     "excess_mtl": lambda m: peer.ExcessMTL(),
@@ -109,7 +109,7 @@ def peers() -> dict[str, list[tuple[str, Callable[[int], Combine]]]]:
     """Return name of ours -> the peers' versions, each a package and what makes a function for m tasks."""
 
     def weighted(weighting: object) -> Combine:
-        return lambda J: weighting(J @ J.T) @ J  # type: ignore[operator, no-any-return]
+        return lambda J: weighting(J @ J.T) @ J  # type: ignore[operator]
 
     def other_pcgrad(m: int) -> Combine:
         projecting = OtherPCGrad(torch.optim.SGD([torch.zeros(1)], lr=1.0), reduction="sum")

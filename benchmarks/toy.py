@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,8 @@ class Method:
         surgery = self.pipeline.surgery
         if isinstance(surgery, ElementwiseSurgery):
             columns = torch.from_numpy(np.ascontiguousarray(J.transpose(1, 0, 2)).reshape(2, -1))
-            return surgery.combine(columns, None, generator).numpy().reshape(-1, 2)
+            numbers: Array = surgery.combine(columns, None, generator).numpy()
+            return numbers.reshape(-1, 2)
         problem = Problem(
             gramian=torch.from_numpy(J @ J.transpose(0, 2, 1)),
             preferences=torch.ones(2, dtype=torch.float64),
@@ -116,7 +118,8 @@ class Method:
             generator=generator,
         )
         _, weights, scales, _, self.state = self.pipeline.solve(problem, self.state, ROUNDING_EXACT)
-        return np.einsum("sm,smp->sp", (weights * scales).numpy(), J)
+        u: Array = np.einsum("sm,smp->sp", (weights * scales).numpy(), J)
+        return u
 
 
 def pipelines() -> dict[str, Pipeline]:
@@ -226,7 +229,8 @@ def main() -> int:
             seconds = time.perf_counter() - began
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                np.savez_compressed(kept, seconds=seconds, **paths)
+                arrays: dict[str, Any] = {"seconds": np.array(seconds), **paths}
+                np.savez_compressed(kept, **arrays)
         texts.append(f"{table(setting, paths)}\n\n{seconds:.0f} s")
         print(f"{texts[-1]}\n", flush=True)
         target = options.picture or (PICTURE if len(methods) > len(SURGERIES) and key == "nash_mtl" else None)

@@ -13,24 +13,24 @@ __all__ = ["FAMILIES", "draw"]
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
-def _random(rng, m, P):
+def _random(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Independent rows: angles near 90°, mild conflicts."""
     return rng.standard_normal((m, P))
 
 
-def _spread(rng, m, P):
+def _spread(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Norms over twelve orders of magnitude: a ridge that suits one row swamps another."""
     return _random(rng, m, P) * 10 ** rng.uniform(-6, 6, (m, 1))
 
 
-def _surrounding(rng, m, P):
+def _surrounding(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Rows less 0.9 … 1.1 of their mean: their sum nearly cancels, and the cone is thin or only {0}."""
     J = _random(rng, m, P)
     return J - J.mean(0) * rng.uniform(0.9, 1.1)
 
 
 def _nearly_opposite(gap: float) -> Draw:
-    def rows(rng, m, P):
+    def rows(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
         J = _random(rng, m, P)
         for i in range(1, m, 2):
             noise = rng.standard_normal(P) * np.linalg.norm(J[i - 1]) / np.sqrt(P)
@@ -41,34 +41,34 @@ def _nearly_opposite(gap: float) -> Draw:
     return rows
 
 
-def _opposite(rng, m, P):
+def _opposite(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Pairs exactly opposite: Pareto stationary in their plane, so u must be 0 there and not rounding."""
     J = _random(rng, m, P)
     J[1::2] = -J[0 : m - m % 2 : 2] * 3
     return J
 
 
-def _duplicates(rng, m, P):
+def _duplicates(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Equal rows: a singular Gramian, λ not unique, u unique."""
     J = _random(rng, m, P)
     J[1::2] = J[0 : m - m % 2 : 2]
     return J
 
 
-def _zeros(rng, m, P):
+def _zeros(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Every third row zero: it wants nothing and must not turn others into NaN."""
     J = _random(rng, m, P)
     J[::3] = 0
     return J
 
 
-def _rank_two(rng, m, P):
+def _rank_two(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """All rows in a plane: any three of them are dependent."""
     return rng.standard_normal((m, 2)) @ rng.standard_normal((2, P))
 
 
 def _scaled(factor: float) -> Draw:
-    def rows(rng, m, P):
+    def rows(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
         return _random(rng, m, P) * factor
 
     rows.__doc__ = f"Everything times {factor:g}: an absolute tolerance would show."
