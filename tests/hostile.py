@@ -20,13 +20,15 @@ def _random(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
 
 def _spread(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Norms over twelve orders of magnitude: a ridge that suits one row swamps another."""
-    return _random(rng, m, P) * 10 ** rng.uniform(-6, 6, (m, 1))
+    factors: np.ndarray = 10 ** rng.uniform(-6, 6, (m, 1))
+    return _random(rng, m, P) * factors
 
 
 def _surrounding(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Rows less 0.9 … 1.1 of their mean: their sum nearly cancels, and the cone is thin or only {0}."""
     J = _random(rng, m, P)
-    return J - J.mean(0) * rng.uniform(0.9, 1.1)
+    mean: np.ndarray = J.mean(0)
+    return J - mean * rng.uniform(0.9, 1.1)
 
 
 def _nearly_opposite(gap: float) -> Draw:
