@@ -93,7 +93,7 @@ def _options(options: dict[str, Any], text: str) -> Iterator[str]:
 
 
 def _example(text: str) -> Iterator[str]:
-    """Turn a doctest into a script: the last expression is printed, with what it prints behind it."""
+    """Turn a doctest into a script: the last expression is printed, with what it prints below it."""
     lines = [line.strip() for line in inspect.cleandoc(text).splitlines()]
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if not line.startswith((">>> ", "... ")):
@@ -102,7 +102,9 @@ def _example(text: str) -> Iterator[str]:
         shown = following and not following.startswith((">>> ", "..."))
         if remark:
             yield f"#{remark.rstrip()}"
-        yield f"print({code.rstrip()})  # {following}" if shown else code.rstrip()
+        yield from [f"print({code.rstrip()})", f"# {following}"] if shown else [code.rstrip()]
+        if code.startswith(("import ", "from ")) and not following.startswith((">>> import ", ">>> from ")):
+            yield ""
 
 
 def _training(method: Any, cls: Any, argument: str) -> Iterator[str]:
