@@ -26,7 +26,7 @@ from benchmarks.record import conditions, record
 from gradsurg.normalize import resolve_normalizer
 from gradsurg.pipeline import ROUNDING_EXACT, Pipeline
 from gradsurg.problem import Problem, State
-from gradsurg.surgery import SURGERIES, resolve_surgery
+from gradsurg.surgery import SURGERIES, FairGrad, NashMTL, Surgery, resolve_surgery
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 Array = np.ndarray
@@ -61,6 +61,10 @@ SETTINGS = {
         "Navon et al. 2022", ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)), (0.1, 1.0), 35_000
     ),
 }
+# The papers' equations fix the length of u whatever that of the gradients, and here it matters: a valley's gradient may
+# be a hundred thousand times the usual, and a direction that grows with it fills Adam's second moment for thousands of
+# steps, so that the run hardly moves.
+AS_PRINTED: dict[str, Surgery] = {"nash_mtl": NashMTL(units="absolute"), "fairgrad": FairGrad(units="absolute")}
 # gradsurg's default direction comes on top of the surgeries by themselves.
 DEFAULT = "norm + cone"
 
@@ -81,7 +85,8 @@ def losses_and_gradients(theta: Array, scales: Sequence[float] = (1.0, 1.0)) -> 
     half, t = np.tanh(y / 2), np.tanh(y)
     slope, slope_t = (1 - half * half) / 2, 1 - t * t
     up, down = np.maximum(half, 0), np.maximum(-half, 0)
-    up_slope, down_slope = np.where(half > 0, slope, 0), np.where(half < 0, -slope, 0)
+    # At θ_2 = 0 both, as autograd has it: one start lies there.
+    up_slope, down_slope = np.where(half >= 0, slope, 0), np.where(half <= 0, -slope, 0)
     L, J = np.empty((len(x), 2)), np.empty((len(x), 2, 2))
     for i, (inside, sign, centre) in enumerate((((-x - 7) / 2 + t, 1.0, 7.0), ((-x + 3) / 2 - t + 2, -1.0, -7.0))):
         size = np.abs(inside)
@@ -125,13 +130,17 @@ class Method:
 def pipelines() -> dict[str, Pipeline]:
     """Return every surgery on the gradients as they are, and gradsurg's default."""
     bare = Pipeline(resolve_normalizer("none"), resolve_surgery("sum"))
-    named = {name: replace(bare, surgery=resolve_surgery(name)) for name in SURGERIES}
+    named = {name: replace(bare, surgery=resolve_surgery(AS_PRINTED.get(name, name))) for name in SURGERIES}
     return named | {DEFAULT: Pipeline(resolve_normalizer("norm"), resolve_surgery("cone"))}
 
 
 @torch.no_grad()
 def run(
-    setting: Setting, methods: Mapping[str, Pipeline], steps: int | None = None, every: int = 50
+    setting: Setting,
+    methods: Mapping[str, Pipeline],
+    steps: int | None = None,
+    every: int = 50,
+    rate: float = LR,
 ) -> dict[str, Array]:
     """Return name -> θ of every `every`-th step and the last, shape (T, S, 2)."""
     workers = [Method(pipeline) for pipeline in methods.values()]
@@ -147,8 +156,8 @@ def run(
         u = np.concatenate([worker.direction(J[b], L[b], step) for worker, b in zip(workers, blocks, strict=True)])
         first += (1 - BETA_1) * (u - first)
         second += (1 - BETA_2) * (u * u - second)
-        rate = LR / (1 - BETA_1 ** (step + 1))
-        theta = theta - rate * first / (np.sqrt(second / (1 - BETA_2 ** (step + 1))) + EPS)
+        length = rate / (1 - BETA_1 ** (step + 1))
+        theta = theta - length * first / (np.sqrt(second / (1 - BETA_2 ** (step + 1))) + EPS)
     kept.append(theta)
     paths = np.stack(kept).reshape(len(kept), n, len(starts), 2)
     return {name: paths[:, i] for i, name in enumerate(methods)}

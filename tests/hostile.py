@@ -20,15 +20,15 @@ def _random(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
 
 def _spread(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Norms over twelve orders of magnitude: a ridge that suits one row swamps another."""
-    factors: np.ndarray = 10 ** rng.uniform(-6, 6, (m, 1))
-    return _random(rng, m, P) * factors
+    rows: np.ndarray = _random(rng, m, P) * 10 ** rng.uniform(-6, 6, (m, 1))
+    return rows
 
 
 def _surrounding(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """Rows less 0.9 … 1.1 of their mean: their sum nearly cancels, and the cone is thin or only {0}."""
     J = _random(rng, m, P)
-    mean: np.ndarray = J.mean(0)
-    return J - mean * rng.uniform(0.9, 1.1)
+    rows: np.ndarray = J - J.mean(0) * rng.uniform(0.9, 1.1)
+    return rows
 
 
 def _nearly_opposite(gap: float) -> Draw:
@@ -66,12 +66,14 @@ def _zeros(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
 
 def _rank_two(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
     """All rows in a plane: any three of them are dependent."""
-    return rng.standard_normal((m, 2)) @ rng.standard_normal((2, P))
+    rows: np.ndarray = rng.standard_normal((m, 2)) @ rng.standard_normal((2, P))
+    return rows
 
 
 def _scaled(factor: float) -> Draw:
     def rows(rng: np.random.Generator, m: int, P: int) -> np.ndarray:
-        return _random(rng, m, P) * factor
+        scaled: np.ndarray = _random(rng, m, P) * factor
+        return scaled
 
     rows.__doc__ = f"Everything times {factor:g}: an absolute tolerance would show."
     return rows
