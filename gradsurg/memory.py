@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["KEY", "Memory"]
+__all__ = ["KEY", "Memory", "sealed", "unsealed"]
 
-KEY = "gradsurg"
+KEY, SEAL = "gradsurg", "sealed"
 FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
 
@@ -80,3 +80,27 @@ class Memory:
     def _replace(self, **changes: Any) -> None:
         group = self._home()
         group[KEY] = {**group[KEY], **changes}
+
+
+def sealed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict that has the entry a second time, in one piece.
+
+    Distributed checkpoints take dicts apart, and load only what the optimizer that loads has already: of a fresh one,
+    the state of normaliser and surgery would stay empty. A tuple they leave whole.
+    """
+    group = state_dict["param_groups"][0]
+    if isinstance(group.get(KEY), dict):
+        group[KEY] = {**group[KEY], SEAL: (group[KEY],)}
+    return state_dict
+
+
+def unsealed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with what was sealed in its place; the one given is left as it is."""
+    groups = state_dict.get("param_groups") or [{}]
+    entry = groups[0].get(KEY)
+    if not isinstance(entry, dict) or SEAL not in entry:
+        return state_dict
+    seal = entry[SEAL]
+    whole = seal[0] if isinstance(seal, tuple) and len(seal) == 1 and isinstance(seal[0], dict) else {}
+    first = {**groups[0], KEY: {**{k: v for k, v in entry.items() if k != SEAL}, **whole}}
+    return {**state_dict, "param_groups": [first, *groups[1:]]}

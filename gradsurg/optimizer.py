@@ -21,7 +21,7 @@ from gradsurg.compiled import outside_compilation
 from gradsurg.distributed import check_model, refuse_optimizer
 from gradsurg.features import check_features
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
-from gradsurg.memory import KEY
+from gradsurg.memory import KEY, sealed, unsealed
 from gradsurg.report import Report
 from gradsurg.settings import settings_from
 from gradsurg.surgeon import Surgeon
@@ -205,11 +205,11 @@ class MultiTaskOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
-        return self._gradsurg.rotation.pack_into(self, super().state_dict(), KEY)
+        return self._gradsurg.rotation.pack_into(self, sealed(super().state_dict()), KEY)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
-        super().load_state_dict(self._gradsurg.rotation.unpack_from(self, state_dict, KEY))
+        super().load_state_dict(self._gradsurg.rotation.unpack_from(self, unsealed(state_dict), KEY))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         averages = self._gradsurg.rotation.pack(self)

@@ -22,6 +22,7 @@ from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_gr
 from gradsurg.distributed import Ranks, Traffic
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
+from gradsurg.hooks import refusing_steps_in_backward
 from gradsurg.judgement import Judgement, joined, trained
 from gradsurg.losses import Compute, check_row, seed_of
 from gradsurg.margin import named
@@ -167,12 +168,13 @@ class Surgeon:
                 self.traffic.start([which for which, _ in passes if which is not None], self.deferring > 0)
             retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
             watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
+            parameters = self.parameters()
             for i, (which, task) in enumerate(passes):
                 if not isinstance(task, Tensor):
                     known.update(self._run_function(str(which), task, retain_graph))
                 else:
                     keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                    with self.traffic.layout.quiet(), advise():
+                    with self.traffic.layout.quiet(), advise(), refusing_steps_in_backward(parameters):
                         torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
                     if keep:
                         watch.check(task, "plain=" if which is None else repr(which))
@@ -244,7 +246,12 @@ class Surgeon:
         watched = self.parameters() if anything_compiled() or name not in self._met else []
         self._met.add(name)
         try:
-            with self.traffic.layout.quiet(), advise(), noticing_kept_graphs(watched):
+            with (
+                self.traffic.layout.quiet(),
+                advise(),
+                noticing_kept_graphs(watched),
+                refusing_steps_in_backward(self.parameters()),
+            ):
                 yield
         except BaseException as error:
             self._abort(error)
