@@ -1,8 +1,9 @@
 """The cheap modes: time, peak memory and conflicts of each, for 2, 4 and 8 tasks, against one plain backward pass.
 
 A transformer of about 5 M parameters reads scikit-learn's 8×8 digits as 64 tokens; up to eight heads read its output.
-Time: forward, backward (with surgery) and step apart, all modes in turn in every round, medians over rounds; a round of
-refresh_every=10 and of rotate= is a whole cycle of theirs. Memory: peak resident size of a process of its own, above
+Time: processor time of one thread, so that other work on the machine counts little; forward, backward (with surgery)
+and step apart, all modes in turn in every round, medians over rounds; a round of refresh_every=10 and of rotate= is a
+whole cycle of theirs. Memory: peak resident size of a process of its own, above
 that of the plain step, in copies of the parameters. Conflicts: of 100 steps of AdamW with a smaller transformer, how
 many have cos(·, g_i) < -1e-4 for some task's gradient g_i over the shared parameters, computed with
 torch.autograd.grad on the same batch; "gradient" is of what stands in p.grad, "update" of what the parameters did.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import resource
 import statistics
 import subprocess
@@ -31,7 +31,7 @@ from benchmarks.record import conditions, record
 
 CYCLE = 10  # refresh_every, and the steps over which the modes that change from step to step are averaged
 SPACE = {"5 M": (256, 6), "small": (48, 2)}  # width and depth
-BATCH = 8
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Trainer:
     mode: Mode
     m: int
     size: str
+    watch: bool = False
+    handed: Tensor | None = None  # what stood in p.grad of the shared parameters before the step, where `watch` is set
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "backward": [], "step": []})
 
     def __post_init__(self) -> None:
@@ -129,18 +131,18 @@ class Trainer:
     def _compute(self, name: str, images: Tensor, digits: Tensor) -> Tensor:
         return self.model.loss(name, self.model.represent(images), images, digits)
 
-    def step(self, images: Tensor, digits: Tensor, between: Callable[[], None] = lambda: None) -> None:
-        """Do one step; `between` is called before the optimizer's step, outside of the times."""
+    def step(self, images: Tensor, digits: Tensor) -> None:
+        """Do one step and take its times."""
         model, way, optimizer = self.model, self.mode.way, self.optimizer
         optimizer.zero_grad()
-        begin = time.perf_counter()
+        begin = time.process_time()
         losses: dict[str, Any] = {}
         if way == "functions":
             losses = {name: functools.partial(self._compute, name, images, digits) for name in model.names}
         else:
             h = model.represent(images)
             losses = {name: model.loss(name, h, images, digits) for name in model.names}
-        forward = time.perf_counter()
+        forward = time.process_time()
         if way == "functions":
             optimizer.backward(losses)
         elif way == "one by one":
@@ -152,11 +154,12 @@ class Trainer:
             optimizer.total(losses, features=h).backward()
         else:
             optimizer.total(losses).backward()
-        backward = time.perf_counter()
-        between()
-        stepping = time.perf_counter()
+        backward = time.process_time()
+        if self.watch:
+            self.handed = _flat([p.grad for p in self.model.shared])
+        stepping = time.process_time()
         optimizer.step()
-        done = time.perf_counter()
+        done = time.process_time()
         for what, value in (("forward", forward - begin), ("backward", backward - forward), ("step", done - stepping)):
             self.seconds[what].append(value)
 
@@ -199,16 +202,16 @@ def peak(name: str, m: int) -> int:
 def own_peak(name: str, m: int) -> int:
     """Train for a few steps and return this process's peak resident bytes."""
     trainer, data = Trainer(MODES[name], m, "5 M"), batches()
-    for _ in range(4):
+    for _ in range(3):
         trainer.step(*next(data))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_conflicts(name: str, m: int, steps: int = 100) -> tuple[float, float]:
-    """Return how many of 100 steps conflict with some task, by what stands in p.grad and by what parameters did."""
-    trainer, data = Trainer(MODES[name], m, "small"), batches(1)
+def measure_conflicts(name: str, m: int, steps: int = 100) -> tuple[float, float, float]:
+    """Return how many of 100 steps conflict with some task, by p.grad and by the movement, and its worst cosine."""
+    trainer, data = Trainer(MODES[name], m, "small", watch=True), batches(1)
     shared = trainer.model.shared
-    counts = [0, 0]
+    counts, worst = [0, 0], 1.0
     for _ in range(steps):
         images, digits = next(data)
         h = trainer.model.represent(images)
@@ -219,12 +222,13 @@ def measure_conflicts(name: str, m: int, steps: int = 100) -> tuple[float, float
             ]
         )
         before = _flat(shared)
-        directions: list[Tensor] = []
-        trainer.step(images, digits, lambda kept=directions: kept.append(_flat([p.grad for p in shared])))
-        for k, v in enumerate((directions[0], before - _flat(shared))):
+        trainer.step(images, digits)
+        assert trainer.handed is not None
+        for k, v in enumerate((trainer.handed, before - _flat(shared))):
             cosines = (rows @ v) / (rows.norm(dim=1) * v.norm()).clamp(min=1e-30)
             counts[k] += bool(cosines.min() < -1e-4)
-    return 100 * counts[0] / steps, 100 * counts[1] / steps
+        worst = min(worst, float(cosines.min()))
+    return 100 * counts[0] / steps, 100 * counts[1] / steps, worst
 
 
 def _flat(tensors: Any) -> Tensor:
@@ -234,11 +238,11 @@ def _flat(tensors: Any) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=["time", "memory", "conflicts"], nargs="+", default=[])
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     if given.peak:
         print(own_peak(given.peak, given.tasks[0]))
         return
@@ -246,7 +250,7 @@ def main() -> None:
     titles = {
         "time": ["backward / plain", "step / plain"],
         "memory": ["memory, copies of P"],
-        "conflicts": ["conflicts per 100 steps, gradient", "update"],
+        "conflicts": ["conflicts per 100 steps, gradient", "update", "worst cos, update"],
     }
     for m in given.tasks:
         numbers = sum(p.numel() for p in Reader(m, "5 M").parameters())
@@ -254,14 +258,14 @@ def main() -> None:
         if "time" in wanted:
             for name, pair in measure_time(m, given.rounds).items():
                 cells[name] += [f"{x:.2f}" for x in pair]
-            gc.collect()
         if "memory" in wanted:
             base = peak("plain sum, one backward", m)
             for name in MODES:
                 cells[name].append(f"{(peak(name, m) - base) / (4 * numbers):+.1f}")
         if "conflicts" in wanted:
             for name in MODES:
-                cells[name] += [f"{x:.0f}" for x in measure_conflicts(name, m)]
+                gradient, update, worst = measure_conflicts(name, m)
+                cells[name] += [f"{gradient:.0f}", f"{update:.0f}", f"{worst:.1g}"]
         head = [f"{m} tasks, {numbers / 1e6:.1f} M parameters", *(title for what in wanted for title in titles[what])]
         lines = [f"| {' | '.join(head)} |", f"| --- |{' --: |' * (len(head) - 1)}"]
         lines += [f"| {' | '.join([name, *values])} |" for name, values in cells.items()]

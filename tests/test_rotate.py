@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import build, data, equal_weights, same, trained
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import gradsurg
 from gradsurg import MultiTaskError
@@ -169,7 +170,15 @@ def copied_by_state_dict(model, optimizer):
     return twin, other
 
 
-@pytest.mark.parametrize("route", [copied_by_pickle, copied_by_state_dict, lambda *x: copy.deepcopy(x)])
+def copied_by_dcp(model, optimizer):
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    other = wrapped(twin, torch.optim.Adam, rotate=1)
+    set_optimizer_state_dict(twin, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    return twin, other
+
+
+@pytest.mark.parametrize("route", [copied_by_pickle, copied_by_state_dict, copied_by_dcp, lambda *x: copy.deepcopy(x)])
 @pytest.mark.parametrize("before", [0, 1, 2, 5])
 def test_resuming_is_not_noticed(route, before):
     model = build()
