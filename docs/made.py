@@ -19,6 +19,7 @@ MEASURED = {
     "methods": "Time of every method's weights",
     "training": "Training quality",
     "cpu": "Cost of a step on the CPU",
+    "cheap": "Cost and conflicts of the cheap modes",
 }
 
 

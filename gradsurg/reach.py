@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradsurg.rows import Row
@@ -40,3 +43,7 @@ class Reach:
             else:
                 known[p] = True
         return blank
+
+    def count(self, parameter: Tensor, names: Iterable[str]) -> int:
+        """Return how many of these tasks are known to reach a parameter."""
+        return sum(parameter in self._known.get(name, ()) for name in names)

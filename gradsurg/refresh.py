@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.aside import Aside
+from gradsurg.compiled import Watch, advise
 from gradsurg.errors import MultiTaskError
 from gradsurg.graph import Border, Map, edge_of, leaf_of, map_of
 from gradsurg.losses import seed_of
@@ -71,20 +72,27 @@ def run_reused(
     """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
 
     Returns:
-        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault:
-        p.grad and the graph are then as before.
+        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault, or
+        where it is not known yet who reaches what of a compiled graph: p.grad and the graph are then as before.
     """
     surgeon.settle()
     surgeon.introduce(losses)
+    graph = map_of(list(losses.values()), surgeon.settings.shared or ())
+    _check_can_tell(graph, surgeon)
+    if not _knows_compiled(graph, surgeon, losses):
+        return False
     watchful = surgeon.settings.nonfinite != "propagate"
     aside = Aside(surgeon.parameters())
     try:
         penalty = Row()
         if plain is not None and plain.requires_grad:
-            torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+            watch = Watch([plain, *losses.values()])
+            with advise():
+                torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+            watch.check(plain, "plain=")
             penalty = aside.lift()
-        _check_can_tell(graph := map_of(list(losses.values()), surgeon.settings.shared or ()), surgeon)
-        _weighted_backward(losses, weights, gradient, graph, retain_graph or watchful)
+        with advise():
+            _weighted_backward(losses, weights, gradient, graph, retain_graph or watchful)
         result = aside.lift()
     except BaseException:
         aside.restore()
@@ -163,3 +171,29 @@ def _check_can_tell(graph: Map, surgeon: Surgeon) -> None:
             f"{tuple(strangers[0].shape)}): these take the plain sum, the others the weighted one, and that is two "
             "backward passes. Leave out shared=, or refresh_every="
         )
+
+
+def _knows_compiled(graph: Map, surgeon: Surgeon, losses: Mapping[str, Tensor]) -> bool:
+    """Return whether it is known who reaches the parameters inside compiled graphs that several losses reach.
+
+    Raises:
+        MultiTaskError: One of them is a head's, which the one pass would weigh like what is shared.
+    """
+    ours = set(map(id, surgeon.parameters()))
+    for node in graph.common:
+        if type(node).__name__ != "CompiledFunctionBackward":
+            continue
+        for after, _ in node.next_functions:
+            leaf = None if after is None else leaf_of(after)
+            if leaf is None or id(leaf) not in ours:
+                continue
+            known = surgeon.capture.reach.count(leaf, losses)
+            if known == 0:  # a resumed program, before its first surgery
+                return False
+            if known == 1:
+                raise MultiTaskError(
+                    f"a parameter of shape {tuple(leaf.shape)} that one task alone reaches lies inside one compiled "
+                    "graph with what tasks share, where refresh_every= cannot leave it its plain gradient: compile "
+                    "the shared part and the heads apart, or leave out refresh_every="
+                )
+    return True

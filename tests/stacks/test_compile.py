@@ -212,3 +212,27 @@ def test_without_anything_compiled_a_graph_may_be_retained_in_a_task_block():
         with optimizer.task("left"):
             losses["left"].backward(retain_graph=True)
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_refresh_every_with_a_compiled_trunk():
+    gradsurg.prepare_compile()
+    model, other, optimizer, reference = pair(refresh_every=3)
+    model.trunk = torch.compile(model.trunk, backend="aot_eager")
+    for batch in range(4):
+        train(optimizer, model.losses, batch)
+        train(reference, other.losses, batch)
+        assert optimizer.report.level == reference.report.level
+    assert equal_weights(model, other)
+
+
+def test_refresh_every_refuses_heads_inside_the_graph():
+    # One pass would weigh a head's gradient like the trunk's, and in the steps that find weights it is plain.
+    gradsurg.prepare_compile()
+    model, _, optimizer, _ = pair(refresh_every=3)
+    losses = everything(model.losses)
+    train(optimizer, losses, 0)
+    optimizer.zero_grad()
+    given = losses(1)
+    with pytest.raises(gradsurg.MultiTaskError, match="compile the shared part and the heads apart"):
+        optimizer.backward(given)
+    assert all(p.grad is None for p in trained(model))
