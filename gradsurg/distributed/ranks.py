@@ -38,8 +38,11 @@ class Ranks:
 
     def know_early(self, parameters: Sequence[Tensor]) -> None:
         """Register hooks before the first forward pass, where this torch has no other way."""
-        if several_ranks() and not hasattr(torch._C._distributed_c10d.Reducer, "_reset_state"):
-            self._early = self._replicas(parameters)
+        if several_ranks():
+            from gradsurg.distributed import reducer
+
+            if not hasattr(torch._C._distributed_c10d.Reducer, reducer.RESET):
+                self._early = self._replicas(parameters)
 
     def layout(self, parameters: Sequence[Tensor]) -> Layout:
         """Return how these parameters are spread.
@@ -47,7 +50,7 @@ class Ranks:
         Raises:
             MultiTaskError: Several ranks, and nothing that keeps plain parameters equal; or something unsupported.
         """
-        if not several_ranks():
+        if not several_ranks() and not _is_sharded(parameters):
             self._layout, self._key = None, ()
             return ALONE
         key, group = tuple(map(id, parameters)), torch.distributed.group.WORLD
@@ -61,9 +64,7 @@ class Ranks:
         return not isinstance(self._layout, Slices) or all(replica.alive for replica in self._layout.replicas)
 
     def _find(self, parameters: Sequence[Tensor]) -> Layout:
-        from torch.distributed.tensor import DTensor
-
-        if any(isinstance(p, DTensor) for p in parameters):
+        if _is_sharded(parameters):
             from gradsurg.distributed.shards import Shards
 
             return Shards(parameters, self._named())
@@ -110,6 +111,15 @@ class Ranks:
 
     def _named(self) -> nn.Module | None:
         return None if self._model is None else self._model()
+
+
+def _is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether there are DTensors; one rank may have them too, on a mesh of its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in parameters)
 
 
 def _first_position(parameters: Sequence[Tensor]) -> Any:

@@ -19,6 +19,7 @@ from gradsurg.errors import MultiTaskError
 __all__ = ["Replica"]
 
 
+RESET = "_reset_state"  # of the reducer; private
 ENQUEUED = "_static_graph_delay_allreduce_enqueued"  # an attribute of DDP modules with a static graph only
 
 
@@ -32,7 +33,7 @@ class Replica:
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = weakref.ref(module)
-        self._cancels = hasattr(module.reducer, "_reset_state")
+        self._cancels = hasattr(module.reducer, RESET)
         self._seen_forward = self._cancels
         self._armed: bool | None = None
         if not self._cancels:
@@ -69,7 +70,7 @@ class Replica:
     def cancel(self) -> None:
         """Cancel what forward() told the reducer to expect; hooks of backward passes then do nothing."""
         if self._cancels:
-            self.module.reducer._reset_state()
+            getattr(self.module.reducer, RESET)()
         elif not self._seen_forward:
             raise MultiTaskError(
                 "this version of torch cannot cancel the reduction that DDP prepared in forward(): pass the DDP module "

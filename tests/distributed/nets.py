@@ -61,10 +61,10 @@ def build(kind: Callable[[], nn.Module] = Net) -> nn.Module:
     return kind()
 
 
-def optimizer_of(model: nn.Module, name: str = "AdamW", **options: Any) -> gradsurg.MultiTaskOptimizer:
+def optimizer_of(net: nn.Module, name: str = "AdamW", **options: Any) -> gradsurg.MultiTaskOptimizer:
     """Return a wrapped optimizer; SGD has momentum."""
     arguments: dict[str, Any] = {"SGD": {"lr": 0.05, "momentum": 0.9}, "AdamW": {"lr": 0.02}}[name]
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in net.parameters() if p.requires_grad]
     return gradsurg.wrap(getattr(torch.optim, name)(parameters, **arguments), **options)
 
 

@@ -1,0 +1,106 @@
+"""What is promised over several ranks besides equality: traffic, the guarantee, methods, checkpoints."""
+
+import pytest
+import torch
+from distributed import jobs_more, nets
+
+import gradsurg
+
+
+@pytest.mark.parametrize("guarantee", ["gradient", "update"])
+def test_bytes_on_the_wire(ranks, guarantee):
+    """(m + 1) P and m x m numbers, one collective a task and dtype; once more P where the update is projected."""
+    m = 3
+    for step in ranks(2).run(jobs_more.wire, guarantee):
+        trunk, heads = step["numbers"]
+        numbers = trunk + heads
+        large = [(name, size) for name, size in step["record"] if size > 4 * 200]
+        scattered = [size for name, size in large if name == "reduce_scatter"]
+        gathered = [size for name, size in large if name == "all_gather"]
+        padding = 4 * 2 * 20  # every parameter is filled up to a multiple of the ranks
+        assert len(scattered) == m
+        assert sum(scattered) <= 4 * (m * trunk + heads) + m * padding
+        assert len(gathered) == (2 if step["corrected"] else 1)
+        assert sum(gathered) <= len(gathered) * (4 * numbers + padding)
+        assert sum(size for _, size in large) <= 4 * (m + 1) * numbers + 4 * numbers * step["corrected"] + 5 * padding
+        assert [name for name, _ in large if name == "all_reduce"] == []
+        small = sum(size for name, size in step["record"] if (name, size) not in large)
+        assert small <= 8 * (2 * m * m + 6 * m + 20) + 4 * (m + 2) * 14 + 2 * 3 * 8
+
+
+def test_rows_travel_while_the_next_task_runs(ranks):
+    for events in ranks(2).run(jobs_more.flight):
+        assert events == ["task0", "send", "task1", "send", "task2", "send", "wait", "wait", "wait"]
+
+
+@pytest.mark.parametrize("surgery", ["cone", "sum"])
+def test_the_update_hurts_no_task_of_the_whole_batch(ranks, surgery):
+    assert min(ranks(2).run(jobs_more.movement, surgery)) >= -1e-4
+
+
+# GradDrop draws a number for each number of the gradient, and every owner draws for its own; Krum of three tasks takes
+# one of the two that are nearest to each other, whose scores are equal but for rounding.
+ALIKE = ["graddrop", "krum"]
+METHODS = [
+    *({"surgery": each.name} for each in gradsurg.methods() if each.kind == "surgery" and each.name not in ALIKE),
+    *({"normalize": each.name} for each in gradsurg.methods() if each.kind == "normalizer"),
+    {"granularity": "tensor"},
+    {"granularity": "group"},
+    {"primary": "task1", "auxiliary": "help"},
+    {"preferences": {"task0": 2.0}},
+    {"nonfinite": "raise"},
+]
+NEED_MORE = {"prior_loss"}  # needs priors
+
+
+@pytest.mark.parametrize("options", [each for each in METHODS if each.get("normalize") not in NEED_MORE], ids=str)
+def test_every_method_does_what_it_does_alone(ranks, options):
+    """Random ones draw from (seed, step), which are the same on every rank."""
+    options = {"guarantee": "none", **options}
+    results = ranks(2).run(jobs_more.method, options)
+    nets.equal_everywhere([state for state, _ in results])
+    alone, report = jobs_more.method_alone(options)
+    nets.assert_close(results[0][0], alone, 2e-5)
+    assert all(torch.equal(other.weights, results[0][1].weights) or other.weights.isnan().all() for _, other in results)
+    assert results[0][1].tasks == report.tasks
+
+
+@pytest.mark.parametrize("surgery", ALIKE)
+def test_all_ranks_do_the_same(ranks, surgery):
+    results = ranks(2).run(jobs_more.method, {"surgery": surgery, "guarantee": "gradient"})
+    nets.equal_everywhere([state for state, _ in results])
+    assert torch.equal(results[0][1].gramian, results[1][1].gramian)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(ranks, kind, tmp_path):
+    folder = str(tmp_path)
+    ranks(2).run(jobs_more.checkpointed, kind, folder, 0, 3)
+    uninterrupted = uninterrupted_alone()
+    for count in (1, 2, 4):
+        results = ranks(count).run(jobs_more.checkpointed, kind, folder, 3, 6)
+        nets.equal_everywhere([state for state, _ in results])
+        nets.assert_close(results[0][0], uninterrupted, 1e-5)
+        assert all(entry["step"] == 6 for _, entry in results)
+
+
+def uninterrupted_alone():
+    model = nets.build(nets.Shared)
+    optimizer = nets.optimizer_of(model, surgery="pcgrad", normalize="generalized_mean")
+    for step in range(6):
+        optimizer.zero_grad()
+        optimizer.total(model(*nets.batch(step))).backward()
+        optimizer.step()
+    return nets.state_of(model)
+
+
+def test_functions_instead_of_losses(ranks):
+    results = ranks(2).run(jobs_more.functions)
+    nets.equal_everywhere(results)
+
+
+def test_a_torch_that_cannot_cancel(ranks):
+    results = ranks(2).run(jobs_more.without_reset)
+    nets.equal_everywhere(results)
+    named = ranks(2).run(jobs_more.functions)
+    nets.assert_close(results[0], named[0])
