@@ -9,6 +9,7 @@ time, others no longer; exits with 1 where one does.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import statistics
 import sys
 import time
@@ -16,12 +17,11 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torchjd
 import torchjd.aggregation as peer
 from torch import Tensor
 
 import gradsurg
-from benchmarks.record import conditions
+from benchmarks.record import conditions, record
 from gradsurg.surgery import PCD, CAGrad, FairGrad, GradVac, Krum, MoDo, SDMGrad, Surgery
 
 Call = Callable[[Tensor, Tensor], object]
@@ -98,10 +98,14 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = [(J, J @ J.T) for J in matrices(options.tasks, options.parameters, 50)]
-    print(f"{conditions()}, torchjd {getattr(torchjd, '__version__', '?')}, 1 thread")
-    print(f"{options.tasks} tasks, {options.parameters} parameters, float64; medians in µs\n")
-    print(f"| {'method':12} | {'gradsurg':>9} | {'torchjd':>9} | {'ours / theirs':>13} | allowed |")
-    print(f"| {'-' * 12} | {'-' * 8}: | {'-' * 8}: | {'-' * 12}: | {'-' * 6}: |")
+    lines = [
+        f"torchjd {importlib.metadata.version('torchjd')}, 1 thread; {options.tasks} tasks, {options.parameters} parameters, "
+        "float64; medians in µs",
+        "",
+        f"| {'method':12} | {'gradsurg':>9} | {'torchjd':>9} | {'ours / theirs':>13} | allowed |",
+        f"| {'-' * 12} | {'-' * 8}: | {'-' * 8}: | {'-' * 12}: | {'-' * 6}: |",
+    ]
+    print("\n".join(lines))
     slow = []
     for name, (surgery, theirs) in peers(options.tasks).items():
 
@@ -112,11 +116,12 @@ def main() -> int:
 
         mine, other = medians(ours, theirs, data, options.seconds)
         allowed = 0.2 if name in SMOOTH else 1.0
-        print(f"| {name:12} | {mine:9.0f} | {other:9.0f} | {mine / other:13.2f} | {allowed:7.1f} |", flush=True)
+        lines.append(f"| {name:12} | {mine:9.1f} | {other:9.1f} | {mine / other:13.2f} | {allowed:7.1f} |")
+        print(lines[-1], flush=True)
         if mine > allowed * other:
             slow.append(name)
-    if slow:
-        print(f"\nslower than allowed: {', '.join(slow)}")
+    lines += ["", f"slower than allowed: {', '.join(slow) or 'none'}"]
+    print(f"{lines[-1]}\n\n{conditions()}\n{record('methods', chr(10).join(lines))}")
     return bool(slow)
 
 
