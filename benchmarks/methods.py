@@ -99,8 +99,8 @@ def main() -> int:
     torch.set_num_threads(1)
     data = [(J, J @ J.T) for J in matrices(options.tasks, options.parameters, 50)]
     lines = [
-        f"torchjd {importlib.metadata.version('torchjd')}, 1 thread; {options.tasks} tasks, {options.parameters} parameters, "
-        "float64; medians in µs",
+        f"torchjd {importlib.metadata.version('torchjd')}, 1 thread; {options.tasks} tasks, {options.parameters} "
+        "parameters, float64; medians in µs",
         "",
         f"| {'method':12} | {'gradsurg':>9} | {'torchjd':>9} | {'ours / theirs':>13} | allowed |",
         f"| {'-' * 12} | {'-' * 8}: | {'-' * 8}: | {'-' * 12}: | {'-' * 6}: |",
