@@ -5,7 +5,22 @@ import sys
 
 import pytest
 
-OPTIONAL = ["matplotlib", "sklearn", "scipy", "quadprog", "torchjd", "tqdm", "triton", "hypothesis"]
+OPTIONAL = [
+    "accelerate",
+    "ignite",
+    "lightning",
+    "snownlp",
+    "tensorboard",
+    "transformers",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "quadprog",
+    "torchjd",
+    "tqdm",
+    "triton",
+    "hypothesis",
+]
 
 
 def test_bare_import_with_warnings_as_errors():

@@ -159,3 +159,29 @@ def test_distributed_checkpoints_on_disk(tmp_path):
     run(resumed, other, range(3, 6))
     assert equal_weights(model, resumed)
     assert same(copy.deepcopy(optimizer.state_dict()), other.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_a_distributed_checkpoint_of_the_bare_optimizer_loads(tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, other = twins()
+    plain = torch.optim.Adam(model.parameters(), lr=0.01)
+    sum(model.losses(0).values()).backward()
+    plain.step()
+    plain.zero_grad()
+    weights, state = get_state_dict(model, plain)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    optimizer = gradsurg.wrap(torch.optim.Adam(other.parameters(), lr=0.5))
+    weights, state = get_state_dict(other, optimizer)
+    loaded = {"model": weights, "optimizer": state}
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)  # as docs/compatibility.md says
+    checkpoint.load(loaded, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    set_state_dict(other, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for o, m in [(plain, model), (optimizer, other)]:
+        loss = sum(m.losses(1).values())
+        (o.total([loss]) if o is optimizer else loss).backward()
+        o.step()
+    assert equal_weights(model, other)
+    assert optimizer.param_groups[0]["lr"] == 0.01
