@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.cache import Cache
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.metrics import Numbers, changes, delta_by_task
 from benchmarks.quality.problems import Problem, problem
-from benchmarks.quality.search import GRID, SINGLE, Trial, config, single, trials
+from benchmarks.quality.search import GRID, SINGLE, Trial, config, single, trials, weighted
 
 __all__ = ["FIRST", "Outcome", "Results"]
 
@@ -51,18 +52,32 @@ class Results:
     def trial(self, name: str, method: str) -> Trial | None:
         """Return the trial that validation chose with the first seed, None as long as some are missing."""
         if (name, method) not in self._chosen:
-            p = self.problems[name]
-            scored = []
-            for trial in trials(method, tuple(p.tasks), self.grid):
-                entry = self.cache.get(config(p, method, trial, FIRST))
-                if entry is None:
-                    return None
-                best = self._checkpoint(p, method, entry, FIRST)
-                if best is None:
-                    return None
-                scored.append((best[1], trial))
-            self._chosen[name, method] = min(scored, key=lambda pair: pair[0])[1]
+            found, complete = self.trials(name, method)
+            best = self._best(name, method, found) if complete else None
+            if best is None:
+                return None
+            self._chosen[name, method] = best
         return self._chosen[name, method]
+
+    def trials(self, name: str, method: str) -> tuple[list[Trial], bool]:
+        """Return a method's trials as far as they are known, and whether that is all of them."""
+        plain = trials(method, self.grid)
+        best = self._best(name, method, plain) if method in METHODS and METHODS[method].searches_weights else plain[0]
+        if best is None:
+            return plain, False
+        return plain + weighted(method, tuple(self.problems[name].tasks), best, self.grid), True
+
+    def _best(self, name: str, method: str, of: Sequence[Trial]) -> Trial | None:
+        """Return the trial that is best on validation with the first seed, None as long as some are missing."""
+        p = self.problems[name]
+        scored = []
+        for trial in of:
+            entry = self.cache.get(config(p, method, trial, FIRST))
+            best = entry and self._checkpoint(p, method, entry, FIRST)
+            if not best:
+                return None
+            scored.append((best[1], trial))
+        return min(scored, key=lambda pair: pair[0])[1]
 
     def outcome(self, name: str, method: str, seed: int) -> Outcome | None:
         """Return a method's result with a seed, None where it is not there yet."""

@@ -23,7 +23,7 @@ class Method:
         title: As in the report.
         group: "baselines", "normalisers alone", "surgeries alone", "gradsurg" or "primary".
         options: Problem -> keyword arguments of gradsurg.wrap; None for a bare optimizer and a weighted sum.
-        searches_weights: Whether each trial draws static weights too.
+        searches_weights: Whether part of the trials are with static weights that are drawn.
         wide: Whether to take the problem's larger model.
         trials: How many times the common budget of trials it gets.
     """
@@ -108,7 +108,7 @@ TIERS = (
     ("cone_update", "norm_sum_update", "mgda", "cagrad", "nash_mtl", "loss", "uncertainty", "protect"),
 )
 # What the two-minute subset runs.
-SUBSET = (SUM, STATIC, "norm", "pcgrad", "cone", DEFAULT, "help")
+SUBSET = (SUM, "norm", "uncertainty", "pcgrad", "cone", DEFAULT, "help")
 
 
 def methods_for(problem: Problem) -> list[Method]:

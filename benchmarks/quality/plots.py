@@ -13,7 +13,7 @@ from benchmarks.quality.cache import Cache
 from benchmarks.quality.choose import FIRST, Results
 from benchmarks.quality.methods import DEFAULT, SUM
 from benchmarks.quality.metrics import half_width, spread
-from benchmarks.quality.search import config, trials
+from benchmarks.quality.search import config
 from benchmarks.quality.summary import Row, Summary
 
 __all__ = ["plot"]
@@ -85,6 +85,8 @@ def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
         ):
             metrics = p.tasks[task].metrics
             set_label(metrics[0].title if len(metrics) == 1 else f"{task}, mean RMSE % of σ")
+            ends = _ends([_score(row, task)[0] for row in summary.rows.values()], metrics[0].higher)
+            (axis.set_xlim if task == a else axis.set_ylim)(*ends)
             if not metrics[0].higher:
                 invert()  # better is always right and up
     handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -92,6 +94,15 @@ def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
     figure.suptitle(f"{p.name}: test scores, mean ± sd over seeds; better is right and up", fontsize=10)
     figure.tight_layout()
     return _save(figure, path)
+
+
+def _ends(values: Sequence[float], higher: bool) -> tuple[float, float]:
+    """Return the limits of an axis that leave out the worst tenth: one failed method must not squeeze the others."""
+    known = sorted(v for v in values if math.isfinite(v))
+    cut = len(known) // 10
+    low, high = (known[cut], known[-1]) if higher else (known[0], known[len(known) - 1 - cut])
+    room = 0.12 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def _point(axis: Any, name: str, row: Row, x: float, y: float, dx: float, dy: float) -> None:
@@ -111,7 +122,7 @@ def _static_trials(cache: Cache, name: str) -> list[Any]:
     results = Results(cache, [name])
     p = results.problems[name]
     found = []
-    for trial in trials("static_3", tuple(p.tasks)):
+    for trial in results.trials(name, "static_3")[0]:
         entry = cache.get(config(p, "static_3", trial, FIRST))
         test = results.scores(name, "static_3", entry, FIRST) if entry else None
         if test:
@@ -145,9 +156,12 @@ def _against_sum(summaries: Sequence[Summary], path: Path) -> Path:
         reach = 2.5 * middle[int(0.8 * (len(middle) - 1))] + 1 if middle else 1
         axis.set_xlim(-reach, reach)
         axis.set_ylim(-1, len(found))
-        axis.set_title(f"{summary.problem.name} ({len(base.outcomes)} seeds)", fontsize=9)
+        axis.set_title(f"{summary.problem.name}, seeds: {len(base.outcomes)}", fontsize=9)
         axis.set_xlabel("Δm less the plain sum's\n(% points; left is better)", fontsize=8)
-    figure.suptitle("Difference to the plain sum on the same seeds, with 95 % confidence intervals", fontsize=10)
+    figure.suptitle(
+        "Difference to the plain sum on the same seeds, with 95 % confidence intervals where there are several",
+        fontsize=10,
+    )
     figure.tight_layout()
     return _save(figure, path)
 

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.cache import Cache
@@ -20,11 +21,14 @@ from benchmarks.record import RESULTS, conditions
 
 __all__ = ["report"]
 
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures" / "quality"  # docs/when-it-helps.md shows them
+
 HOW = """\
-AdamW, cosine schedule. Every method has {trials} trials: learning rates {rates} × weight decays {decays}; for tuned
-static weights each trial also draws weights (log-uniform, 0.1 to 10). The trial is chosen with the first seed and the
-best of {checkpoints} checkpoints of each run with every seed, both on validation; test is only reported. Single-task
-runs have the same search and choose by their own task.
+AdamW, cosine schedule. Every method has {trials} trials: learning rates {rates} × weight decays {decays}. Tuned static
+weights spend half of theirs as the plain sum over the learning rates, the other half on drawn weights (log-uniform, 0.1
+to 10) at the best of these; the longer search has all of the sum's trials and twice as many draws. The trial is chosen
+with the first seed and the best of {checkpoints} checkpoints of each run with every seed, both on validation; test is
+only reported. Single-task runs have the same search and choose by their own task.
 
 Δm is the mean relative change against the single-task run of the same seed, in percent: **lower is better, negative is
 better than single-task runs**. "By task" gives each task one vote, "by metric" each metric. "Against the sum" is Δm by
@@ -56,7 +60,7 @@ def report(cache: Cache, names: Sequence[str], seeds: int) -> str:
     text = "\n".join(part for part in parts if part)
     path = RESULTS / f"quality-{dt.date.today()}.md"
     path.write_text(text, encoding="utf-8")
-    drawn = plot(cache, summaries, RESULTS / "quality")
+    drawn = plot(cache, summaries, PICTURES)
     return f"{text}\n{path}\n" + "\n".join(map(str, drawn))
 
 

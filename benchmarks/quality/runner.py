@@ -15,7 +15,7 @@ import torch
 from benchmarks.quality.choose import FIRST, Results
 from benchmarks.quality.methods import TIERS, methods_for, tier
 from benchmarks.quality.problems import problem
-from benchmarks.quality.search import config, single, trials
+from benchmarks.quality.search import config, single
 from benchmarks.quality.train import run
 
 __all__ = ["planned", "share", "work"]
@@ -27,7 +27,7 @@ def planned(results: Results, methods: Sequence[str] | None, seeds: int) -> Iter
     """Yield every run, tier by tier of methods, in each with seeds outermost.
 
     So after each seed a complete table of a tier exists. With the first seed all trials; with the others the chosen
-    trial, None where the choice cannot be made yet.
+    trial. None stands for runs that cannot be named yet.
     """
     for now, seed in itertools.product(range(len(TIERS) + 1), range(FIRST, FIRST + seeds)):
         for name, p in results.problems.items():
@@ -35,7 +35,10 @@ def planned(results: Results, methods: Sequence[str] | None, seeds: int) -> Iter
             rows = [row for row in rows if tier(row) == now]
             for row in [*(map(single, p.judged) if now == 0 else ()), *rows]:
                 if seed == FIRST:
-                    yield from (config(p, row, trial, seed) for trial in trials(row, tuple(p.tasks), results.grid))
+                    known, complete = results.trials(name, row)
+                    yield from (config(p, row, trial, seed) for trial in known)
+                    if not complete:
+                        yield None
                 else:
                     trial = results.trial(name, row)
                     yield config(p, row, trial, seed) if trial else None

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.problems import Problem
 
-__all__ = ["GRID", "SINGLE", "Trial", "config", "single", "trials"]
+__all__ = ["GRID", "SINGLE", "Trial", "config", "single", "trials", "weighted"]
 
 RATES = (3e-3, 1e-2, 3e-2)
 DECAYS = (0.01, 0.5)  # AdamW's weight_decay
@@ -35,22 +35,32 @@ def single(task: str) -> str:
     return SINGLE + task
 
 
-def trials(method: str, tasks: Sequence[str], grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:
+def trials(method: str, grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:
     """Return a method's trials over a grid of learning rates and weight decays.
 
-    For static weights each trial has weights of its own, in proportions from 0.1 to 10, of mean 1.
+    Static weights start as the plain sum: in half of the common budget, those of the smallest decay; in the longer
+    search, all of it. The rest of their budget is `weighted`, around the best of these.
+    """
+    found: Method | None = METHODS.get(method)
+    if found is not None and found.searches_weights and found.trials == 1:
+        grid = [point for point in grid if point[1] == min(decay for _, decay in grid)]
+    return [Trial(rate, decay) for rate, decay in grid]
 
-    They are drawn by a generator of their own from a fixed seed, so that the search can be resumed, and the longer
-    search begins with the shorter one's.
+
+def weighted(method: str, tasks: Sequence[str], best: Trial, grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:
+    """Return the second half of a search for static weights: the best plain trial with weights that are drawn.
+
+    In proportions from 0.1 to 10, with mean 1, by a generator of their own from a fixed seed, so that a search can be
+    resumed. Empty for methods without static weights.
     """
     found: Method | None = METHODS.get(method)
     if found is None or not found.searches_weights:
-        return [Trial(rate, decay) for rate, decay in grid]
+        return []
     draw = random.Random(0)
     points = []
-    for rate, decay in tuple(grid) * found.trials:
+    for _ in range(len(grid) * found.trials - len(trials(method, grid))):
         raw = [10 ** draw.uniform(-1, 1) for _ in tasks]
-        points.append(Trial(rate, decay, tuple(round(w * len(raw) / sum(raw), 4) for w in raw)))
+        points.append(Trial(best.rate, best.decay, tuple(round(w * len(raw) / sum(raw), 4) for w in raw)))
     return points
 
 

@@ -12,6 +12,7 @@ from benchmarks.quality.choose import FIRST, Results
 from benchmarks.quality.methods import DEFAULT, METHODS, SUBSET, SUM, methods_for
 from benchmarks.quality.metrics import delta_by_task
 from benchmarks.quality.runner import planned, work
+from benchmarks.record import conditions
 
 __all__ = ["broken", "subset"]
 
@@ -36,6 +37,7 @@ def subset(names: Sequence[str]) -> int:
                     wrong += [f"{name}, {method.title}: {what}" for what in broken(method.name, entry, bool(p.primary))]
                 elif method.name in SUBSET:
                     wrong.append(f"{name}, {method.title}: no result")
+    print(f"\n{conditions()}; one trial (rate {GRID[0][0]:g}, decay {GRID[0][1]:g}), one seed")
     print("\n".join(["", *(f"WRONG: {what}" for what in wrong)] if wrong else ["", "all checks hold"]))
     return bool(wrong)
 

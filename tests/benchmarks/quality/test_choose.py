@@ -10,7 +10,7 @@ from benchmarks.quality.methods import METHODS, methods_for
 from benchmarks.quality.metrics import delta_by_task
 from benchmarks.quality.problems import problem
 from benchmarks.quality.runner import planned, work
-from benchmarks.quality.search import GRID, config, single, trials
+from benchmarks.quality.search import GRID, Trial, config, single, trials, weighted
 from benchmarks.quality.summary import gather
 
 TASKS = ("left", "right", "pixels")
@@ -23,7 +23,7 @@ def filled(tmp_path, scores, seeds=1):
     for seed in range(seeds):
         for method in [*map(single, TASKS), "sum", "cone"]:
             width = 1 if method.startswith("single") else 3
-            for k, trial in enumerate(trials(method, TASKS)):
+            for k, trial in enumerate(trials(method)):
                 valid, test = scores(method, k, seed)
                 looks = {"valid": [[v] * width for v in valid], "test": [[t] * width for t in test]}
                 cache.append(config(p, method, trial, seed), {**looks, "gradient": 0.1, "update": 0.2, "cpu_ms": 1.0})
@@ -38,7 +38,7 @@ def test_the_best_trial_and_checkpoint_on_validation_are_taken_whatever_test_say
         return ([95, 60], [40, 99]) if k == 3 else ([80, 90], [98, 99])
 
     results = filled(tmp_path, scores)
-    assert results.trial("digits", "cone") == trials("cone", TASKS)[3]
+    assert results.trial("digits", "cone") == trials("cone")[3]
     outcome = results.outcome("digits", "cone", 0)
     assert outcome.test == {task: [40] for task in TASKS}
     assert delta_by_task(outcome.relative) == pytest.approx(60)
@@ -51,7 +51,7 @@ def test_a_run_that_broke_down_is_never_chosen_and_hides_nothing(tmp_path):
         return [50], [50]
 
     results = filled(tmp_path, scores)
-    assert results.trial("digits", "cone") == trials("cone", TASKS)[5]
+    assert results.trial("digits", "cone") == trials("cone")[5]
     results = filled(tmp_path / "all", lambda method, k, seed: ([None], [None]) if method == "cone" else ([50], [50]))
     assert delta_by_task(results.outcome("digits", "cone", 0).relative) == math.inf
 
@@ -81,16 +81,30 @@ def test_nothing_is_concluded_before_a_search_is_complete(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_have_the_same_number_of_trials(method):
-    found = trials(method, TASKS)
+    drawn = weighted(method, TASKS, Trial(0.01, 0.5))
+    found = trials(method) + drawn
     assert len(set(found)) == len(found) == len(GRID) * METHODS[method].trials
     assert (METHODS[method].trials == 1) or method == "static_3"
-    for trial in found:
-        assert (trial.weights is not None) == METHODS[method].searches_weights
-        assert trial.weights is None or sum(trial.weights) == pytest.approx(3, abs=1e-3)
+    assert bool(drawn) == METHODS[method].searches_weights
+    for trial in drawn:
+        assert (trial.rate, trial.decay) == (0.01, 0.5)
+        assert sum(trial.weights) == pytest.approx(3, abs=1e-3)
 
 
-def test_the_longer_search_begins_with_the_shorter_one():
-    assert trials("static_3", TASKS)[: len(GRID)] == trials("static", TASKS)
+def test_static_weights_are_searched_around_the_best_plain_trial(tmp_path):
+    def scores(method, k, seed):
+        return ([70 if k == 4 else 50], [50])
+
+    results = filled(tmp_path, scores)
+    (p, (plain, complete)) = problem("digits"), results.trials("digits", "static")
+    assert complete
+    assert [t.weights for t in plain] == [None] * 3 + [w.weights for w in plain[3:]]
+    assert {(t.rate, t.decay) for t in plain[3:]} == {GRID[4]}
+    assert results.trial("digits", "static") is None  # the drawn ones have not run
+    for k, trial in enumerate(plain[3:]):
+        looks = {"valid": [[60 + 10 * k] * 3], "test": [[1] * 3], "gradient": 0.0, "update": 0.0}
+        results.cache.append(config(p, "static", trial, 0), looks)
+    assert results.trial("digits", "static") == plain[5]
 
 
 def test_rows_with_a_primary_task_only_where_there_is_one():
