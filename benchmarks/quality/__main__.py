@@ -23,7 +23,7 @@ def main() -> int:
         "--subset", action="store_true", help="two minutes, in a cache of its own; fails where a promise is broken"
     )
     parser.add_argument("--report", action="store_true", help="tables and plots from the cache; one dated result file")
-    parser.add_argument("--times", action="store_true", help="measure the time of a step, on an otherwise idle machine")
+    parser.add_argument("--times", action="store_true", help="measure the time of a step")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))

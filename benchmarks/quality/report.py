@@ -175,7 +175,7 @@ def _times(summaries: Sequence[Summary]) -> str:
         cells = [f"{t:.2f} ({t / b:.1f} ×)" if t and b else "" for t, b in zip(found, bases, strict=True)]
         lines.append([title, *cells])
     head = ["method", *(s.problem.name for s in summaries)]
-    how = f"Wall time: medians of steps, in turns in one process, one thread. {kept['conditions']}.\n\n"
+    how = f"Processor time: medians of steps, in turns in one process, one thread. {kept['conditions']}.\n\n"
     return "## Step time in ms (times that of the plain sum)\n\n" + how + _table(head, lines)
 
 
