@@ -71,6 +71,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _plus_minus(values: Sequence[float], digits: int = 1) -> str:
     mean, deviation = spread(values)
+    if len(values) == 1 and math.isfinite(mean):
+        return f"{mean:.{digits}f}"  # one seed has no spread, and "± 0" would claim one
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if math.isfinite(mean) else "failed"
 
 
