@@ -85,13 +85,17 @@ def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
         ):
             metrics = p.tasks[task].metrics
             set_label(metrics[0].title if len(metrics) == 1 else f"{task}, mean RMSE % of σ")
-            ends = _ends([_score(row, task)[0] for row in summary.rows.values()], metrics[0].higher)
+            alone = [fmean(seed) for seed in summary.single.get(task, [])]
+            ends = _ends([_score(row, task)[0] for row in summary.rows.values()] + alone, metrics[0].higher)
             (axis.set_xlim if task == a else axis.set_ylim)(*ends)
             if not metrics[0].higher:
                 invert()  # better is always right and up
     handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    figure.suptitle(f"{p.name}: test scores, mean ± sd over seeds; better is right and up", fontsize=10)
+    figure.suptitle(
+        f"{p.name}: test scores, mean ± sd over seeds; better is right and up; the worst tenth lies outside",
+        fontsize=10,
+    )
     figure.tight_layout()
     return _save(figure, path)
 
