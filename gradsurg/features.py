@@ -21,6 +21,7 @@ from gradsurg.compiled import Watch, advise, anything_compiled
 from gradsurg.errors import MultiTaskError
 from gradsurg.graph import Edge, edge_of, leaves_past
 from gradsurg.losses import seed_of
+from gradsurg.onboard.report import settled
 from gradsurg.operation import Patient, operate
 from gradsurg.report import Report
 from gradsurg.rows import Row, TaskRows, added
@@ -102,12 +103,13 @@ def run_on_features(
         reached = list(outcome.gradients.items())
         if reached:
             torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=retain_graph)
-        result = _joined(aside.lift(), own, rows, _weights(outcome.report, settings))
+        report = settled(outcome.report)
+        result = _joined(aside.lift(), own, rows, _weights(report, settings))
     except BaseException:
         aside.restore()
         raise
     aside.add(penalty, result)
-    surgeon.record(replace(outcome.report, level="features"), outcome.state)
+    surgeon.record(replace(report, level="features"), outcome.state)
 
 
 def _settings(settings: Settings, features: list[Tensor]) -> Settings:

@@ -24,7 +24,8 @@ __all__ = ["History"]
 class History:
     """Records every k-th step of a wrapped optimizer, on its device, in bounded memory.
 
-    A hook on step() copies the few m x m numbers of the report; nothing waits for a GPU before `reports` or `save`.
+    A hook on step() copies the few m x m numbers of the report; nothing waits for a GPU before `reports` or
+    `save`, but where its kernels did the step: then every step that is recorded waits for its report.
     When the memory is used up, every second record is dropped and `every` doubled: the whole run stays in view, in
     less detail. Task sets may change from step to step. Under several ranks each has a history of its own, and they
     differ in nothing but the losses: recording sends nothing over the network, so one rank's is enough.
@@ -127,11 +128,11 @@ class History:
 
     def _after_step(self, optimizer: MultiTaskOptimizer) -> None:
         surgeon = optimizer._gradsurg
-        report = surgeon.report
-        if surgeon.stepped or report is None or report is self._last:
+        latest = surgeon.latest
+        if surgeon.stepped or latest is None or latest is self._last:
             return  # others that share the rows have yet to step; or a step in which no surgery was done
-        if report.step % self.every == 0:
-            self.record(report)
+        if latest.step % self.every == 0:
+            self.record(surgeon.report)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

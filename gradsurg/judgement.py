@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from gradsurg.guarantee import Movement, guard
 from gradsurg.margin import Margin, attainable
 from gradsurg.pipeline import ROUNDING_QUICK
 from gradsurg.rows import Row, TaskRows
+
+if TYPE_CHECKING:
+    from gradsurg.onboard.report import LaterMovement
 
 __all__ = ["Judgement", "joined", "trained"]
 
@@ -44,7 +48,7 @@ class Judgement:
         mine = set(map(id, trained(optimizer)))
         return [p for block in self.blocks for p in block if id(p) in mine]
 
-    def hold(self, optimizer: Optimizer, before: Row) -> Movement | None:
+    def hold(self, optimizer: Optimizer, before: Row) -> Movement | LaterMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         sign = ByParameter(
             (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]

@@ -22,6 +22,7 @@ class Method:
         kind: "surgery" or "normalizer".
         paper: Who published it, and when.
         promise: What holds on every instance, in one line; of a normaliser, what it does.
+        waits: Whether a step on a CUDA device waits once for the host to find the weights (or scales).
         options: Name -> default of each option; an instance with others is passed in the name's place.
     """
 
@@ -29,6 +30,7 @@ class Method:
     kind: str
     paper: str
     promise: str
+    waits: bool
     options: dict[str, Any]
 
 
@@ -48,7 +50,7 @@ def methods() -> list[Method]:
 
 def _method(cls: Any, kind: str, promise: str) -> Method:
     options = {f.name: _default(f) for f in dataclasses.fields(cls)}
-    return Method(cls.name, kind, cls.paper, promise, options)
+    return Method(cls.name, kind, cls.paper, promise, cls.waits, options)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

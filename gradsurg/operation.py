@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.elementwise import blend, scales_of
 from gradsurg.gramian import Rows, combine, gramian
 from gradsurg.judgement import Judgement
+from gradsurg.kernels.dispatch import is_interpreted, path_of
 from gradsurg.pipeline import (
     CANCELLATION_GRAMIAN,
     CANCELLATION_SUM,
@@ -26,7 +28,10 @@ from gradsurg.rows import Row, TaskRows, added
 from gradsurg.settings import Settings
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
-__all__ = ["Outcome", "Patient", "operate"]
+if TYPE_CHECKING:
+    from gradsurg.onboard.report import LaterReport
+
+__all__ = ["Outcome", "Patient", "block_names", "operate", "plain_sum", "problem_of", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Outcome:
     """
 
     gradients: Row
-    report: Report
+    report: Report | LaterReport
     judgement: Judgement | None = None
     state: State | None = None
 
@@ -94,26 +99,48 @@ def operate(patient: Patient) -> Outcome:
         preference = patient.settings.preferences.get(name, 1.0)
         own.update(Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items()))
         return Outcome(own, _unmeasured(patient))
-    outcome = _operate_on(patient, _blocks(patient, shared))
+    blocks = _blocks(patient, shared)
+    if _path(patient, shared) == "triton":
+        from gradsurg.onboard.operation import operate_onboard
+
+        outcome = operate_onboard(patient, blocks)
+    else:
+        outcome = _operate_on(patient, blocks)
     outcome.gradients.update(own)
     return outcome
 
 
+def _path(patient: Patient, shared: list[Tensor]) -> str:
+    settings = patient.settings
+    if isinstance(settings.pipeline.surgery, ElementwiseSurgery) or settings.pipeline.margin:
+        return "torch"
+    if settings.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
+        return "torch"  # before anything is asked of every gradient
+    if patient.layout is not ALONE:
+        if settings.backend == "triton":
+            raise ValueError(
+                "backend='triton' cannot run: rows are reduced over several ranks, which the kernels do not do. Use "
+                "backend='auto' to fall back to torch."
+            )
+        return "torch"
+    return path_of(settings.backend, patient.rows.table(shared), shared)
+
+
 def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     tables: list[Rows] = [patient.rows.table(block) for block in blocks]
-    problem = _problem(patient, _gramians(patient, blocks, tables))
+    problem = problem_of(patient, _gramians(patient, blocks, tables))
     finite = bool(torch.isfinite(problem.gramian).all())
     if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
         return _blend(patient, blocks, tables, problem)
     if finite:
         problem, direction = _direction(patient, problem, blocks, tables)
     else:
-        direction = _plain_sum(problem)
+        direction = plain_sum(problem)
     exact = (direction.cancellation > CANCELLATION_SUM).tolist()
     gradients = Row()
     for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
         gradients.update(Row(zip(block, combine(table, weights, block, exact=precise), strict=True)))
-    report = _report(patient, blocks, problem, direction)
+    report = report_of(patient, block_names(patient, blocks), problem, direction)
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
@@ -137,7 +164,7 @@ def _direction(
     direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_QUICK)
     delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
     if pipeline.conflict_free and bool(delicate.any()):
-        problem = _problem(patient, _gramians(patient, blocks, tables, exact=True))
+        problem = problem_of(patient, _gramians(patient, blocks, tables, exact=True))
         direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
     return problem, direction
 
@@ -167,7 +194,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     stationary = torch.tensor([each.stationary for each in blends])
     direction = Direction(unknown, scales, stationary, unknown[..., 0], state, kept)
     report = replace(
-        _report(patient, blocks, problem, direction),
+        report_of(patient, block_names(patient, blocks), problem, direction),
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
@@ -175,7 +202,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     return Outcome(gradients, report, judgement, state)
 
 
-def _plain_sum(problem: Problem) -> Direction:
+def plain_sum(problem: Problem) -> Direction:
     """Return weights whose sum is as non-finite as its terms: GradScaler sees it and skips the step."""
     weights = problem.preferences.expand(problem.gramian.shape[:-1])
     per_block = weights.shape[:-1]
@@ -184,7 +211,8 @@ def _plain_sum(problem: Problem) -> Direction:
     )
 
 
-def _problem(patient: Patient, G: Tensor) -> Problem:
+def problem_of(patient: Patient, G: Tensor) -> Problem:
+    """Return what the m x m part is asked, on the CPU."""
     tasks, settings = tuple(patient.rows), patient.settings
     # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
@@ -220,7 +248,8 @@ def _blocks(patient: Patient, shared: list[Tensor]) -> list[list[Tensor]]:
     return [block for block in ([p for p in group if id(p) in members] for group in patient.groups) if block]
 
 
-def _block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]:
+def block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]:
+    """Return what the report calls each block."""
     granularity = patient.settings.granularity
     if granularity == "model":
         return ("model",)
@@ -230,7 +259,8 @@ def _block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...
     return tuple(group[id(block[0])] for block in blocks)
 
 
-def _report(patient: Patient, blocks: list[list[Tensor]], problem: Problem, direction: Direction) -> Report:
+def report_of(patient: Patient, blocks: tuple[str, ...], problem: Problem, direction: Direction) -> Report:
+    """Return what was found and done."""
     G, w = problem.gramian, direction.weights
     products = (G @ w.unsqueeze(-1)).squeeze(-1)
     finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
@@ -248,7 +278,7 @@ def _report(patient: Patient, blocks: list[list[Tensor]], problem: Problem, dire
         nonfinite=patient.skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
         preferences=problem.preferences,
         gramians=G,
-        blocks=_block_names(patient, blocks),
+        blocks=blocks,
     )
 
 

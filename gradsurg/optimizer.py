@@ -271,6 +271,10 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
             atomic: True: where the optimizer's own step raises half way, its state and all parameters are put back, so
                 that the step can be tried again. Costs a copy of both each step: 3 P for Adam. By default the copy of
                 the parameters that guarantee="update" needs is all that is put back.
+            backend: "auto" (default): Triton's kernels where the shared parameters are on one CUDA device and Triton is
+                installed, torch elsewhere; report.path says which. "torch"; "triton": an error where it cannot run.
+                With the kernels nothing waits for the device from the first backward to the end of step(), but where
+                gradsurg.methods() says waits=True of the surgery or the normaliser, or there are more than 32 tasks.
             seed: For the methods that draw random numbers.
             refresh_every: k: find new weights in every k-th step; between, one backward pass of the sum weighted by
                 the last ones, without a guarantee. 1 by default.

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradsurg.constants import constant
+from gradsurg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.margin import Margin, attainable
 from gradsurg.normalize import Normalizer, Unscaled
 from gradsurg.priority import Levels, levels_of, order, protected
 from gradsurg.problem import Problem, State
-from gradsurg.solvers import nonnegative
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.shortcut import far_from_zero
 
@@ -84,6 +85,10 @@ class Pipeline:
         """Whether u itself is promised to conflict with no protected task."""
         return self.guarantee == "gradient" or bool(self.margin) or (self.surgery.conflict_free and self.levels is None)
 
+    def waits(self, m: int) -> bool:
+        """Whether a device has to wait for the host to find the weights of m tasks."""
+        return self.surgery.waits or self.normalizer.waits or m > PROGRAM_UP_TO
+
     def protected(self, problem: Problem) -> Tensor | None:
         """Return which tasks a guarantee protects, bool of shape (m,), or None for all."""
         levels = levels_of(problem.tasks, self.levels)
@@ -108,7 +113,7 @@ class Pipeline:
             if self.margin:
                 margins, kept = self.margins(scaled, allowed, rounding)
                 excess = excess - margins
-            weights = weights + nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
+            weights = weights + problem.solvers.nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
         return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
 
     def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
@@ -166,7 +171,7 @@ class Pipeline:
 
         def surgery(gramian: Tensor, level: list[int]) -> Tensor:
             key = "+".join(problem.tasks[i] for i in level)
-            index = torch.tensor(level)
+            index = constant(level, gramian.device, torch.int64)
             part = replace(
                 problem,
                 gramian=gramian,
@@ -177,7 +182,7 @@ class Pipeline:
             weights, states[key] = self.surgery.weights(part, states.get(key, {}))
             return weights
 
-        return order(problem.gramian, levels, self.auxiliary, surgery), states
+        return order(problem.gramian, levels, self.auxiliary, surgery, problem.solvers), states
 
     def _settle(self, problem: Problem, weights: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
         """Set u to 0 where it is nothing but rounding, and measure how much of the gradients cancels in it."""

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from gradsurg.constants import constant
 from gradsurg.errors import unknown_name
-from gradsurg.solvers import nonnegative
+from gradsurg.solvers import HOST, Solvers
 
 __all__ = ["AUXILIARY", "levels_of", "order", "parse_levels", "protected"]
 
@@ -88,6 +89,7 @@ def order(
     levels: list[list[int]],
     auxiliary: str,
     surgery: Callable[[Tensor, list[int]], Tensor],
+    solvers: Solvers = HOST,
 ) -> Tensor:
     """Return weights that respect the order of the levels.
 
@@ -102,6 +104,7 @@ def order(
         levels: Row indices of each level, highest first; together all of 0 … m-1.
         auxiliary: "protect" or "help".
         surgery: (Gramian of a level, its row indices) -> the weights of its direction.
+        solvers: Who solves the programs.
 
     Returns:
         Weights of shape (..., m), float64.
@@ -119,17 +122,17 @@ def order(
     first, *lower = [_direction(gramian, level, surgery) for level in (levels if auxiliary == "help" else levels[:1])]
     if auxiliary == "protect":
         below = ~_mask(m, levels[0], device)
-        return first + nonnegative(gramian, _apply(gramian, first), allowed=below) if len(levels) > 1 else first
+        return first + solvers.nonnegative(gramian, _apply(gramian, first), allowed=below) if len(levels) > 1 else first
     total, higher = first, list(levels[0])
     for level, direction in zip(levels[1:], lower, strict=True):
         inner = _apply(gramian, direction)
-        total = total + direction + nonnegative(gramian, inner, allowed=_mask(m, higher, device))
+        total = total + direction + solvers.nonnegative(gramian, inner, allowed=_mask(m, higher, device))
         higher += level
     return total
 
 
 def _direction(gramian: Tensor, level: list[int], surgery: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
-    index = torch.tensor(level, device=gramian.device)
+    index = constant(level, gramian.device, torch.int64)
     weights = torch.zeros(gramian.shape[:-1], dtype=gramian.dtype, device=gramian.device)
     weights[..., index] = surgery(gramian[..., index[:, None], index], level)
     return weights
@@ -140,6 +143,4 @@ def _apply(gramian: Tensor, weights: Tensor) -> Tensor:
 
 
 def _mask(m: int, members: list[int], device: torch.device) -> Tensor:
-    mask = torch.zeros(m, dtype=torch.bool, device=device)
-    mask[members] = True
-    return mask
+    return constant([i in members for i in range(m)], device, torch.bool)

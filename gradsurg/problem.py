@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurg.solvers import HOST, Solvers
+
 __all__ = ["Problem", "State"]
 
 State = Mapping[str, Any]
@@ -25,6 +27,7 @@ class Problem:
         tasks: The m names, in the order of the rows.
         losses: The m loss values, shape (m,), float64, or None where there are none (functional use, set_gradients).
         generator: Source of all random choices; None means a fresh one with seed 0.
+        solvers: Who solves small programs on this Gramian.
     """
 
     gramian: Tensor
@@ -32,6 +35,7 @@ class Problem:
     tasks: tuple[str, ...]
     losses: Tensor | None = None
     generator: torch.Generator | None = None
+    solvers: Solvers = HOST
 
     @property
     def norms(self) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from gradsurg.guarantee import Movement
+from gradsurg.judgement import joined
 
 __all__ = ["Report"]
 
@@ -62,6 +63,11 @@ class Report:
     blocks: tuple[str, ...] = ("model",)
     level: str = "gradients"
     fresh: tuple[str, ...] | None = None
+
+    def with_movement(self, movement: object) -> Report:
+        """Return the report of a step that has also done this; further optimizers may have moved before."""
+        assert isinstance(movement, Movement)
+        return replace(self, movement=joined([*([] if self.movement is None else [self.movement]), movement]))
 
     @property
     def norms(self) -> Tensor:

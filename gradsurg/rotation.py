@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gradsurg.judgement import Judgement
 from gradsurg.memory import Memory
+from gradsurg.onboard.report import LaterReport, settled
 from gradsurg.report import Report
 from gradsurg.rows import Row, TaskRows
 
@@ -68,10 +69,11 @@ class Rotation:
                 complete.add(name, Row((p, self._scaled(average)) for p, average in self._averages[name].items()))
         return complete
 
-    def reported(self, report: Report) -> Report:
+    def reported(self, report: Report | LaterReport) -> Report | LaterReport:
         """Return the report with what of it is about averages."""
         if all(self._present.values()):
             return report
+        report = settled(report)
         return replace(
             report, level="moving averages", fresh=tuple(name for name in report.tasks if self._present.get(name))
         )

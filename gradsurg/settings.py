@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.errors import choose
+from gradsurg.kernels import dispatch
 from gradsurg.margin import named, parse_margin
 from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.pipeline import GUARANTEES, Pipeline, check_mapping
@@ -40,6 +41,7 @@ class Settings:
     row_dtype: torch.dtype | None = None
     nonfinite: str = "propagate"
     atomic: bool = False
+    backend: str = "auto"
     seed: int = 0
     refresh_every: int = 1
     rotate: int | None = None
@@ -74,6 +76,7 @@ def _settings(
     row_dtype: torch.dtype | None = None,
     nonfinite: str = "propagate",
     atomic: bool = False,
+    backend: str = "auto",
     seed: int = 0,
     refresh_every: int = 1,
     rotate: int | None = None,
@@ -110,6 +113,7 @@ def _settings(
         row_dtype=row_dtype,
         nonfinite=choose("nonfinite", nonfinite, NONFINITE),
         atomic=atomic,
+        backend=_backend(backend, resolve_surgery(surgery), bool(margins), optimizers),
         seed=_seed(seed),
         refresh_every=_count("refresh_every", refresh_every),
         rotate=None if rotate is None else _count("rotate", rotate),
@@ -176,6 +180,24 @@ def _preferences(preferences: Mapping[str, float] | None) -> dict[str, float]:
         if not isinstance(number, numbers.Real):
             raise ValueError(f"preferences[{name!r}]={number!r}: pass a number")
     return check_mapping("preferences", preferences)
+
+
+def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[Optimizer]) -> str:
+    """Return the backend; one that is asked for by name and cannot run is an error now, not in the first step."""
+    backend = choose("backend", backend, dispatch.BACKENDS)
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for device in {p.device for p in held}:
+        dispatch.path(backend, device)
+    if backend == "triton" and isinstance(surgery, ElementwiseSurgery):
+        raise ValueError(
+            f"backend='triton' cannot run: surgery={surgery.name!r} decides number by number, for which there is no "
+            "kernel. Use backend='auto' to fall back to torch."
+        )
+    if backend == "triton" and margin:
+        raise ValueError(
+            "backend='triton' cannot run: margin= is kept on the host so far. Use backend='auto' to fall back to torch."
+        )
+    return backend
 
 
 def _seed(seed: int) -> int:

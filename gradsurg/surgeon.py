@@ -10,7 +10,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +22,12 @@ from gradsurg.distributed import Ranks, Traffic
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.hooks import refusing_steps_in_backward
-from gradsurg.judgement import Judgement, joined, trained
+from gradsurg.judgement import Judgement, trained
 from gradsurg.losses import Compute, check_row, seed_of
 from gradsurg.margin import named
 from gradsurg.memory import Memory
 from gradsurg.naming import parameter_names
+from gradsurg.onboard.report import LaterReport
 from gradsurg.operation import Patient, operate
 from gradsurg.priority import check_names
 from gradsurg.recompute import evaluate, explain
@@ -55,7 +55,7 @@ class Surgeon:
         self.refresh = Refresh(settings.refresh_every, self.memory)
         self.rotation = Rotation(settings.rotate, self.memory, settings.row_dtype)
         self.traffic = Traffic(self.capture, Ranks(model))
-        self.report: Report | None = None
+        self.latest: Report | LaterReport | None = None  # as the device left it
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
         self.computing: str | None = None  # the task whose function is being called
@@ -67,7 +67,7 @@ class Surgeon:
         self.judgement: Judgement | None = None
         self.stepped: set[int] = set()  # of several optimizers, those that used this surgery
         self._next_state: Mapping[str, Any] | None = None
-        self._first: tuple[Judgement | None, Report | None] | None = None  # of a closure's evaluations
+        self._first: tuple[Judgement | None, Report | LaterReport | None] | None = None  # of a closure's evaluations
         self._snapshot: Snapshot | None = None
         self._warned_of_names = False
         self.told_of_features = False
@@ -79,6 +79,13 @@ class Surgeon:
         # Copies start with the same options and no rows, and look for a DDP or FSDP2 module of their own; several
         # optimizers copied together share one copy.
         return Surgeon, (self.settings,)
+
+    @property
+    def report(self) -> Report | None:
+        """What the last surgery and step did; where that is still on a device, reading it waits."""
+        if isinstance(self.latest, LaterReport):
+            self.latest = self.latest.read()
+        return self.latest
 
     # -- what the optimizers hold -------------------------------------------------------------------------------
 
@@ -206,7 +213,7 @@ class Surgeon:
 
     def record(self, report: Report, state: Mapping[str, Any] | None) -> None:
         """Note what was added to p.grad beside the rows: there is nothing to judge the update by."""
-        self.report, self.judgement, self._next_state = report, None, state
+        self.latest, self.judgement, self._next_state = report, None, state
         self.stepped.clear()
 
     def _run_function(self, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
@@ -340,7 +347,7 @@ class Surgeon:
             )
         )
         self.capture.write(self.traffic.layout.whole(outcome.gradients))
-        self.report = self.rotation.reported(outcome.report)
+        self.latest = self.rotation.reported(outcome.report)
         self.judgement, self._next_state = outcome.judgement, outcome.state
         self.pending = False
         self.entered.clear()
@@ -421,7 +428,7 @@ class Surgeon:
             value = closure()
             self._finish_pending()
             if self._first is None:
-                self._first = (self.judgement, self.report)
+                self._first = (self.judgement, self.latest)
             else:
                 self._evaluated_again = True
             return value
@@ -434,13 +441,12 @@ class Surgeon:
         self._snapshot = None
         self._warn_of_unrun_totals()
         if self._first is not None:
-            self.judgement, self.report = self._first
+            self.judgement, self.latest = self._first
             self._first = None
         if len(before) and self.judgement is not None:
             movement = self.judgement.hold(optimizer, before)
-            if self.report is not None and movement is not None:
-                earlier = [] if self.report.movement is None else [self.report.movement]  # of another optimizer
-                self.report = replace(self.report, movement=joined([*earlier, movement]))
+            if self.latest is not None and movement is not None:
+                self.latest = self.latest.with_movement(movement)
         self.stepped.add(id(optimizer))
         if all(id(other) in self.stepped for other in self.optimizers):
             self._end_of_step()
@@ -460,7 +466,8 @@ class Surgeon:
         self._first = None
 
     def _end_of_step(self) -> None:
-        self.refresh.end_step(self.report if self.judgement is not None else None)
+        if self.settings.refresh_every > 1:
+            self.refresh.end_step(self.report if self.judgement is not None else None)
         self.rotation.end_step(self.judgement)
         self.memory.end_step(self._next_state)
         self.stepped.clear()

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurg.kernels.gramian import TRITON_DTYPES, Rows
-from gradsurg.kernels.table import device_of, guard, plan
+from gradsurg.kernels.table import Plan, device_of, guard, plan
 from gradsurg.kernels.vectors import HOLD, LEAVE, WRITE, row_start
 
 __all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for"]
@@ -142,7 +142,8 @@ def correct(
     signs: Sequence[float] | None = None,
     blocks: Sequence[int] | None = None,
     modes: Tensor | None = None,
-) -> None:
+    layout: Plan | None = None,
+) -> Plan:
     """Correct an update in place: after ← before − ((before − after) + sign · Σ λ_i g_i), each number rounded once.
 
     Args:
@@ -154,9 +155,13 @@ def correct(
         blocks: Which row of `coefficients` each parameter takes, ascending from 0; None is one for all.
         modes: int32 (blocks,), on the device, from vectors.py: WRITE corrects, HOLD takes the update back (after ←
             before, to the bit), LEAVE touches nothing. None is WRITE.
+        layout: What an earlier call with the same tensors returned, to spare the host from laying them out again.
+
+    Returns:
+        The tables of this pass.
     """
     kept: Sequence[Tensor | None] = [None] * len(after) if before is None else before
-    _launch(rows, -coefficients, after, after, kept, blocks, signs, modes)
+    return _launch(rows, -coefficients, after, after, kept, blocks, signs, modes, layout)
 
 
 def registers_for(itemsize: int) -> int | None:
@@ -176,9 +181,11 @@ def _launch(
     blocks: Sequence[int] | None,
     signs: Sequence[float] | None,
     modes: Tensor | None,
-) -> None:
+    layout: Plan | None = None,
+) -> Plan:
     m, device = len(rows), device_of([out])
-    layout = plan([*rows, out, start, before], roles=[0] * m + [1] * 3, blocks=blocks, signs=signs, device=device)
+    if layout is None:
+        layout = plan([*rows, out, start, before], roles=[0] * m + [1] * 3, blocks=blocks, signs=signs, device=device)
     weights = weights.expand(layout.blocks, m).contiguous()
     if weights.dtype != torch.float64:
         raise ValueError(f"weights are {weights.dtype}: they must be float64")
@@ -214,3 +221,4 @@ def _launch(
             target.copy_(torch.view_as_complex(shaped) if target.is_complex() else shaped)
         else:  # autograd did not see the kernel write
             torch.autograd.graph.increment_version(target)
+    return layout

@@ -9,11 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsurg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.kernels.table import guard
 
-__all__ = ["MOST_TASKS", "cone_kernel", "nonnegative", "registers_for", "simplex", "tasks_for", "upgrad", "warps_for"]
+__all__ = [
+    "MOST_TASKS",
+    "cone_kernel",
+    "nonnegative",
+    "project_rows",
+    "registers_for",
+    "simplex",
+    "tasks_for",
+    "upgrad",
+    "warps_for",
+]
 
-MOST_TASKS = 32
+MOST_TASKS = PROGRAM_UP_TO
 ROUNDING = 4e-16  # of an exact Gramian: see solvers/nonnegative.py
 
 
@@ -188,6 +199,11 @@ def nonnegative(
     return _solve(gramian, b, _mask(allowed, shape, m, device), sizes.expand(shape), rounding)
 
 
+def project_rows(gramian: Tensor, *, rounding: float = ROUNDING) -> Tensor:
+    """Return Λ, every gradient's projection by itself: the twin of solvers.project_rows, same answers."""
+    return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+
+
 def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING) -> Tensor:
     """Return the weights of Σ r_i Π(g_i): every task's gradient projected by itself, m programs with one Gramian.
 
@@ -199,7 +215,7 @@ def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING) 
     Returns:
         w, (..., m); see surgery/upgrad.py.
     """
-    multipliers = nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+    multipliers = project_rows(gramian, rounding=rounding)
     return preferences + (preferences.unsqueeze(-1) * multipliers).sum(-2)
 
 

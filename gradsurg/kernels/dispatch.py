@@ -13,7 +13,18 @@ from torch import Tensor
 
 from gradsurg.errors import choose
 
-__all__ = ["BACKENDS", "GramianKernel", "gramian_kernel", "path", "row_dtypes", "task_tiles", "vector"]
+__all__ = [
+    "BACKENDS",
+    "PROGRAM_UP_TO",
+    "GramianKernel",
+    "gramian_kernel",
+    "is_interpreted",
+    "path",
+    "path_of",
+    "row_dtypes",
+    "task_tiles",
+    "vector",
+]
 
 BACKENDS = {name: name for name in ("auto", "torch", "triton")}
 
@@ -31,6 +42,8 @@ DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
 PAIRS_UP_TO = 8
 # Three 16 x 16 tiles of accumulators of one warp take up to 218 registers; ten of them (m = 64) spill.
 DOTS_UP_TO = 32
+# The largest tableau that one program holds in registers: 32 x 32 float64 twice takes up to 246 of 255.
+PROGRAM_UP_TO = 32
 
 
 class GramianKernel(NamedTuple):
@@ -75,6 +88,23 @@ def path(
     if problem and backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
     return "torch" if problem else "triton"
+
+
+def path_of(backend: str, rows: Iterable[Iterable[Tensor | None]], like: Sequence[Tensor]) -> str:
+    """Return `path` for these rows of gradients of the parameters `like`."""
+    devices = {p.device for p in like}
+    if backend == "torch" or (backend == "auto" and devices == {torch.device("cpu")} and not is_interpreted()):
+        return "torch"
+    if len(devices) > 1:
+        if backend == "triton":
+            raise ValueError(
+                f"backend='triton' cannot run: shared parameters are on {sorted(map(str, devices))}, and one kernel "
+                "reads one device. Use backend='auto' to fall back to torch."
+            )
+        return "torch"
+    rows = [list(row) for row in rows]
+    sparse = any(g is not None and g.is_sparse for row in rows for g in row)
+    return path(backend, like[0].device, dtypes=row_dtypes(rows, like), sparse=sparse)
 
 
 def gramian_kernel(m: int) -> GramianKernel:

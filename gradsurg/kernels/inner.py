@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurg.kernels.gramian import TRITON_DTYPES, Rows, sum_partials
-from gradsurg.kernels.table import device_of, guard, plan
+from gradsurg.kernels.table import Plan, device_of, guard, plan
 from gradsurg.kernels.vectors import LEAVE, lanes, row_start
 
-__all__ = ["TASKS", "inner", "inner_kernel", "registers_for"]
+__all__ = ["TASKS", "inner", "inner_kernel", "layout_of", "registers_for"]
 
 WARPS = 4
 # How many tasks a program takes at once. More go to further programs, each of which reads the movement again: at
@@ -109,6 +109,7 @@ def inner(
     signs: Sequence[float] | None = None,
     blocks: Sequence[int] | None = None,
     modes: Tensor | None = None,
+    layout: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ⟨d, g_i⟩ for every row and ‖d‖² of the movement d = sign · (before − after), in float64.
 
@@ -119,13 +120,14 @@ def inner(
         signs: +1 per parameter, −1 where the optimizer maximises; None is +1.
         blocks: As for `gramian`.
         modes: int32 (blocks,), on the device: a block of mode LEAVE is not read, and its results are 0. None reads all.
+        layout: What `layout_of` returned for the same tensors, to spare the host from laying them out again.
 
     Returns:
         Shapes (m,) and (), or (blocks, m) and (blocks,) where blocks are given; float64, on the device.
     """
     m, device = len(rows), device_of([before])
-    moved: list[Sequence[Tensor | None]] = [before, [None] * len(before) if after is None else after]
-    layout = plan([*rows, *moved], roles=[0] * m + [1, 1], blocks=blocks, signs=signs, device=device)
+    if layout is None:
+        layout = layout_of(rows, before, after, signs=signs, blocks=blocks)
     tasks = TASKS[0] if m <= TASKS[0] else TASKS[1]
     tiles = triton.cdiv(m, tasks)
     partials = torch.empty(max(layout.slots, 1), tiles * (tasks + 1), dtype=torch.float64, device=device)
@@ -155,6 +157,20 @@ def inner(
     sum_partials(partials, layout, inner_places(m, tasks), out)
     products, square = out[:, :m], out[:, m]
     return (products[0], square[0]) if blocks is None else (products, square)
+
+
+def layout_of(
+    rows: Rows,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor] | None,
+    *,
+    signs: Sequence[float] | None,
+    blocks: Sequence[int] | None,
+) -> Plan:
+    """Return the tables of one such pass."""
+    moved: list[Sequence[Tensor | None]] = [before, [None] * len(before) if after is None else after]
+    roles = [0] * len(rows) + [1, 1]
+    return plan([*rows, *moved], roles=roles, blocks=blocks, signs=signs, device=device_of([before]))
 
 
 def registers_for(tasks: int, aligned: bool) -> int | None:

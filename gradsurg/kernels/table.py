@@ -141,9 +141,9 @@ def launches_for(sizes: Sequence[int], chunk: int) -> list[tuple[int, int, int]]
     return [(k, first, min(chunk, size - first)) for k, size in enumerate(sizes) for first in range(0, size, chunk)]
 
 
-def constant(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return the numbers as an int64 tensor on the device, uploaded once."""
-    return _cached((device, tuple(values)), device, lambda: _upload(list(values), device))
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return the numbers as a tensor on the device, uploaded once."""
+    return _cached((device, dtype, tuple(values)), device, lambda: _upload(list(values), device, dtype))
 
 
 def device_of(lists: Sequence[Sequence[Tensor | None]]) -> torch.device:
@@ -183,8 +183,8 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
     return found  # type: ignore[return-value]
 
 
-def _upload(values: list[int], device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=torch.int64)
+def _upload(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host
     if not _reserve:
@@ -197,13 +197,14 @@ def _upload(values: list[int], device: torch.device) -> Tensor:
 def _from_reserve(host: Tensor) -> Tensor:
     """Move the numbers to pinned memory that nobody writes to again: a replayed graph copies from there."""
     left = _reserve[0]
-    if host.numel() > left.numel():
+    size = -(-host.numel() * host.itemsize // left.itemsize)  # of other numbers: in units of an address
+    if size > left.numel():
         raise MultiTaskError(
             f"CUDA graphs captured so far and this one need more than {RESERVE} addresses of gradients: capture fewer "
             "graphs, or raise gradsurg.kernels.table.RESERVE before the first step"
         )
-    taken, _reserve[0] = left[: host.numel()], left[host.numel() :]
-    return taken.copy_(host)
+    taken, _reserve[0] = left[:size], left[size:]
+    return taken.view(host.dtype)[: host.numel()].copy_(host)
 
 
 Shape = tuple[tuple[torch.dtype, ...], bool, int, int, int]

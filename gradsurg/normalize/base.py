@@ -22,6 +22,8 @@ class Normalizer(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    # As for surgeries: whether the scales are found on the host, for which a step on a CUDA device has to wait once.
+    waits: ClassVar[bool] = True
 
     @abstractmethod
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:

@@ -28,6 +28,7 @@ class Unscaled(Normalizer):
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "-"
+    waits: ClassVar[bool] = False
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return torch.ones(problem.gramian.shape[:-1], dtype=torch.float64, device=problem.gramian.device), state

@@ -44,11 +44,14 @@ class Norm(Normalizer):
 
     name: ClassVar[str] = "norm"
     paper: ClassVar[str] = "Su 2022"
+    waits: ClassVar[bool] = False
 
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("Norm(smoothing)", self.smoothing, at_least=0, below=1)
+        if self.smoothing:  # averages are kept as plain numbers
+            object.__setattr__(self, "waits", True)
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         norms = problem.norms

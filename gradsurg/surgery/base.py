@@ -24,6 +24,9 @@ class Surgery(ABC):
     promise: ClassVar[str]
     # True where ⟨u, g_i⟩ ≥ 0 for every task on every instance, so that the gradient guarantee has nothing to do.
     conflict_free: ClassVar[bool] = False
+    # Whether the weights are found on the host, for which a step on a CUDA device has to wait once. Where it is False,
+    # `weights` launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
+    waits: ClassVar[bool] = True
 
     @abstractmethod
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:

@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers import nonnegative
 from gradsurg.solvers.hull import program
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
@@ -40,10 +39,11 @@ class Cone(Surgery):
     paper: ClassVar[str] = "Lopez-Paz & Ranzato 2017"
     promise: ClassVar[str] = "no conflict, and the direction nearest to the plain sum among those"
     conflict_free: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         target = problem.preferences
-        return target + nonnegative(problem.gramian, problem.gramian @ target), state
+        return target + problem.solvers.nonnegative(problem.gramian, problem.gramian @ target), state
 
     def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
         rows = rows_of(gramian)

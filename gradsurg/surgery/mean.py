@@ -32,6 +32,7 @@ class Mean(Surgery):
     name: ClassVar[str] = "mean"
     paper: ClassVar[str] = "Kurin et al. 2022"
     promise: ClassVar[str] = "nothing; it is the gradient of the weighted mean of the losses"
+    waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return shares(problem), state

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers import simplex
 from gradsurg.solvers.hull import times
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
@@ -50,12 +49,14 @@ class MGDA(Surgery):
     paper: ClassVar[str] = "Désidéri 2012"
     promise: ClassVar[str] = "no conflict, and the same progress for every task that limits it"
     conflict_free: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.frank_wolfe < 0:
             raise ValueError(f"frank_wolfe={self.frank_wolfe!r}: must not be negative; 0 solves exactly")
         if self.frank_wolfe:  # an instance whose answer is not the minimum must not skip the gradient guarantee
             object.__setattr__(self, "conflict_free", False)
+            object.__setattr__(self, "waits", True)
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         if self.frank_wolfe:
@@ -63,7 +64,7 @@ class MGDA(Surgery):
         inverse = problem.preferences.reciprocal()
         gramian = problem.gramian * inverse[:, None] * inverse
         wants_something = gramian.diagonal(dim1=-2, dim2=-1) > 0
-        return simplex(gramian, allowed=wants_something) * inverse, state
+        return problem.solvers.simplex(gramian, allowed=wants_something) * inverse, state
 
     def _iterate(self, block: Block) -> tuple[Vector, Memory]:
         r = block.preferences

@@ -30,6 +30,7 @@ class Sum(Surgery):
     name: ClassVar[str] = "sum"
     paper: ClassVar[str] = "Kurin et al. 2022"
     promise: ClassVar[str] = "nothing; it is the gradient of the weighted sum of the losses"
+    waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.preferences.expand(problem.gramian.shape[:-1]).clone(), state

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gradsurg.problem import Problem, State
-from gradsurg.solvers import project_rows
 from gradsurg.solvers.rows import project_lists
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
@@ -39,10 +38,11 @@ class UPGrad(Surgery):
     paper: ClassVar[str] = "Quinton & Rey 2024"
     promise: ClassVar[str] = "no conflict; every task's own gradient has its share, however large the others are"
     conflict_free: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian, preferences = problem.gramian, problem.preferences
-        multipliers = project_rows(gramian)  # (..., program, task)
+        multipliers = problem.solvers.project_rows(gramian)  # (..., program, task)
         if multipliers.ndim == 2:
             return torch.addmv(preferences, multipliers.T, preferences), state
         return preferences + preferences @ multipliers, state

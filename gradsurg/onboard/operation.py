@@ -1,0 +1,111 @@
+"""The operation on a device: Gramian, program and combination launched one after the other, nothing read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradsurg.constants import constant
+from gradsurg.gramian import Rows
+from gradsurg.kernels.dispatch import PAIRS_UP_TO
+from gradsurg.onboard.guarantee import OnboardJudgement
+from gradsurg.onboard.report import LaterReport
+from gradsurg.operation import Outcome, Patient, block_names, plain_sum, problem_of, report_of
+from gradsurg.pipeline import Direction
+from gradsurg.problem import Problem, State
+from gradsurg.report import Report
+from gradsurg.rows import Row, TaskRows
+from gradsurg.solvers import Solvers
+
+__all__ = ["operate_onboard"]
+
+# Relative error of the kernels' Gramian, for both of which see kernels/gramian.py: sums of 16-bit rows of few tasks are
+# formed eight products at a time in float32.
+ROUNDING_WIDE = 1e-13
+ROUNDING_NARROW = 4.2e-7
+
+
+def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
+    """Turn the rows of shared parameters into gradients, on the device that they are on.
+
+    Nothing is read back, so nothing waits, unless the method finds its weights on the host (Surgery.waits).
+    """
+    from gradsurg.kernels.combine import combine
+    from gradsurg.kernels.gramian import gramian
+
+    pipeline = patient.settings.pipeline
+    parameters = [p for block in blocks for p in block]
+    where = [b for b, block in enumerate(blocks) for _ in block]
+    table: Rows = patient.rows.table(parameters)
+    G = gramian(table, blocks=where)
+    finite = torch.isfinite(G).all()
+    rounding = _rounding(table)
+    state: State | None
+    if pipeline.waits(len(table)):
+        problem, direction, healthy = _on_the_host(patient, G, rounding)
+        weights, state = direction.weights.to(G.device), direction.state if healthy else None
+    else:
+        problem = _problem(patient, G)
+        direction = pipeline.direction(problem, patient.state, rounding)
+        # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
+        weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
+    gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
+    combine(table, weights, gradients, blocks=where)
+    protected = pipeline.protected(replace(problem, gramian=G))
+    # Neither rows nor parameters: a report that nobody reads must not keep them.
+    names = block_names(patient, blocks)
+    told = replace(patient, rows=TaskRows(), parameters=[], groups=[])
+    return Outcome(
+        gradients=Row(zip(parameters, gradients, strict=True)),
+        report=LaterReport(patient.step, lambda: _report(told, names, problem, direction)),
+        judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite, rounding=rounding),
+        state=state,
+    )
+
+
+def _problem(patient: Patient, G: Tensor) -> Problem:
+    """Return the problem on the device; methods that do not wait ask for neither losses nor random numbers."""
+    from gradsurg.kernels import cone
+
+    tasks = tuple(patient.rows)
+    return Problem(
+        gramian=G,
+        preferences=constant([patient.settings.preferences.get(name, 1.0) for name in tasks], G.device),
+        tasks=tasks,
+        solvers=Solvers(cone.nonnegative, cone.simplex, cone.project_rows),
+    )
+
+
+def _on_the_host(patient: Patient, G: Tensor, rounding: float) -> tuple[Problem, Direction, bool]:
+    problem = problem_of(patient, G.cpu())
+    if not bool(torch.isfinite(problem.gramian).all()):
+        return problem, plain_sum(problem), False
+    return problem, patient.settings.pipeline.direction(problem, patient.state, rounding), True
+
+
+def _rounding(rows: Rows) -> float:
+    narrow = len(rows) <= PAIRS_UP_TO and any(g is not None and g.itemsize == 2 for row in rows for g in row)
+    return ROUNDING_NARROW if narrow else ROUNDING_WIDE
+
+
+def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
+    return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
+
+
+def _report(patient: Patient, blocks: tuple[str, ...], problem: Problem, direction: Direction) -> Report:
+    """Return the report, for which this waits."""
+    problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
+    if bool(torch.isfinite(problem.gramian).all()):
+        direction = replace(
+            direction,
+            weights=direction.weights.cpu(),
+            scales=direction.scales.cpu(),
+            stationary=direction.stationary.cpu(),
+            margin_kept=None if direction.margin_kept is None else direction.margin_kept.cpu(),
+        )
+    else:
+        direction = plain_sum(problem)
+    return replace(report_of(patient, blocks, problem, direction), path="triton")

@@ -1,0 +1,70 @@
+"""What a step on a device did: tensors that stay there until somebody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradsurg.guarantee import Movement
+from gradsurg.report import Report
+
+__all__ = ["LaterMovement", "LaterReport", "settled"]
+
+
+@dataclass(frozen=True)
+class LaterMovement:
+    """A Movement of several blocks, on the device.
+
+    Attributes:
+        inner: ⟨d, g_i⟩, shape (blocks, m), float64.
+        square: ‖d‖², shape (blocks,), float64.
+        corrected: Bool, shape (blocks,).
+        held: Bool, shape (blocks,).
+    """
+
+    inner: Tensor
+    square: Tensor
+    corrected: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class LaterReport:
+    """A report that is made when it is read, which then waits for the device.
+
+    Attributes:
+        step: As in the report.
+        make: Makes it, but for the movement.
+        movements: What the optimizers that share it did since.
+    """
+
+    step: int
+    make: Callable[[], Report]
+    movements: tuple[LaterMovement, ...] = ()
+
+    def with_movement(self, movement: object) -> LaterReport:
+        """Return the report of a step that has also done this."""
+        assert isinstance(movement, LaterMovement)
+        return replace(self, movements=(*self.movements, movement))
+
+    def read(self) -> Report:
+        """Return the report, on the CPU."""
+        report = self.make()
+        return replace(report, movement=_joined(self.movements)) if self.movements else report
+
+
+def settled(report: Report | LaterReport) -> Report:
+    """Return the report itself, waiting for the device where it is still there."""
+    return report.read() if isinstance(report, LaterReport) else report
+
+
+def _joined(movements: Sequence[LaterMovement]) -> Movement:
+    return Movement(
+        inner=torch.cat([movement.inner for movement in movements]).sum(0).cpu(),
+        square=float(torch.cat([movement.square for movement in movements]).sum()),
+        corrected=bool(torch.cat([movement.corrected for movement in movements]).any()),
+        held=bool(torch.cat([movement.held for movement in movements]).any()),
+    )
