@@ -56,9 +56,6 @@ ALLOWED = {
     "capture.py": {"_is_zero": "surgery that is deferred: accumulate(), declared tasks"},
     "rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'"},
     "normalize/norm.py": {"_smoothed": "smoothing > 0, for which `waits` is True"},
-    "surgery/mgda.py": {"_iterate": "frank_wolfe > 0, for which `waits` is True"},
-    "surgery/cone.py": {"shortcut": "the functional form, not a step"},
-    "surgery/upgrad.py": {"shortcut": "the functional form, not a step"},
 }
 
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero"}
