@@ -12,14 +12,13 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "SMALL", "Block", "Pieces", "Workspace", "blocks", "flat_column"]
+__all__ = ["BLOCK", "SMALL", "Block", "Pieces", "Workspace", "blocks", "flat", "flat_column"]
 
-# 131 072 float32 are 512 KiB a row: measured on two cores of an EPYC, m = 4, 4 M numbers: pairwise dots take 10.8 ms
-# in blocks of 32 768, 7.5 ms in these, and 41 ms / 5 for whole tensors of 20 M that leave the cache between two dots.
-BLOCK = 131_072
+# CPU time on one core of an EPYC (512 KiB of L2), 4.2 M float32 a row, ms to convert + to multiply m rows in blocks of
+# 4 096, 16 384, 32 768, 131 072: m = 4 24, 17, 18, 18; m = 8 63, 53, 50, 59.
+BLOCK = 32_768
 # Tensors below this are packed: copying 32 768 floats costs about as much as the Python calls it saves.
 SMALL = 32_768
-PACKED = -3  # the slot that small tensors are packed into before they are converted
 
 Block = list["Tensor | None"]
 Pieces = list[Tensor]
@@ -58,31 +57,48 @@ def blocks(
         (tag, block): block[i] holds the 1-D pieces of list i, one of a large tensor or several small ones; it is empty
         where lists[i] has None there.
     """
-    pending: dict[Hashable, list[Pieces]] = {}
+    pending: dict[Hashable, list[int]] = {}  # positions of small parameters that can share a block
     sizes: dict[Hashable, int] = {}
-    for k, column in enumerate(zip(*lists, strict=True)):
-        some = next((t for t in column if t is not None), None)
-        if some is None or some.numel() == 0:
+    columns: list[Sequence[Tensor | None]] = list(zip(*lists, strict=True))
+    for k, column in enumerate(columns):
+        some, packable = None, True
+        for t in column:
+            if t is not None:
+                some = t
+                packable = packable and t.is_contiguous()
+        if some is None:
             continue
+        size = some.numel()
+        if size == 0:
+            continue
+        if not packable or some.is_complex():
+            columns[k] = column = flat_column(column)
+            size = next(t.numel() for t in column if t is not None)
         tag = None if tags is None else tags[k]
-        views = flat_column(column)
-        size = next(v.numel() for v in views if v is not None)
         if size >= SMALL:
-            for start in range(0, size, BLOCK):
-                yield tag, [[] if v is None else [v[start : start + BLOCK]] for v in views]
+            yield from ((tag, block) for block in _split(column, -(-size // BLOCK)))
             continue
-        key: Hashable = (tag, some.device, *(None if v is None else v.dtype for v in views))
+        key = (tag, some.device, *[None if t is None else t.dtype for t in column])
         if key not in pending:
-            pending[key], sizes[key] = [[] for _ in views], 0
-        for pieces, v in zip(pending[key], views, strict=True):
-            if v is not None:
-                pieces.append(v)
+            pending[key], sizes[key] = [], 0
+        pending[key].append(k)
         sizes[key] += size
         if sizes[key] >= BLOCK:
-            yield tag, pending.pop(key)
-    for key, block in pending.items():
+            yield tag, _packed(columns, pending.pop(key))
+    for key, positions in pending.items():
         assert isinstance(key, tuple)
-        yield key[0], block
+        yield key[0], _packed(columns, positions)
+
+
+def _split(column: Sequence[Tensor | None], count: int) -> Iterator[list[Pieces]]:
+    views = [None if t is None else t.view(-1).split(BLOCK) for t in column]
+    for part in range(count):
+        yield [[] if view is None else [view[part]] for view in views]
+
+
+def _packed(columns: Sequence[Sequence[Tensor | None]], positions: list[int]) -> list[Pieces]:
+    # One key means one pattern of None, so a list that has none at the first of these parameters has none at any.
+    return [[] if row[0] is None else list(row) for row in zip(*[columns[k] for k in positions], strict=True)]
 
 
 class Workspace(threading.local):
@@ -97,27 +113,27 @@ class Workspace(threading.local):
 
     def buffer(self, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a 1-D buffer; its content is whatever the last user of the slot left."""
-        if size > BLOCK + SMALL:
-            raise ValueError(f"a block has {size} elements, more than {BLOCK + SMALL}")
         key = (slot, dtype, device)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(BLOCK + SMALL, dtype=dtype, device=device)
-        return self._buffers[key][:size]
+        have = self._buffers.get(key)
+        if have is None or have.numel() < size:
+            have = self._buffers[key] = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
+        return have[:size]
 
-    def load(self, block: Sequence[Pieces], dtype: torch.dtype) -> Block:
-        """Return each list's pieces as one 1-D tensor of `dtype`; a single piece that has it already is not copied."""
-        loaded: Block = []
-        for slot, pieces in enumerate(block):
-            if not pieces:
-                loaded.append(None)
-            else:
-                loaded.append(self._gathered(slot, [piece.detach() for piece in pieces], dtype))
-        return loaded
+    def stack(self, slot: int, block: Sequence[Pieces], dtype: torch.dtype) -> Tensor:
+        """Return a block as a matrix of `dtype`, one row for each list that has pieces."""
+        present = [pieces for pieces in block if pieces]
+        size, some = sum(piece.numel() for piece in present[0]), present[0][0]
+        matrix = self.buffer(slot, len(present) * size, dtype, some.device).view(len(present), size)
+        for row, pieces in zip(matrix.unbind(0), present, strict=True):
+            row.copy_(flat(pieces))
+        return matrix
 
-    def _gathered(self, slot: int, pieces: Pieces, dtype: torch.dtype) -> Tensor:
-        size, first = sum(piece.numel() for piece in pieces), pieces[0]
-        if len(pieces) > 1:  # in two passes: cat converts element by element, four times slower than copy_
-            first = torch.cat(pieces, out=self.buffer(PACKED, size, first.dtype, first.device))
-        if first.dtype == dtype and len(pieces) == 1:
-            return first
-        return self.buffer(slot, size, dtype, first.device).copy_(first)
+
+def flat(pieces: Pieces) -> Tensor:
+    """Return the pieces of a row as one 1-D tensor, a view where there is only one."""
+    if len(pieces) == 1:
+        return pieces[0].view(-1)
+    # What DDP fills its buckets with, in one call: forty views in Python take three times as long. It copies in the
+    # pieces' dtype, because converting element by element while gathering is four times slower than copy_ is after.
+    flattened: Tensor = torch._utils._flatten_dense_tensors(pieces)
+    return flattened

@@ -43,10 +43,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("m", [1, 2, 5, MATMUL_FROM - 1, MATMUL_FROM])
+@pytest.mark.parametrize("m", [1, 2, MATMUL_FROM - 1, MATMUL_FROM, 9])
 def test_gramian_is_that_of_the_twin(shapes, m):
-    if m > 5:  # hundreds of pairs: the shapes that matter are in the small cases too
-        shapes = [(3, 5), (SMALL + 1,), (), (SMALL - 1,), (2, 0)]
     parameters, rows = rows_of(shapes, m)
     want = reference.gramian(rows, parameters)
     norms = want.diagonal().sqrt()
@@ -125,8 +123,9 @@ def test_buffers_are_kept_and_never_shared_by_threads():
     thread.start()
     thread.join()
     assert elsewhere[0].data_ptr() != first.data_ptr()
-    with pytest.raises(ValueError, match="elements, more than"):
-        workspace.buffer(0, BLOCK + SMALL + 1, torch.float64, first.device)
+    larger = workspace.buffer(0, BLOCK + SMALL + 1, torch.float64, first.device)
+    assert larger.numel() == BLOCK + SMALL + 1
+    assert workspace.buffer(0, 10, torch.float64, first.device).data_ptr() == larger.data_ptr()
 
 
 @pytest.mark.parametrize("exact", [False, True])
