@@ -30,7 +30,7 @@ def plain(work: Workload, optimizer: Optimizer) -> Step:
         optimizer.zero_grad()
         losses = work.losses()
         for i, loss in enumerate(losses):
-            loss.backward(retain_graph=i < len(losses) - 1)  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=i < len(losses) - 1)
         optimizer.step()
 
     return step
@@ -39,7 +39,7 @@ def plain(work: Workload, optimizer: Optimizer) -> Step:
 def summed(work: Workload, optimizer: Optimizer) -> Step:
     def step() -> None:
         optimizer.zero_grad()
-        torch.stack(work.losses()).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(work.losses()).sum().backward()
         optimizer.step()
 
     return step
@@ -50,7 +50,7 @@ def ours(work: Workload, optimizer: Optimizer, **options: str) -> Step:
 
     def step() -> None:
         wrapped.zero_grad()
-        wrapped.total(work.losses()).backward()  # type: ignore[no-untyped-call]
+        wrapped.total(work.losses()).backward()
         wrapped.step()
 
     return step
@@ -81,7 +81,7 @@ def torchjd_autogram(work: Workload, optimizer: Optimizer) -> Step:
     def step() -> None:
         optimizer.zero_grad()
         losses = torch.stack(work.losses())
-        losses.backward(weighting(engine.compute_gramian(losses)))  # type: ignore[no-untyped-call]
+        losses.backward(weighting(engine.compute_gramian(losses)))
         optimizer.step()
 
     return step
@@ -94,7 +94,7 @@ def pcgrad(work: Workload, optimizer: Optimizer) -> Step:
 
     def step() -> None:
         peer.zero_grad()
-        peer.pc_backward(work.losses())
+        peer.pc_backward(work.losses())  # type: ignore[arg-type]  # annotated as modules; takes losses
         peer.step()
 
     return step
@@ -111,7 +111,7 @@ def config(work: Workload, optimizer: Optimizer) -> Step:
         losses = work.losses()
         for i, loss in enumerate(losses):
             optimizer.zero_grad()
-            loss.backward(retain_graph=i < len(losses) - 1)  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=i < len(losses) - 1)
             gradients.append(get_gradient_vector(model, none_grad_mode="zero"))
         apply_gradient_vector(model, ConFIG_update(gradients), none_grad_mode="zero")
         optimizer.step()

@@ -52,9 +52,9 @@ def steps(rounds: int) -> str:
             times: dict[str, list[float]] = {title: [] for title in contenders}
             for turn in range(turns + 1):
                 for title, step in contenders.items():
-                    spent = seconds(step)
+                    once = seconds(step)
                     if turn:  # the first warms up
-                        times[title].append(spent)
+                        times[title].append(once)
             rows = []
             for title, spent in times.items():
                 ratios = [a / b for a, b in zip(spent, times[PLAIN], strict=True)]
@@ -91,7 +91,8 @@ def surgery_times(m: int, numbers: int, tensors: int, rounds: int) -> tuple[floa
         for a, b in zip(target, rows[0], strict=True):
             a.copy_(b)
 
-    operate(), copy()
+    operate()
+    copy()
     ours = statistics.median(seconds(operate) for _ in range(rounds))
     copied = statistics.median(seconds(copy) for _ in range(rounds))
     return ours, copied / 2 * (2 * m + 1)  # a copy reads once and writes once

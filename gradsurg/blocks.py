@@ -78,7 +78,7 @@ def blocks(
         if size >= SMALL:
             yield from ((tag, block) for block in _split(column, -(-size // BLOCK)))
             continue
-        key = (tag, some.device, *[None if t is None else t.dtype for t in column])
+        key: Hashable = (tag, some.device, *[None if t is None else t.dtype for t in column])
         if key not in pending:
             pending[key], sizes[key] = [], 0
         pending[key].append(k)
