@@ -40,7 +40,7 @@ def test_public_names_are_all_there():
         assert getattr(gradsurg, name) is not None
 
 
-@pytest.mark.parametrize("name", ["wrap", "unwrap", "total", "backward", "report", "weights", "combine"])
+@pytest.mark.parametrize("name", ["wrap", "unwrap", "total", "backward", "report", "weights", "combine", "check_sync"])
 def test_public_functions_have_examples(name):
     import gradsurg
 
