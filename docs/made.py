@@ -17,9 +17,11 @@ MEASURED = {
     "parts": "What each part does",
     "solvers": "The small solver against TorchJD's",
     "methods": "Time of every method's weights",
-    "training": "Training quality",
+    "quality": "Training quality",
+    "cheap": "Cheap modes",
+    "conflict_table": "Conflicts left by each method",
+    "toy": "The toy problem of the CAGrad and Nash-MTL papers",
     "cpu": "Cost of a step on the CPU",
-    "cheap": "Cost and conflicts of the cheap modes",
 }
 
 

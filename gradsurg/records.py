@@ -144,7 +144,9 @@ def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
         if field.name not in entry:
             continue
         value, kind = entry[field.name], str(field.type)
-        if kind == "Tensor" or (kind.startswith("Tensor") and value is not None):
+        if value is None and "None" in kind:
+            pass
+        elif kind.startswith("Tensor"):
             value = torch.tensor(_with_nan(value), dtype=torch.float64)
         elif kind == "dict[str, Tensor]":
             value = {name: torch.tensor(_with_nan(each), dtype=torch.float64) for name, each in value.items()}
