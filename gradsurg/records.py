@@ -152,7 +152,7 @@ def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
             value = {name: torch.tensor(_with_nan(each), dtype=torch.float64) for name, each in value.items()}
         elif kind == "float":
             value = _with_nan(value)
-        elif kind.startswith("tuple"):
+        elif kind.startswith("tuple") and value is not None:
             value = tuple(value)
         values[field.name] = value
     return values
