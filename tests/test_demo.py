@@ -5,10 +5,11 @@ import sys
 import pytest
 import torch
 
-from gradsurg.__main__ import main
-from gradsurg.demo import OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
+from gradsurg.__main__ import _parser, main
+from gradsurg.demo import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
 from gradsurg.normalize import NORMALIZERS, Norm
+from gradsurg.surgery import SURGERIES
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,11 @@ def test_no_image_is_in_both_parts_and_the_pairs_overlap(data):
         return {tuple(row) for row in corner.tolist()}
 
     assert not seen(data.train) & seen(data.test)
+
+
+@pytest.mark.parametrize("name", SURGERIES)
+def test_every_surgery_can_be_asked_for_and_trains(name):
+    options = _parser().parse_args(["--surgery", name])
+    run = train(Job(epochs=1, options={"surgery": options.surgery}), Data.digits(BATCH, BATCH), wrapped=True)
+    assert run.update.shape == (1, len(TASKS))
+    assert run.update.min() >= -1e-4
