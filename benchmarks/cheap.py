@@ -43,8 +43,9 @@ class Mode:
     cycle: int = 1
 
 
+PLAIN = "plain sum, one backward"
 MODES = {
-    "plain sum, one backward": Mode(),
+    PLAIN: Mode(),
     "m plain backward passes": Mode(way="one by one"),
     "default": Mode({}),
     'guarantee="gradient"': Mode({"guarantee": "gradient"}),
@@ -164,15 +165,15 @@ class Trainer:
             self.seconds[what].append(value)
 
 
-def measure_time(m: int, rounds: int) -> dict[str, tuple[float, float]]:
+def measure_time(modes: dict[str, Mode], m: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Return, per mode, backward time over one plain backward's, and whole-step time over the plain whole step's."""
-    trainers = {name: Trainer(mode, m, "5 M") for name, mode in MODES.items()}
+    trainers = {name: Trainer(mode, m, "5 M") for name, mode in ({PLAIN: MODES[PLAIN]} | modes).items()}
     data = batches()
     for trainer in trainers.values():
         # The first steps touch fresh memory, fill the averages and find weights; a round of refresh_every is whole.
         for _ in range(CYCLE if "refresh_every" in (trainer.mode.options or {}) else 2):
             trainer.step(*next(data))
-    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
     for _ in range(rounds):
         means = {}
         for name, trainer in trainers.items():
@@ -181,7 +182,7 @@ def measure_time(m: int, rounds: int) -> dict[str, tuple[float, float]]:
             for _ in range(trainer.mode.cycle):
                 trainer.step(*next(data))
             means[name] = {what: statistics.mean(times) for what, times in trainer.seconds.items()}
-        plain = means["plain sum, one backward"]
+        plain = means[PLAIN]
         for name, mean in means.items():
             # Forward passes inside of functions are no part of a backward pass: one of them is the plain step's.
             whole = sum(mean.values()) / sum(plain.values())
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=["time", "memory", "conflicts"], nargs="+", default=[])
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -254,16 +256,17 @@ def main() -> None:
     }
     for m in given.tasks:
         numbers = sum(p.numel() for p in Reader(m, "5 M").parameters())
-        cells: dict[str, list[str]] = {name: [] for name in MODES}
+        cells: dict[str, list[str]] = {name: [] for name in given.modes}
         if "time" in wanted:
-            for name, pair in measure_time(m, given.rounds).items():
-                cells[name] += [f"{x:.2f}" for x in pair]
+            pairs = measure_time({name: MODES[name] for name in given.modes}, m, given.rounds)
+            for name in given.modes:
+                cells[name] += [f"{x:.2f}" for x in pairs[name]]
         if "memory" in wanted:
-            base = peak("plain sum, one backward", m)
-            for name in MODES:
+            base = peak(PLAIN, m)
+            for name in given.modes:
                 cells[name].append(f"{(peak(name, m) - base) / (4 * numbers):+.1f}")
         if "conflicts" in wanted:
-            for name in MODES:
+            for name in given.modes:
                 gradient, update, worst = measure_conflicts(name, m)
                 cells[name] += [f"{gradient:.0f}", f"{update:.0f}", f"{worst:.1g}"]
         head = [f"{m} tasks, {numbers / 1e6:.1f} M parameters", *(title for what in wanted for title in titles[what])]

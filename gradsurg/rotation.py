@@ -166,7 +166,7 @@ class Rotation:
             if self._unit is not None:
                 gradient = gradient / self._unit.to(gradient.device)
             if before is None:
-                average[p] = gradient.clone()
+                average[p] = gradient  # not a copy: the step's rows are let go now
             elif before.is_sparse or gradient.is_sparse:
                 average[p] = (before * (1 - share) + gradient * share).coalesce()
             else:
