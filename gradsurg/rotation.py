@@ -54,7 +54,8 @@ class Rotation:
         waiting = sorted((name for name in names if name in self._averages), key=lambda name: last.get(name, -1))
         due = {*new, *waiting[: max(self.count - len(new), 0)]}
         self._present.update((name, name in due or self._present.get(name, False)) for name in names)
-        self._unit = gradient
+        # Read before the first backward pass, where a device has little to wait for; it saves copies of all averages.
+        self._unit = None if gradient is None or float(gradient) == 1 else gradient
         return [name for name in names if name in due]
 
     def completed(self, rows: TaskRows) -> TaskRows:
