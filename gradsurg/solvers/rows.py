@@ -80,10 +80,8 @@ def _inverse(rows: Matrix, G: Tensor) -> tuple[Matrix | None, Vector]:
     if inf in s:  # a zero row
         return None, []
     scale = torch.frombuffer(array("d", s), dtype=torch.float64)
-    factor, info = torch.linalg.cholesky_ex(G * scale * scale.unsqueeze(-1))  # with the next line half of inv_ex's time
-    if info.item():
-        return None, []
-    N: Matrix = torch.cholesky_inverse(factor).tolist()
+    # Not Cholesky: its inverse is shared among threads, and waits 20 ms for one on a machine that is busy.
+    N: Matrix = torch.linalg.inv_ex(G * scale * scale.unsqueeze(-1))[0].tolist()  # NaN or large for a singular one
     return (N, s) if all(0 < row[i] < LARGEST_INVERSE for i, row in enumerate(N)) else (None, [])
 
 
