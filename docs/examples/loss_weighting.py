@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -102,18 +103,31 @@ def train(
         return data.scores(model(data.halves[test]), test), first
 
 
+def draw(scores: dict[str, list[list[float]]], output: Path) -> None:
+    """Draw scores[scale][variant][task], a panel a task."""
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
+    for k, title in enumerate(("digit, accuracy (%)", "ink, R² (%)", "pixels, R² (%)")):
+        for i, (variant, marker, size) in enumerate(zip(VARIANTS, "os^", (12, 8, 5), strict=True)):
+            values = [each[i][k] for each in scores.values()]
+            axes[k].plot(
+                values, list(scores), marker, markersize=size, markerfacecolor="none", color="k", label=variant
+            )
+        axes[k].set(title=title)
+        axes[k].grid(axis="y", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(output, dpi=120)
+
+
 def main() -> None:
     """Print the table; draw the scores of every scale in the three variants."""
     chosen = options(__doc__ or "", "loss_weighting.png")
     steps, seeds = (20, 1) if chosen.fast else (1500, chosen.seeds)
-    ways: dict[str, Any] = {
-        "none": "none",
-        "initial loss": "initial_loss",
-        "prior loss": "prior_loss",
-        "current loss": "loss",
-        "generalised mean, γ = ½": GeneralizedMean(0.5),
-        "gradient norm": "norm",
-    }
+    ways: dict[str, Any] = {"none": "none", "initial loss": "initial_loss", "prior loss": "prior_loss"}
+    ways |= {"current loss": "loss", "generalised mean, γ = ½": GeneralizedMean(0.5), "gradient norm": "norm"}
     data = Data()
     print("| scale | units | digit (%) | ink R² (%) | pixels R² (%) | first direction turned by |")
     print("| --- | --- | --: | --: | --: | --: |")
@@ -121,29 +135,15 @@ def main() -> None:
     for name, normalize in ways.items():
         runs = {v: [train(data, normalize, VARIANTS[v], seed, steps) for seed in range(seeds)] for v in VARIANTS}
         for variant, found in runs.items():
-            cosines = [
-                nn.functional.cosine_similarity(a, b, 0) for (_, a), (_, b) in zip(found, runs["as it is"], strict=True)
-            ]
+            both = zip(found, runs["as it is"], strict=True)
+            cosines = [nn.functional.cosine_similarity(a, b, 0) for (_, a), (_, b) in both]
             angle = torch.stack(cosines).min().clamp(max=1).acos().rad2deg().item()
             cells = [spread([each[k] for each, _ in found]) for k in range(3)]
             print(f"| {name} | {variant} | {' | '.join(cells)} | {angle:.1f}° |")
             scores.setdefault(name, []).append([sum(each[k] for each, _ in found) / seeds for k in range(3)])
     print(f"\n{seeds} seeds, {steps} steps of Adam\n{conditions()}")
 
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
-    for k, (panel, title) in enumerate(
-        zip(axes, ("digit, accuracy (%)", "ink, R² (%)", "pixels, R² (%)"), strict=True)
-    ):
-        for i, (variant, marker) in enumerate(zip(VARIANTS, "os^", strict=True)):
-            values = [max(each[i][k], -20) for each in scores.values()]
-            panel.plot(values, list(scores), marker, color=f"C{i}", alpha=0.8, label=variant)
-        panel.set(title=title, xlim=(-25, 105))
-        panel.invert_yaxis() if k == 0 else None
-    axes[0].legend(frameon=False, fontsize="small", loc="lower left")
-    figure.savefig(chosen.output, dpi=120)
+    draw(scores, chosen.output)
 
 
 if __name__ == "__main__":
