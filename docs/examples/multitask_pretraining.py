@@ -118,7 +118,7 @@ def accuracy(predict: Callable[[Tensor], Tensor], loaders: Loaders, task: str) -
 def main() -> None:
     """Print accuracies, draw the losses."""
     chosen = options(__doc__ or "", "multitask_pretraining.png")
-    steps, seeds = (3, 1) if chosen.fast else (600, chosen.seeds)
+    steps, seeds = (3, 1) if chosen.fast else (400, chosen.seeds)
     runs = {name: [train(s, steps, name == "gradsurg") for s in range(seeds)] for name in ("sum", "gradsurg")}
     print(f"| accuracy (%) | {' | '.join(runs)} |\n| --- | --: | --: |")
     for k, task in enumerate(SIZES):
