@@ -62,9 +62,12 @@ class ByParameter(Generic[V]):
 
     def at(self, parameters: Iterable[Tensor]) -> list[V | None]:
         """Return the value of each of these parameters, or None where there is none."""
-        pairs = self._pairs
-        found = [pairs.get(id(p)) for p in parameters]
-        return [None if pair is None else pair[1] for pair in found]
+        find = self._pairs.get
+        return [pair[1] if (pair := find(key)) else None for key in map(id, parameters)]
+
+    def ids(self) -> Collection[int]:
+        """Return id(parameter) of each entry."""
+        return self._pairs.keys()
 
     def update(self, other: ByParameter[V]) -> None:
         """Take over all entries of another."""

@@ -6,7 +6,9 @@ float64 twin in reference.py. On a device other than the CPU the same code runs,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ MATMUL_FROM = 4
 COMBINED = 131_072
 
 WORKSPACE = Workspace()
+DTYPE, DEVICE, LAYOUT = map(attrgetter, ("dtype", "device", "layout"))
 ROWS, MOVEMENT, PRODUCT, SUM = range(4)  # slots of the workspace
 
 
@@ -120,7 +123,12 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     exact = exact or _too_large(weights)
     result: list[Tensor | None] = [None] * len(like)
     grouped: dict[tuple[object, ...], list[int]] = {}
+    everywhere = [i for i, weight in enumerate(weights) if weight != 0]
+    alike = not exact and everywhere and like[0].dtype in (torch.float32, torch.float64) and _alike([*rows, like])
     for k, parameter in enumerate(like):
+        if alike and parameter.numel() < COMBINED:
+            grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
+            continue
         column = [row[k] for row in rows]
         some = next(g for g in column if g is not None)
         used = [i for i, g in enumerate(column) if g is not None and weights[i] != 0]
@@ -208,6 +216,14 @@ class _Symmetric:
             return full
         total = full.to(self.tensor.device) + self.tensor
         return (total + total.T) / 2
+
+
+def _alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether nothing is missing and all have one dtype and device and are dense, asked without a loop in Python."""
+    kinds = set(map(type, itertools.chain(*lists)))
+    if not kinds <= {Tensor, torch.nn.Parameter}:
+        return False
+    return all(len(set(map(attribute, itertools.chain(*lists)))) == 1 for attribute in (DTYPE, DEVICE, LAYOUT))
 
 
 def _use_matmul(m: int, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -77,10 +78,10 @@ class TaskRows:
 
     def reach(self, parameters: Sequence[Tensor]) -> list[int]:
         """Return how many tasks reached each of `parameters`."""
-        table = self.table(parameters)
-        if not table:
-            return [0] * len(parameters)
-        return [len(table) - sum(gradient is None for gradient in column) for column in zip(*table, strict=True)]
+        counts: Counter[int] = Counter()
+        for row in self._rows.values():
+            counts.update(row.ids())
+        return [counts[key] for key in map(id, parameters)]
 
     def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return those of `parameters` that at least two tasks reached."""
