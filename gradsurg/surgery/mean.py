@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.shares import shares
-from gradsurg.surgery.shortcut import alive
+from gradsurg.surgery.shortcut import alive, vector
 
 __all__ = ["Mean"]
 
@@ -38,5 +38,5 @@ class Mean(Surgery):
         return shares(problem), state
 
     def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        m = gramian.shape[-1]
-        return gramian.new_full((m,), 1 / m) if alive(gramian) else None
+        m = len(gramian)
+        return vector([1 / m] * m, gramian) if alive(gramian) else None

@@ -45,7 +45,7 @@ class Random(Surgery):
         return torch.where(total > 0, pull / total, 0), state
 
     def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        return vector(_drawn(gramian.shape[-1]), gramian) if alive(gramian) else None
+        return vector(_drawn(len(gramian)), gramian) if alive(gramian) else None
 
 
 @functools.lru_cache(maxsize=64)
