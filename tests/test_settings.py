@@ -9,6 +9,7 @@ from torch import nn
 
 import gradsurg
 from gradsurg import settings as module
+from gradsurg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.settings import settings_from
 from gradsurg.surgery import SURGERIES, Cone
@@ -119,6 +120,39 @@ def test_a_wrong_value_says_what_is_right(option, value, match):
 def test_names_are_checked_against_the_declared_ones(options, match):
     with pytest.raises(ValueError, match=match):
         settings_from({"tasks": ["left", "right"], **options}, [])
+
+
+@pytest.mark.parametrize(
+    ("available", "interpret", "device", "options", "match"),
+    [
+        (False, "1", "cpu", {}, "Triton is not installed"),
+        (True, "0", "cpu", {}, "the gradients are on cpu, not on a CUDA device"),
+        (True, "1", "meta", {}, "the gradients are on meta, not on a CUDA device"),
+        (True, "1", "cpu", {"surgery": "graddrop"}, "surgery='graddrop' decides number by number"),
+        (True, "1", "cpu", {"surgery": "trimmed_mean"}, "surgery='trimmed_mean' decides number by number"),
+        (True, "1", "cpu", {"margin": 0.1}, "margin= is kept on the host"),
+        (True, "1", "cpu", {"margin": {"left": 0.1}}, "margin= is kept on the host"),
+    ],
+)
+def test_triton_that_cannot_run_is_an_error_at_wrap(monkeypatch, available, interpret, device, options, match):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: available)
+    held = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device=device))]
+    optimizer = torch.optim.SGD(held, lr=0.1)
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run: .*{match}.*backend='auto'"):
+        gradsurg.wrap(optimizer, backend="triton", **options)
+    assert type(optimizer) is torch.optim.SGD
+    assert "gradsurg" not in optimizer.param_groups[0]
+    for fallback in ("auto", "torch"):
+        assert settings_from({"backend": fallback, **options}, [optimizer]).backend == fallback
+
+
+@pytest.mark.parametrize("margin", [0.0, {"left": 0.0}])
+def test_triton_where_it_can_run(monkeypatch, margin):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: True)
+    options = {"backend": "triton", "margin": margin}
+    assert settings_from(options, [optimizer_of(build())]).backend == "triton"
 
 
 def test_an_unknown_option_lists_the_known_and_the_nearest():

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from models import TASKS, AllShared
+from torch import nn
 
+import gradsurg
+from gradsurg.distributed import Layout
 from gradsurg.kernels import dispatch
-from gradsurg.kernels.dispatch import gramian_kernel, path, task_tiles, vector
+from gradsurg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
+from gradsurg.operation import Patient, operate
+from gradsurg.rows import Row, TaskRows
+from gradsurg.settings import settings_from
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLOAT = (torch.float32, torch.float32)
@@ -109,3 +116,151 @@ def test_interpreter_is_read_from_the_environment(monkeypatch):
         assert dispatch.is_interpreted() is wanted
     monkeypatch.delenv("TRITON_INTERPRET")
     assert dispatch.is_interpreted() is False
+
+
+# -- path_of: the same from real rows ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A CPU that the kernels could run on; what is tested here is which path is named, and no kernel is reached."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: True)
+
+
+def parameters(*dtypes, device="cpu"):
+    return [torch.zeros(3, dtype=dtype, device=device) for dtype in dtypes or (torch.float32,)]
+
+
+def unread():
+    raise AssertionError("the path was known, and the gradients were gone through all the same")
+    yield
+
+
+def test_torch_is_taken_without_a_look_at_the_gradients(interpreted):
+    assert path_of("torch", unread(), parameters()) == "torch"
+
+
+def test_auto_on_a_cpu_is_taken_without_a_look_at_the_gradients(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert path_of("auto", unread(), parameters()) == "torch"
+
+
+def test_parameters_on_several_devices(interpreted):
+    like = [*parameters(), *parameters(device="meta")]
+    with pytest.raises(ValueError, match=r"shared parameters are on \['cpu', 'meta'\].*backend='auto'"):
+        path_of("triton", unread(), like)
+    assert path_of("auto", unread(), like) == "torch"
+
+
+SPARSE = torch.sparse_coo_tensor([[1]], [1.0], (3,))
+NARROW, WIDE = parameters(torch.bfloat16)[0], parameters(torch.float64)[0]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (None, ""),
+        (NARROW, ""),
+        (SPARSE, "there are sparse gradients"),
+        (WIDE, "rows of torch.float64 for parameters of torch.float32 have no kernel"),
+    ],
+)
+def test_one_gradient_decides(interpreted, second, message):
+    """Rows may be generators: each is gone through once."""
+    like = parameters(torch.float32, torch.float32)
+
+    def rows():
+        yield iter([torch.ones(3), None])
+        yield iter([None, second])
+
+    assert path_of("auto", rows(), like) == ("torch" if message else "triton")
+    if message:
+        with pytest.raises(ValueError, match=message):
+            path_of("triton", rows(), like)
+    else:
+        assert path_of("triton", rows(), like) == "triton"
+
+
+def test_no_row_and_no_gradient_is_no_obstacle(interpreted):
+    assert path_of("auto", [], parameters()) == "triton"
+    assert path_of("auto", [[None], [None]], parameters()) == "triton"
+
+
+def test_rows_where_triton_cannot_run(monkeypatch):
+    rows = [[torch.ones(3)], [torch.ones(3)]]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: True)
+    with pytest.raises(ValueError, match="the gradients are on cpu"):
+        path_of("triton", rows, parameters())
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        path_of("triton", rows, parameters())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert path_of("auto", rows, parameters()) == "torch"
+
+
+# -- what a step does with it --------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Two losses of one embedding with sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(6, 3, sparse=True)
+
+    def losses(self, batch):
+        z = self.table(torch.arange(4))
+        return {"left": z.square().mean(), "right": (z - 1).square().mean()}
+
+
+def reports(model, **options):
+    """Return the report of a step and the warnings it gave; warnings are errors in this project."""
+    optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    optimizer.total(model.losses(0)).backward()
+    optimizer.step()
+    return optimizer.report
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_report_names_the_path_on_a_cpu(monkeypatch, backend):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    report = reports(AllShared(), backend=backend)
+    assert (report.path, report.tasks) == ("torch", TASKS)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (AllShared, {"backend": "torch"}),
+        (AllShared, {"surgery": "graddrop"}),
+        (AllShared, {"margin": 0.1}),
+        (AllShared, {"row_dtype": torch.float64}),
+        (Table, {}),
+    ],
+)
+def test_auto_falls_back_silently_where_there_is_no_kernel(interpreted, model, options):
+    assert reports(model(), **options).path == "torch"
+
+
+def test_auto_falls_back_silently_without_triton(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "triton_is_available", lambda: False)
+    assert reports(AllShared()).path == "torch"
+
+
+def test_several_ranks(interpreted):
+    """The rows of several ranks stay with torch: silently for "auto", an error for those who asked for Triton."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    rows = TaskRows()
+    rows.add("left", Row([(p, torch.tensor([1.0, 0.0]))]))
+    rows.add("right", Row([(p, torch.tensor([-2.0, 1.0]))]))
+
+    def outcome(backend):
+        settings = settings_from({"backend": backend}, [torch.optim.SGD([p], lr=0.1)])
+        return operate(Patient(rows, [p], [[p]], {}, settings, 0, {}, layout=Layout()))
+
+    with pytest.raises(ValueError, match=r"several ranks.*backend='auto'"):
+        outcome("triton")
+    assert outcome("auto").report.path == "torch"
