@@ -82,15 +82,19 @@ class Memory:
         group[KEY] = {**group[KEY], **changes}
 
 
-def sealed(state_dict: dict[str, Any]) -> dict[str, Any]:
+def sealed(state_dict: dict[str, Any], **inside: Any) -> dict[str, Any]:
     """Return a state dict that has the entry a second time, in one piece.
 
     Distributed checkpoints take dicts apart, and load only what the optimizer that loads has already: of a fresh one,
-    the state of normaliser and surgery would stay empty. A tuple they leave whole.
+    the state of normaliser and surgery would stay empty. A tuple they leave whole. `inside` goes into the piece alone;
+    a fresh optimizer must pass it too, empty, where its first group has no entry otherwise.
     """
     group = state_dict["param_groups"][0]
-    if isinstance(group.get(KEY), dict):
-        group[KEY] = {**group[KEY], SEAL: (group[KEY],)}
+    had = group.get(KEY)
+    # A seal is there already where a bare optimizer loaded the checkpoint of a wrapped one, and was wrapped then.
+    entry = {k: v for k, v in had.items() if k != SEAL} if isinstance(had, dict) else {}
+    if entry or inside:
+        group[KEY] = {**entry, SEAL: ({**entry, **inside},)}
     return state_dict
 
 

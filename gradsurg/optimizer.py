@@ -205,7 +205,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
-        return self._gradsurg.rotation.pack_into(self, sealed(super().state_dict()), KEY)
+        return sealed(super().state_dict(), **self._gradsurg.rotation.packed(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""

@@ -113,13 +113,15 @@ class Rotation:
         """Take averages from a checkpoint, at their first use: the optimizer may not hold its parameters yet."""
         self._arrived.append((optimizer, packed))
 
-    def pack_into(self, optimizer: Optimizer, state_dict: dict[str, Any], key: str) -> dict[str, Any]:
-        """Return a state dict with the averages in its first group's entry."""
-        packed = self.pack(optimizer)
-        if packed:
-            group = state_dict["param_groups"][0]
-            group[key] = {**group.get(key, {}), ROWS: packed}
-        return state_dict
+    def packed(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what a state dict keeps in one piece (see memory.sealed): the averages, in the host's memory.
+
+        Distributed checkpoints pickle that piece, and read it without asking whether the device of a tensor is there.
+        """
+        if self.count is None:
+            return {}
+        averages = self.pack(optimizer).items()
+        return {ROWS: {name: [None if t is None else t.cpu() for t in tensors] for name, tensors in averages}}
 
     def unpack_from(self, optimizer: Optimizer, state_dict: dict[str, Any], key: str) -> dict[str, Any]:
         """Take the averages out of a state dict and return it without them; the one given is left as it is."""

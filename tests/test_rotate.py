@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import build, data, equal_weights, same, trained
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import gradsurg
 from gradsurg import MultiTaskError
@@ -178,6 +184,52 @@ def copied_by_dcp(model, optimizer):
     return twin, other
 
 
+def resumed_from_disk(folder, model, optimizers, twin, others):
+    """Save with torch.distributed.checkpoint, and load into optimizers that never did a step."""
+    state = [get_state_dict(model, each) for each in optimizers]
+    saved = {"model": state[0][0], **{f"optimizer {k}": each for k, (_, each) in enumerate(state)}}
+    checkpoint.save(saved, checkpoint_id=folder, no_dist=True)
+    state = [get_state_dict(twin, each) for each in others]
+    loaded = {"model": state[0][0], **{f"optimizer {k}": each for k, (_, each) in enumerate(state)}}
+    checkpoint.load(loaded, checkpoint_id=folder, no_dist=True)
+    for k, each in enumerate(others):
+        set_state_dict(twin, each, model_state_dict=loaded["model"], optim_state_dict=loaded[f"optimizer {k}"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize(("before", "several"), [(0, False), (1, False), (5, False), (5, True)])
+def test_resuming_from_a_distributed_checkpoint_on_disk_is_not_noticed(tmp_path, before, several):
+    """The loading optimizer knows no task: what a checkpoint has of tasks by name, DCP would leave out."""
+
+    def training(seed):
+        model = build(seed=seed)
+        parts = [model.trunk, model.heads] if several else [model]
+        optimizers = [torch.optim.Adam(trained(part), lr=0.05) for part in parts]
+        return model, gradsurg.wrap(optimizers, rotate=1)
+
+    def due(model, optimizers, batch):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        optimizers[0].total(model.losses(batch)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return optimizers[0].report.fresh or optimizers[0].report.tasks
+
+    model, optimizers = training(0)
+    for batch in range(before):
+        due(model, optimizers, batch)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    twin, others = training(9)
+    resumed_from_disk(tmp_path, model, optimizers, twin, others)
+    for batch in range(before, before + 5):
+        assert due(model, optimizers, batch) == due(twin, others, batch)
+    assert equal_weights(model, twin)
+    for optimizer, other in zip(optimizers, others, strict=True):
+        assert same(copy.deepcopy(optimizer.state_dict()), other.state_dict())
+        assert "tensor" not in repr(other)
+
+
 @pytest.mark.parametrize("route", [copied_by_pickle, copied_by_state_dict, copied_by_dcp, lambda *x: copy.deepcopy(x)])
 @pytest.mark.parametrize("before", [0, 1, 2, 5])
 def test_resuming_is_not_noticed(route, before):
@@ -201,6 +253,18 @@ def test_checkpoints_of_bare_optimizers_are_exchanged():
     bare.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(torch.optim.Adam(trained(model), lr=0.05).state_dict())
     assert step(optimizer, model.losses(0)) == TASKS  # nothing is known: all are due
+
+
+def test_wrapping_what_loaded_a_wrapped_checkpoint_drops_its_seal():
+    model = build()
+    optimizer = wrapped(model, torch.optim.Adam, rotate=1)
+    step(optimizer, model.losses(0))
+    bare = torch.optim.Adam(trained(model), lr=0.05)
+    bare.load_state_dict(optimizer.state_dict())
+    (piece,) = gradsurg.wrap(bare).state_dict()["param_groups"][0]["gradsurg"]["sealed"]
+    assert "tensor" not in repr(piece)
+    assert piece.keys() >= {"step", "tasks"}
+    assert "sealed" not in piece
 
 
 def test_several_optimizers_share_the_averages():
@@ -303,7 +367,8 @@ def test_averages_in_less_memory():
     optimizer = wrapped(model, rotate=1, row_dtype=torch.bfloat16)
     for batch in range(3):
         step(optimizer, model.losses(batch))
-    packed = optimizer.state_dict()["param_groups"][0]["gradsurg"]["rows"]
+    (piece,) = optimizer.state_dict()["param_groups"][0]["gradsurg"]["sealed"]
+    packed = piece["rows"]
     assert {t.dtype for row in packed.values() for t in row if t is not None} == {torch.bfloat16}
     assert all((t is None) == (i >= 4) for row in packed.values() for i, t in enumerate(row))  # no heads
 
