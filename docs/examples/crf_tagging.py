@@ -9,6 +9,8 @@ transitions, which only segmentation reaches, get their own plain gradient.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib as mpl
 import torch
 from encoder import Encoder
@@ -106,6 +108,26 @@ def train(seed: int, steps: int, factor: float) -> tuple[float, float, Tensor]:
     return 200 * len(ours & truth) / (len(ours) + len(truth)), 100 * impossible.item(), chain.transitions.detach()
 
 
+def draw(matrices: dict[float, Tensor], output: Path) -> None:
+    """Draw the transitions learned at each rate."""
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4), layout="constrained")
+    for panel, (factor, matrix) in zip(axes, matrices.items(), strict=True):
+        bound = max(matrix.abs().max().item(), 1e-6)
+        panel.imshow(matrix.numpy(), cmap="PuOr", vmin=-bound, vmax=bound)
+        for a in range(4):
+            for b in range(4):
+                mark = "" if (a, b) in LEGAL else "×"
+                dark = "w" if abs(matrix[a, b]) > 0.6 * bound else "k"
+                panel.text(b, a, f"{matrix[a, b]:.2f}{mark}", ha="center", va="center", fontsize=8, color=dark)
+        panel.set_xticks(range(4), "BMES")
+        panel.set_yticks(range(4), "BMES")
+        panel.set(title=f"rate {factor:g} ×", xlabel="to (× impossible)", ylabel="from")
+    figure.savefig(output, dpi=120)
+
+
 def main() -> None:
     """Print the table, draw the transitions."""
     chosen = options(__doc__ or "", "crf_tagging.png")
@@ -119,22 +141,7 @@ def main() -> None:
         print(f"| {factor:g} × the encoder's | {spread(list(f1))} | {spread(list(impossible))} | {largest} |")
     print(f"\n{seeds} seeds, {steps} steps\n{conditions()}")
 
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for panel, (factor, found) in zip(axes, runs.items(), strict=True):
-        matrix, bound = found[0][2], max(found[0][2].abs().max().item(), 1e-6)
-        panel.imshow(matrix.numpy(), cmap="PuOr", vmin=-bound, vmax=bound)
-        for a in range(4):
-            for b in range(4):
-                mark = "" if (a, b) in LEGAL else "×"
-                dark = "w" if abs(matrix[a, b]) > 0.6 * bound else "k"
-                panel.text(b, a, f"{matrix[a, b]:.2f}{mark}", ha="center", va="center", fontsize=8, color=dark)
-        panel.set_xticks(range(4), "BMES")
-        panel.set_yticks(range(4), "BMES")
-        panel.set(title=f"rate {factor:g} ×", xlabel="to (× impossible)", ylabel="from")
-    figure.savefig(chosen.output, dpi=120)
+    draw({factor: found[0][2] for factor, found in runs.items()}, chosen.output)
 
 
 if __name__ == "__main__":
