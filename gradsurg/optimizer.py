@@ -20,10 +20,12 @@ from gradsurg.capture import Total, at_end_of_backward
 from gradsurg.compiled import outside_compilation
 from gradsurg.distributed import check_model, refuse_optimizer
 from gradsurg.features import check_features
+from gradsurg.incoming import bring, entering, receive
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
 from gradsurg.memory import KEY, sealed, unsealed
 from gradsurg.report import Report
 from gradsurg.settings import settings_from
+from gradsurg.stepping import after_step, before_step, take_back, watch
 from gradsurg.surgeon import Surgeon
 
 __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total", "unwrap", "wrap"]
@@ -128,7 +130,7 @@ class MultiTaskOptimizer(Optimizer):
         given = None if features is None else check_features(features, surgeon.settings)
         if not any(callable(loss) or (loss is not None and loss.requires_grad) for loss in (*parsed.values(), plain)):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
-        surgeon.bring(parsed, plain, given, retain_graph=retain_graph)
+        bring(surgeon, parsed, plain, given, retain_graph=retain_graph)
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:
@@ -154,7 +156,7 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         surgeon = self._gradsurg
-        with surgeon.entering(name):
+        with entering(surgeon, name):
             yield
 
     def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
@@ -176,7 +178,7 @@ class MultiTaskOptimizer(Optimizer):
             >>> w.grad.tolist()
             [0.0, 1.0]
         """
-        self._gradsurg.receive(gradients)
+        receive(self._gradsurg, gradients)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -224,14 +226,14 @@ class MultiTaskOptimizer(Optimizer):
 def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) -> Any:
     """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee."""
     surgeon = self._gradsurg
-    before = surgeon.before_step(self, closure is not None)
-    arguments = () if closure is None else (surgeon.watch(closure),)
+    before = before_step(surgeon, self, closure is not None)
+    arguments = () if closure is None else (watch(surgeon, closure),)
     try:
         result = _inner_step(_inner_class(self))(self, *arguments)
     except BaseException:
-        surgeon.take_back(self, before)
+        take_back(surgeon, self, before)
         raise
-    surgeon.after_step(self, before)
+    after_step(surgeon, self, before)
     return result
 
 
@@ -356,7 +358,7 @@ def _run_nested(
     gradient: Tensor,
     keep: bool,
 ) -> None:
-    surgeon.bring(losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
+    bring(surgeon, losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
 
 
 def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:

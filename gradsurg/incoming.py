@@ -1,0 +1,210 @@
+"""How gradients come in: through losses, a block of ordinary backward calls, or rows that were computed elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurg.capture import pass_in_progress
+from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
+from gradsurg.errors import MultiTaskError, unknown_name
+from gradsurg.features import run_on_features
+from gradsurg.hooks import refusing_steps_in_backward
+from gradsurg.losses import Compute, check_row, seed_of
+from gradsurg.priority import check_names
+from gradsurg.recompute import evaluate, explain
+from gradsurg.refresh import run_reused
+from gradsurg.refusals import refuse_cheap, refuse_nesting, refuse_scaled_mark
+
+if TYPE_CHECKING:
+    from gradsurg.surgeon import Surgeon
+
+__all__ = ["bring", "entering", "receive"]
+
+Task = Tensor | Compute | None
+Finish = Callable[[Callable[[], None], Callable[[], None]], None]
+
+
+def bring(
+    surgeon: Surgeon,
+    losses: Mapping[str, Task],
+    plain: Tensor | None = None,
+    features: list[Tensor] | None = None,
+    gradient: Tensor | None = None,
+    retain_graph: bool = False,
+    finish: Finish | None = None,
+) -> None:
+    """Let gradients in by the way that the options and the step call for; arguments as for `_run`."""
+    tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
+    if features is not None:
+        surgeon.lay_out()
+        if surgeon.traffic.layout.several:
+            raise MultiTaskError(
+                "features= works in one process only: each rank has features of its own part of the batch. Leave "
+                "it out; docs/many-gpus.md says what a full step costs."
+            )
+        run_on_features(surgeon, tensors, features, plain, gradient, retain_graph)
+        return
+    present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
+    weights = None if surgeon.capture.is_live() else surgeon.refresh.weights(present)
+    if weights is None or not run_reused(surgeon, present, weights, plain, gradient, retain_graph):
+        _run(surgeon, losses, plain, gradient, retain_graph, finish)
+
+
+def _run(
+    surgeon: Surgeon,
+    losses: Mapping[str, Task],
+    plain: Tensor | None = None,
+    gradient: Tensor | None = None,
+    retain_graph: bool = False,
+    finish: Finish | None = None,
+) -> None:
+    """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before.
+
+    Args:
+        surgeon: Whose rows they become.
+        losses: Name -> loss, or a function that computes it; those that are None or do not require grad are absent.
+        plain: A loss that takes no part in surgery.
+        gradient: What to scale every loss by, as autograd hands it to a scaled total.
+        retain_graph: Keep the graph for another run.
+        finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
+    """
+    refuse_nesting(surgeon, "total() or backward()")
+    surgeon.lay_out()
+    refuse_scaled_mark(surgeon)
+    surgeon.introduce(losses)
+    given = {
+        name: task
+        for name, task in losses.items()
+        if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
+    }
+    due = surgeon.rotation.choose(list(given), gradient)
+    passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due]
+    if plain is not None and plain.requires_grad:
+        passes.append((None, plain))
+    known = {name: loss.detach().reshape(()) for name, loss in losses.items() if isinstance(loss, Tensor)}
+    surgeon.unrun = 0
+    joining = surgeon.capture.opened is not None and surgeon.enclosing_pass == pass_in_progress()
+    if joining:  # a second total in one backward pass, while the first waits for its end
+        surgeon.capture.take_plain()
+    else:
+        surgeon.abort()  # of a backward pass that died, where nobody told us
+        surgeon.capture.open()
+        surgeon.enclosing_pass = pass_in_progress()
+    surgeon.joined = joining
+    try:
+        if not joining:
+            surgeon.traffic.start([which for which, _ in passes if which is not None], surgeon.deferring > 0)
+        retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
+        watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
+        parameters = surgeon.parameters()
+        for i, (which, task) in enumerate(passes):
+            if not isinstance(task, Tensor):
+                known.update(_run_function(surgeon, str(which), task, retain_graph))
+            else:
+                keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
+                with surgeon.traffic.layout.quiet(), advise(), refusing_steps_in_backward(parameters):
+                    torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
+                if keep:
+                    watch.check(task, "plain=" if which is None else repr(which))
+                if which is None:
+                    surgeon.capture.take_plain()
+                else:
+                    surgeon.capture.take(which)
+            if which is not None and not joining:
+                surgeon.traffic.captured(which)
+        if not known and plain is None:
+            raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
+    except BaseException as error:
+        surgeon.abort(error)
+        raise
+    surgeon.losses = known
+    if not joining:
+        (finish or _now)(surgeon.finish, functools.partial(surgeon.abort, None, surgeon.capture.opened))
+
+
+def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
+    """Compute a task's loss and run its backward pass; return the loss by name, or nothing where it is absent."""
+    opened, surgeon.computing = surgeon.capture.opened, name
+    try:
+        with surgeon.traffic.layout.quiet():
+            loss = evaluate(name, compute)
+    finally:
+        surgeon.computing = None
+    if surgeon.capture.opened is not opened:
+        raise MultiTaskError(f"the function of {name!r} called zero_grad(): it must only compute a loss")
+    if loss is None:
+        return {}
+    try:
+        with surgeon.traffic.layout.quiet():
+            torch.autograd.backward(loss, retain_graph=retain_graph)
+    except RuntimeError as error:
+        raise explain(name, error) from error
+    surgeon.capture.take(name)
+    return {name: loss.detach().reshape(())}
+
+
+@contextmanager
+def entering(surgeon: Surgeon, name: str) -> Iterator[None]:
+    """Send what happens to p.grad inside this block to one task's row."""
+    refuse_nesting(surgeon, "task()")
+    refuse_cheap(surgeon, "task()")
+    surgeon.lay_out()
+    refuse_scaled_mark(surgeon)
+    declared = surgeon.settings.tasks
+    if declared is not None and name not in declared:
+        raise unknown_name("task()", name, declared)
+    surgeon.abort()
+    surgeon.capture.open()
+    surgeon.in_task = True
+    # Until something is compiled, only a task's first block is watched: there the first compilation may happen.
+    watched = surgeon.parameters() if anything_compiled() or name not in surgeon.met else []
+    surgeon.met.add(name)
+    try:
+        with (
+            surgeon.traffic.layout.quiet(),
+            advise(),
+            noticing_kept_graphs(watched),
+            refusing_steps_in_backward(surgeon.parameters()),
+        ):
+            yield
+    except BaseException as error:
+        surgeon.abort(error)
+        raise
+    finally:
+        surgeon.in_task = False
+    surgeon.learn([name])
+    surgeon.capture.take(name)
+    waiting = declared is not None and not {*surgeon.entered, name}.issuperset(declared)
+    surgeon.finish(defer=waiting or surgeon.deferring > 0)
+    if surgeon.pending:
+        surgeon.entered.add(name)
+
+
+def receive(surgeon: Surgeon, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Take rows that were computed elsewhere."""
+    refuse_nesting(surgeon, "set_gradients()")
+    refuse_cheap(surgeon, "set_gradients()")
+    refuse_scaled_mark(surgeon)
+    if not isinstance(gradients, Mapping) or not gradients:
+        raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
+    if surgeon.settings.tasks is not None:
+        check_names((tuple(gradients),), surgeon.settings.tasks, "gradients")
+    parameters = surgeon.parameters() if surgeon.settings.shared is None else list(surgeon.settings.shared)
+    rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
+    surgeon.introduce(rows)
+    surgeon.lay_out()
+    surgeon.capture.open()
+    for name, row in rows.items():
+        surgeon.capture.give(name, row)
+    surgeon.losses = {}
+    surgeon.finish()
+
+
+def _now(callback: Callable[[], None], _: Callable[[], None]) -> None:
+    callback()

@@ -1,0 +1,100 @@
+"""The optimizer's own step: what comes before it, what it is judged by after, and what is put back where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import LBFGS, Optimizer
+
+from gradsurg.errors import MultiTaskError
+from gradsurg.judgement import trained
+from gradsurg.refusals import warn_of_unknown_names, warn_of_unrun_totals
+from gradsurg.rows import Row
+from gradsurg.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from gradsurg.surgeon import Surgeon
+
+__all__ = ["after_step", "before_step", "take_back", "watch"]
+
+
+def before_step(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Row:
+    """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
+    if surgeon.in_task:
+        raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
+    surgeon.abort()  # of a backward pass that died, where nobody told us
+    surgeon.finish_pending()
+    if not closure:
+        warn_of_unrun_totals(surgeon)
+    warn_of_unknown_names(surgeon)
+    surgeon.first = None
+    before = _copies(surgeon, optimizer, closure)
+    surgeon.snapshot = Snapshot(optimizer, before) if surgeon.settings.atomic else None
+    return before
+
+
+def _copies(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Row:
+    if surgeon.settings.guarantee != "update":
+        return Row()
+    if closure:  # which parameters are shared is known only once the closure has run
+        return Row((p, p.detach().clone()) for p in trained(optimizer))
+    if surgeon.judgement is None or not any(map(surgeon.capture.still_ours, surgeon.judgement.parameters(optimizer))):
+        return Row()
+    return Row((p, p.detach().clone()) for p in trained(optimizer) if p.grad is not None)
+
+
+def watch(surgeon: Surgeon, closure: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
+
+    def watched() -> Any:
+        if surgeon.first is not None:  # an optimizer that evaluates again: this evaluation gets rows of its own
+            surgeon.capture.part_with_rows()
+        value = closure()
+        surgeon.finish_pending()
+        if surgeon.first is None:
+            surgeon.first = (surgeon.judgement, surgeon.latest)
+        return value
+
+    return watched
+
+
+def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Row) -> None:
+    """Project the movement, then let the rows go."""
+    surgeon.snapshot = None
+    warn_of_unrun_totals(surgeon)
+    if surgeon.first is not None:
+        surgeon.judgement, surgeon.latest = surgeon.first
+        surgeon.first = None
+    if len(before) and surgeon.judgement is not None:
+        movement = surgeon.judgement.hold(optimizer, before)
+        if surgeon.latest is not None and movement is not None:
+            surgeon.latest = surgeon.latest.with_movement(movement)
+    surgeon.stepped.add(id(optimizer))
+    if all(id(other) in surgeon.stepped for other in surgeon.optimizers):
+        _end_of_step(surgeon)
+
+
+def take_back(surgeon: Surgeon, optimizer: Optimizer, before: Row) -> None:
+    """Undo what a failed step did to that of which there is a copy; rows stay for another try."""
+    if surgeon.snapshot is not None:
+        surgeon.snapshot.restore()
+        surgeon.snapshot = surgeon.first = None
+        return
+    with torch.no_grad():
+        for p, old in before.items():
+            p.copy_(old)
+    if surgeon.first is not None and isinstance(optimizer, LBFGS):
+        # It was in the middle of a line search, and its state half way to the next: torch's own cannot go on.
+        optimizer.state.clear()
+    surgeon.first = None
+
+
+def _end_of_step(surgeon: Surgeon) -> None:
+    if surgeon.settings.refresh_every > 1:
+        surgeon.refresh.end_step(surgeon.report if surgeon.judgement is not None else None)
+    surgeon.rotation.end_step(surgeon.judgement)
+    surgeon.memory.end_step(surgeon.next_state)
+    surgeon.stepped.clear()
+    surgeon.forget()
