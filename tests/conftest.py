@@ -1,6 +1,7 @@
 """What every test starts from: a fixed seed, two threads, and hypothesis runs that repeat."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ torch.sparse.check_sparse_tensor_invariants.enable()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _pictures_closed():
+    """pyplot keeps every figure until it is closed, and warns from the 21st on; a test need not import it."""
+    yield
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:
+        pyplot.close("all")
 
 
 @pytest.fixture(autouse=True)
