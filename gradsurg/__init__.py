@@ -9,10 +9,11 @@ from gradsurg.functional import combine, weights
 from gradsurg.history import History
 from gradsurg.methods import methods
 from gradsurg.normalize import Normalizer
-from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total, unwrap, wrap
+from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total
 from gradsurg.problem import Problem
 from gradsurg.report import Report
 from gradsurg.surgery import Surgery
+from gradsurg.wrapping import unwrap, wrap
 
 __all__ = [
     "History",
