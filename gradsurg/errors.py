@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["MultiTaskError", "choose", "unknown_name"]
+import torch
+
+__all__ = ["MultiTaskError", "choose", "unknown_name", "warn"]
 
 T = TypeVar("T")
+# Between the user's line and ours lie torch's frames too: hooks around step(), autograd, torch.compiler.disable.
+_OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, torch.__file__))
 
 
 class MultiTaskError(RuntimeError):
@@ -35,3 +42,13 @@ def unknown_name(argument: str, name: object, known: Iterable[str]) -> ValueErro
         f"{argument} names the task {name!r}, but the tasks are {known}.{hint} "
         "A task that comes later can be declared: wrap(..., tasks=[...])."
     )
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called gradsurg, however many frames of ours and of torch lie between."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level += 1
+        frame = frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level + 1)

@@ -7,7 +7,6 @@ no task. The guarantee on the update would need every task's gradient with respe
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gradsurg.aside import Aside
 from gradsurg.compiled import Watch, advise, anything_compiled
-from gradsurg.errors import MultiTaskError
+from gradsurg.errors import MultiTaskError, warn
 from gradsurg.graph import Edge, edge_of, leaves_past
 from gradsurg.losses import seed_of
 from gradsurg.onboard.report import settled
@@ -216,9 +215,7 @@ def _warn_of_update(surgeon: Surgeon) -> None:
     if surgeon.settings.guarantee != "update" or "guarantee" not in surgeon.settings.asked or surgeon.told_of_features:
         return
     surgeon.told_of_features = True
-    warnings.warn(
+    warn(
         "guarantee='update' was asked for, and a step with features= cannot hold the update to it: that takes each "
-        "task's gradient of every parameter. It is held of the direction in the features instead; the report says so.",
-        UserWarning,
-        stacklevel=6,
+        "task's gradient of every parameter. It is held of the direction in the features instead; the report says so."
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
-from gradsurg.errors import MultiTaskError
+from gradsurg.errors import MultiTaskError, warn
 
 if TYPE_CHECKING:
     from gradsurg.surgeon import Surgeon
@@ -54,11 +53,9 @@ def warn_of_unrun_totals(surgeon: Surgeon) -> None:
     """Say, each time, that a total of this step never ran."""
     if surgeon.unrun:
         surgeon.unrun = 0
-        warnings.warn(
+        warn(
             "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: this "
-            "step has nothing of its tasks. Call optimizer.total(losses).backward().",
-            UserWarning,
-            stacklevel=5,
+            "step has nothing of its tasks. Call optimizer.total(losses).backward()."
         )
 
 
@@ -70,4 +67,4 @@ def warn_of_unknown_names(surgeon: Surgeon) -> None:
         surgeon.introduce(())
     except ValueError as error:
         surgeon.warned_of_names = True
-        warnings.warn(str(error), UserWarning, stacklevel=5)
+        warn(str(error))

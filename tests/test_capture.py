@@ -757,8 +757,9 @@ def test_a_total_that_did_not_run_warns(how, zeros):
         total.backward(inputs=trained(model))
     elif how == "autograd.grad":
         torch.autograd.grad(total, trained(model), allow_unused=True)
-    with pytest.warns(UserWarning, match="never ran"):
+    with pytest.warns(UserWarning, match="never ran") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         optimizer.step()
@@ -769,8 +770,9 @@ def test_inputs_that_leave_the_total_out_of_a_sum_warn():
     optimizer = wrapped(model)
     penalty = model.trunk[0].weight.square().sum()
     (optimizer.total(model.losses(0)) + penalty).backward(inputs=[model.trunk[0].weight])
-    with pytest.warns(UserWarning, match="never ran"):
+    with pytest.warns(UserWarning, match="never ran") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__
 
 
 def test_the_graph_is_freed_after_the_run():

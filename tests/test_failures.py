@@ -504,8 +504,9 @@ def test_a_misspelt_option_warns_with_task_blocks():
         optimizer.zero_grad()
         bring("task", optimizer, model.losses(batch))
         if batch == 0:
-            with pytest.warns(UserWarning, match="Did you mean 'left'"):
+            with pytest.warns(UserWarning, match="Did you mean 'left'") as caught:
                 optimizer.step()
+            assert caught[0].filename == __file__
         else:
             optimizer.step()
 

@@ -407,8 +407,9 @@ def test_a_loss_that_is_not_finite():
 def test_the_update_guarantee_is_let_go_and_said_so():
     model = build()
     optimizer = wrapped(model, torch.optim.Adam, guarantee="update")
-    with pytest.warns(UserWarning, match="guarantee='update'"):
+    with pytest.warns(UserWarning, match="guarantee='update'") as caught:
         optimizer.total(model(), features=model.h).backward()
+    assert caught[0].filename == __file__
     optimizer.step()
     assert optimizer.report.movement is None
     optimizer.zero_grad()
