@@ -111,6 +111,7 @@ def measure(rank: int, store: str, results: Any) -> None:
     setattr(dist, name, send)
     if rank == 0:
         results.put((float(pace) * rows, {mode: statistics.median(each) for mode, each in times.items()}))
+    dist.barrier()
     dist.destroy_process_group()
 
 

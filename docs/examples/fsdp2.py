@@ -56,6 +56,7 @@ def main() -> None:
         for name in last:
             print(f"{name}: {first[name]:.3f} -> {last[name]:.3f}")
     assert all(last[name] < first[name] for name in last)
+    torch.distributed.barrier()  # the last messages have arrived everywhere before anybody's threads are taken down
     torch.distributed.destroy_process_group()
 
 
