@@ -35,15 +35,32 @@ def plot(cache: Cache, summaries: Sequence[Summary], folder: Path) -> list[Path]
     mpl.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [_pareto(cache, summary, folder / f"pareto-{summary.problem.name}.png") for summary in summaries]
-    drawn.append(_against_sum(summaries, folder / "against-sum.png"))
+    drawn += [_against_sum(summary, folder / f"against-sum-{summary.problem.name}.png") for summary in summaries]
     drawn.append(_conflicts(summaries, folder / "conflicts.png"))
     return drawn
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels, two in a row: what fits into a column of text at the size it was drawn in."""
+    import matplotlib.pyplot as plt
+
+    across, down = min(count, 2), -(-count // 2)
+    figure, axes = plt.subplots(down, across, figsize=(4.4 * across, 3.9 * down + 0.9), layout="constrained")
+    panels = list(axes.flat) if count > 1 else [axes]
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    handles = {text: h for axis in panels for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
 
 
 def _save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
@@ -59,26 +76,23 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     p = summary.problem
     tasks = [task for task in p.tasks if task in p.judged or p.primary is not None]
     pairs = list(itertools.combinations(tasks, 2)) if len(tasks) < 4 else list(itertools.pairwise(tasks))
-    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs) + 2.4, 4.2), squeeze=False)
-    front = _static_trials(cache, p.name)
-    for axis, (a, b) in zip(axes[0], pairs, strict=True):
-        points = [(_mean(test[a]), _mean(test[b])) for test in front]
-        axis.scatter(
-            *zip(*points, strict=True), s=12, color="0.75", label="static weights, every trial"
-        ) if points else None
+    figure, panels = _panels(len(pairs))
+    trials = _static_trials(cache, p.name)
+    for axis, (a, b) in zip(panels, pairs, strict=True):
+        points = [(_mean(test[a]), _mean(test[b])) for test in trials]
+        if points:
+            axis.scatter(*zip(*points, strict=True), s=14, color="0.7", label="static weights, every trial, first seed")
         for name, row in summary.rows.items():
             (x, dx), (y, dy) = _score(row, a), _score(row, b)
             if math.isfinite(x) and math.isfinite(y):
                 _point(axis, name, row, x, y, dx, dy)
         if a in summary.single and b in summary.single and summary.single[a]:
             alone = [fmean(fmean(seed) for seed in summary.single[task]) for task in (a, b)]
-            axis.axvline(alone[0], color="0.8", lw=0.8, zorder=0)
-            axis.axhline(alone[1], color="0.8", lw=0.8, zorder=0, label="single-task runs")
+            axis.axvline(alone[0], color="0.7", lw=1, ls="--", zorder=0)
+            axis.axhline(alone[1], color="0.7", lw=1, ls="--", zorder=0, label="single-task runs")
         for task, set_label, invert in (
             (a, axis.set_xlabel, axis.invert_xaxis),
             (b, axis.set_ylabel, axis.invert_yaxis),
@@ -90,13 +104,11 @@ def _pareto(cache: Cache, summary: Summary, path: Path) -> Path:
             (axis.set_xlim if task == a else axis.set_ylim)(*ends)
             if not metrics[0].higher:
                 invert()  # better is always right and up
-    handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    _legend(figure, panels)
     figure.suptitle(
-        f"{p.name}: test scores, mean ± sd over seeds; better is right and up; the worst tenth lies outside",
+        f"{p.name}: test scores, mean ± sd over seeds\nbetter is right and up; the worst tenth lies outside",
         fontsize=10,
     )
-    figure.tight_layout()
     return _save(figure, path)
 
 
@@ -134,47 +146,46 @@ def _static_trials(cache: Cache, name: str) -> list[Any]:
     return found
 
 
-def _against_sum(summaries: Sequence[Summary], path: Path) -> Path:
+def _against_sum(summary: Summary, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    tallest = max(len(summary.rows) for summary in summaries)
-    figure, axes = plt.subplots(1, len(summaries), figsize=(4.6 * len(summaries), 0.2 * tallest + 1.5), squeeze=False)
-    for axis, summary in zip(axes[0], summaries, strict=True):
-        base = summary.rows[SUM]
-        found = []
-        for name, row in summary.rows.items():
-            values = row.against(base)
-            if name != SUM and all(map(math.isfinite, values)):
-                found.append((fmean(values), half_width(values), row))
-        found.sort(key=lambda item: -item[0])
-        for k, (mean, half, row) in enumerate(found):
-            colour = COLOURS[row.method.group]
-            if math.isfinite(half):
-                axis.plot([mean - half, mean + half], [k, k], color=colour, lw=1.2)
-            axis.plot(mean, k, "o", ms=4, color=colour)
-        axis.set_yticks(range(len(found)), [row.method.title for _, _, row in found], fontsize=7)
-        for label, (_, _, row) in zip(axis.get_yticklabels(), found, strict=True):
-            label.set_color(COLOURS[row.method.group])
-        axis.axvline(0, color="0.6", lw=0.8, zorder=0)
-        middle = sorted(abs(mean) for mean, _, _ in found)
-        reach = 2.5 * middle[int(0.8 * (len(middle) - 1))] + 1 if middle else 1
-        axis.set_xlim(-reach, reach)
-        axis.set_ylim(-1, len(found))
-        axis.set_title(f"{summary.problem.name}, seeds: {len(base.outcomes)}", fontsize=9)
-        axis.set_xlabel("Δm less the plain sum's\n(% points; left is better)", fontsize=8)
-    figure.suptitle(
-        "Difference to the plain sum on the same seeds, with 95 % confidence intervals where there are several",
-        fontsize=10,
+    base = summary.rows[SUM]
+    found = []
+    for name, row in summary.rows.items():
+        values = row.against(base)
+        if name != SUM and all(map(math.isfinite, values)):
+            found.append((fmean(values), half_width(values), row))
+    found.sort(key=lambda item: -item[0])
+    figure, axis = plt.subplots(figsize=(7.5, 0.2 * len(found) + 1.4), layout="constrained")
+    middle = sorted(abs(mean) for mean, _, _ in found)
+    reach = 2.5 * middle[int(0.8 * (len(middle) - 1))] + 1 if middle else 1
+    for k, (mean, half, row) in enumerate(found):
+        colour = COLOURS[row.method.group]
+        if abs(mean) > reach:  # one method far off must not squeeze all others into a line
+            side = math.copysign(reach, mean)
+            text = f"{mean:+.0f} →" if side > 0 else f"← {mean:+.0f}"
+            axis.text(side, k, text, color=colour, fontsize=8, va="center", ha="right" if side > 0 else "left")
+            continue
+        if math.isfinite(half):
+            axis.plot([mean - half, mean + half], [k, k], color=colour, lw=1.2)
+        axis.plot(mean, k, "o", ms=4, color=colour)
+    axis.set_yticks(range(len(found)), [row.method.title for _, _, row in found], fontsize=8)
+    for label, (_, _, row) in zip(axis.get_yticklabels(), found, strict=True):
+        label.set_color(COLOURS[row.method.group])
+    axis.axvline(0, color="0.6", lw=0.8, zorder=0)
+    axis.set_xlim(-reach, reach)
+    axis.set_ylim(-1, len(found))
+    axis.set_xlabel("Δm less the plain sum's, % points; left is better")
+    spread_shown = ", 95 % confidence intervals" if len(base.outcomes) > 1 else ""
+    axis.set_title(
+        f"{summary.problem.name}: difference to the plain sum, seeds: {len(base.outcomes)}{spread_shown}", fontsize=10
     )
-    figure.tight_layout()
     return _save(figure, path)
 
 
 def _conflicts(summaries: Sequence[Summary], path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(summaries), figsize=(3.6 * len(summaries), 3.6), squeeze=False)
-    for axis, summary in zip(axes[0], summaries, strict=True):
+    figure, panels = _panels(len(summaries))
+    for axis, summary in zip(panels, summaries, strict=True):
         deltas = []
         for name, row in summary.rows.items():
             mean, _ = spread(row.by_task)
@@ -183,13 +194,11 @@ def _conflicts(summaries: Sequence[Summary], path: Path) -> Path:
                 deltas.append(mean)
                 _point(axis, name, row, fmean(shares), mean, 0.0, 0.0)
         axis.set_xlabel("updates that conflict, per 100")
-        axis.set_title(summary.problem.name, fontsize=9)
+        axis.set_ylabel("Δm by task, % (up is better)")
+        axis.set_title(summary.problem.name, fontsize=10)
         if deltas:  # far-off methods would squeeze all others into one line
             ordered = sorted(deltas)
             low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
             axis.set_ylim(high + 0.4 * (high - low) + 0.5, low - 0.1 * (high - low) - 0.5)
-    axes[0][0].set_ylabel("Δm by task, % (up is better)")
-    handles = {text: h for axis in axes[0] for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    figure.tight_layout()
+    _legend(figure, panels)
     return _save(figure, path)

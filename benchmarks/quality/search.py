@@ -38,13 +38,23 @@ def single(task: str) -> str:
 def trials(method: str, grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:
     """Return a method's trials over a grid of learning rates and weight decays.
 
-    Static weights start as the plain sum: in half of the common budget, those of the smallest decay; in the longer
-    search, all of it. The rest of their budget is `weighted`, around the best of these.
+    Static weights start as the plain sum: in half of the common budget, a diagonal of the grid; in the longer search,
+    all of it. The rest of their budget is `weighted`, around the best of these.
     """
     found: Method | None = METHODS.get(method)
     if found is not None and found.searches_weights and found.trials == 1:
-        grid = [point for point in grid if point[1] == min(decay for _, decay in grid)]
+        grid = _diagonal(grid)
     return [Trial(rate, decay) for rate, decay in grid]
+
+
+def _diagonal(grid: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return each learning rate once, with a decay that rises with it.
+
+    With the smallest decay alone, tuned weights came out 12 points of Δm behind the sum on few_labels, where the sum
+    chose the largest rate with the largest decay: a baseline must not lose by the half of the grid that it never saw.
+    """
+    rates, decays = (sorted({point[k] for point in grid}) for k in (0, 1))
+    return [(rate, decays[k * len(decays) // len(rates)]) for k, rate in enumerate(rates)]
 
 
 def weighted(method: str, tasks: Sequence[str], best: Trial, grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:

@@ -93,13 +93,14 @@ def test_all_methods_have_the_same_number_of_trials(method):
 
 def test_static_weights_are_searched_around_the_best_plain_trial(tmp_path):
     def scores(method, k, seed):
-        return ([70 if k == 4 else 50], [50])
+        return ([70 if k == 5 else 50], [50])
 
     results = filled(tmp_path, scores)
     (p, (plain, complete)) = problem("digits"), results.trials("digits", "static")
     assert complete
     assert [t.weights for t in plain] == [None] * 3 + [w.weights for w in plain[3:]]
-    assert {(t.rate, t.decay) for t in plain[3:]} == {GRID[4]}
+    assert [(t.rate, t.decay) for t in plain[:3]] == [(0.003, 0.01), (0.01, 0.01), (0.03, 0.5)]
+    assert {(t.rate, t.decay) for t in plain[3:]} == {GRID[5]}
     assert results.trial("digits", "static") is None  # the drawn ones have not run
     for k, trial in enumerate(plain[3:]):
         looks = {"valid": [[60 + 10 * k] * 3], "test": [[1] * 3], "gradient": 0.0, "update": 0.0}

@@ -40,7 +40,7 @@ def test_report(cache, tmp_path, monkeypatch):
     assert next(iter(tmp_path.glob("quality-*.md"))).read_text(encoding="utf-8") in text
     assert {path.name for path in (tmp_path / "quality").glob("*.png")} == {
         "pareto-digits.png",
-        "against-sum.png",
+        "against-sum-digits.png",
         "conflicts.png",
     }
 
