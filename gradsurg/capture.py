@@ -180,9 +180,13 @@ class Capture:
         """Begin new rows; whoever holds the old ones keeps them as they are."""
         self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
 
+    def has_rows(self) -> bool:
+        """Whether there are rows, alive or not."""
+        return bool(len(self.rows) or len(self.unsent))
+
     def is_live(self) -> bool:
         """Whether the rows still stand for what is in p.grad."""
-        if not (len(self.rows) or len(self.unsent)) or not self._written:
+        if not self.has_rows() or not self._written:
             return False
         if self._mark is not None:
             return self._mark.fate() != "gone"

@@ -118,7 +118,7 @@ def _run(
                     surgeon.capture.take(which)
             if which is not None and not joining:
                 surgeon.traffic.captured(which)
-        if not known and plain is None:
+        if not known and plain is None and not surgeon.traffic.layout.several:
             raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
     except BaseException as error:
         surgeon.abort(error)

@@ -19,15 +19,17 @@ Computations = Mapping[str, "Tensor | Compute | None"] | Sequence["Tensor | Comp
 
 
 @overload
-def parse_losses(losses: Losses, tasks: Sequence[str] | None) -> dict[str, Tensor | None]: ...
+def parse_losses(losses: Losses, tasks: Sequence[str] | None, *, empty: bool = False) -> dict[str, Tensor | None]: ...
 @overload
 def parse_losses(
-    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool, empty: bool = False
 ) -> dict[str, Tensor | Compute | None]: ...
 def parse_losses(
-    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool = False
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool = False, empty: bool = False
 ) -> dict[str, Tensor | None] | dict[str, Tensor | Compute | None]:
     """Return name -> loss from a dict or a sequence; `functions` allows functions that compute a loss later.
+
+    `empty` allows that there is no task at all: other ranks may have some.
 
     Raises:
         ValueError: No task at all, a name that was not declared, two tasks of one name, or a loss that is not a
@@ -54,7 +56,7 @@ def parse_losses(
             result[name] = loss
         else:
             result[name] = check_scalar(f"losses[{name!r}]", loss)
-    if all(loss is None for loss in result.values()):
+    if all(loss is None for loss in result.values()) and not empty:
         raise ValueError(
             f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
         )
@@ -77,15 +79,21 @@ def check_scalar(label: str, loss: object) -> Tensor:
         raise ValueError(f"{label} has shape {tuple(loss.shape)}: reduce it to a scalar, e.g. with .mean()")
     if loss.is_complex():
         raise ValueError(f"{label} is complex ({loss.dtype}): a loss must be real, e.g. take .abs() or .real")
-    return loss
+    # A DTensor, of a loss that was computed in parallel, becomes the number that every rank has.
+    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss
 
 
-def value_of(losses: Mapping[str, Tensor | None], preferences: Mapping[str, float], plain: Tensor | None) -> Tensor:
-    """Return Σ r_i L_i (+ the plain loss), detached, on the first loss's device, in float32 at least."""
+def value_of(
+    losses: Mapping[str, Tensor | None],
+    preferences: Mapping[str, float],
+    plain: Tensor | None,
+    elsewhere: Callable[[], torch.device],
+) -> Tensor:
+    """Return Σ r_i L_i (+ the plain loss), detached, float32 at least; on the first loss's device, or `elsewhere`."""
     terms = [(loss.detach(), preferences.get(name, 1.0)) for name, loss in losses.items() if loss is not None]
     if plain is not None:
         terms.append((plain.detach(), 1.0))
-    device = terms[0][0].device
+    device = terms[0][0].device if terms else elsewhere()
     total = torch.zeros((), device=device)
     for loss, preference in terms:
         wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.capture import Total, at_end_of_backward
+from gradsurg.distributed import several_ranks
 from gradsurg.features import check_features
 from gradsurg.incoming import bring, entering, receive
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of
@@ -51,8 +52,8 @@ class MultiTaskOptimizer(Optimizer):
             A scalar on the first loss's device, float32 at least. Under no_grad, a plain number.
 
         Raises:
-            ValueError: No task at all; a loss that is not a real scalar; a name that is not declared; features that
-                the losses do not depend on, or that are no result of the model.
+            ValueError: No task at all (under DDP: on no rank); a loss that is not a real scalar; a name that is not
+                declared; features that the losses do not depend on, or that are no result of the model.
 
         Example:
             >>> import torch, gradsurg
@@ -62,18 +63,19 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         surgeon = self._gradsurg
-        parsed = parse_losses(losses, surgeon.settings.tasks)
+        others = several_ranks()  # this one may have no task in a step, and takes part in what the others have
+        parsed = parse_losses(losses, surgeon.settings.tasks, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
-        value = value_of(parsed, surgeon.settings.preferences, plain)
+        value = value_of(parsed, surgeon.settings.preferences, plain, lambda: surgeon.parameters()[0].device)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
-        if not torch.is_grad_enabled() or not trainable:
+        if not torch.is_grad_enabled() or not (trainable or others):
             return value
         given = None if features is None else check_features(features, surgeon.settings)
         surgeon.introduce(parsed)
         surgeon.lay_out()
         surgeon.unrun += 1
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
-        anchor = torch.zeros((), device=trainable[0].device, requires_grad=True)
+        anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
         run = functools.partial(_run_nested, surgeon, parsed, plain, given)
         return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
 
@@ -112,10 +114,12 @@ class MultiTaskOptimizer(Optimizer):
         """
         surgeon = self._gradsurg
         functions = features is None and surgeon.settings.refresh_every == 1
-        parsed = parse_losses(losses, surgeon.settings.tasks, functions=functions)
+        others = several_ranks()
+        parsed = parse_losses(losses, surgeon.settings.tasks, functions=functions, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
         given = None if features is None else check_features(features, surgeon.settings)
-        if not any(callable(loss) or (loss is not None and loss.requires_grad) for loss in (*parsed.values(), plain)):
+        trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
+        if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
         bring(surgeon, parsed, plain, given, retain_graph=retain_graph)
 

@@ -206,7 +206,10 @@ class Surgeon:
         if not self.pending:
             return
         refuse_scaled_mark(self)
-        if self.capture.is_live():
+        # Over several ranks, one that had no task in any micro-batch has nothing that could have been zeroed, and takes
+        # part in what the others send.
+        empty = self.traffic.layout.several and not self.capture.has_rows()
+        if empty or self.capture.is_live():
             self.capture.open()
             self.finish(defer=False)
         else:  # zeroed since

@@ -3,7 +3,17 @@
 from gradsurg.distributed.check import check_sync
 from gradsurg.distributed.layout import ALONE, Layout, Measure
 from gradsurg.distributed.modules import check_model, refuse_optimizer
-from gradsurg.distributed.ranks import Ranks
+from gradsurg.distributed.ranks import Ranks, several_ranks
 from gradsurg.distributed.traffic import Traffic
 
-__all__ = ["ALONE", "Layout", "Measure", "Ranks", "Traffic", "check_model", "check_sync", "refuse_optimizer"]
+__all__ = [
+    "ALONE",
+    "Layout",
+    "Measure",
+    "Ranks",
+    "Traffic",
+    "check_model",
+    "check_sync",
+    "refuse_optimizer",
+    "several_ranks",
+]

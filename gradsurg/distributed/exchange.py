@@ -31,6 +31,25 @@ class _Shipment:
     flights: list[tuple[Bucket, Tensor, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """What the ranks told each other at the end of the backward passes.
+
+    Attributes:
+        failed: The ranks that raised.
+        used: Of each task, which parameters it reached on any rank.
+        foreign: Which parameters have a gradient that takes no part in surgery, on any rank.
+        outside: The same of DDP's parameters that are not this optimizer's.
+        means: Name -> loss, mean over ranks.
+    """
+
+    failed: list[int]
+    used: list[frozenset[int]]
+    foreign: list[bool]
+    outside: list[bool]
+    means: dict[str, Tensor]
+
+
 class SliceExchange:
     """Sends every task's row as soon as it is there, while the next task runs backward.
 
@@ -86,21 +105,25 @@ class SliceExchange:
         """Wait for everything; raises MultiTaskError on every rank if one failed."""
         self._send_ready()
         assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
-        failed, used, has_foreign, has_outside = self._compare(foreign, error=0)
-        if failed:
+        heard = self._compare(foreign, losses)
+        if heard.failed:
             self._land()
             raise RanksError(
-                f"rank {failed - 1} raised in the backward passes of this step, so no rank keeps anything of it: "
+                f"rank {heard.failed[0]} raised in the backward passes of this step, so no rank keeps anything of it: "
                 "parameters, p.grad and optimizer state are as before. See that rank's own error."
             )
-        for name, reached in zip(self.names, used, strict=True):
+        if not self.names and not any(heard.foreign):
+            raise RanksError(
+                "no rank has a task in this step: at least one must have a loss that requires grad. Parameters, p.grad "
+                "and optimizer state are as before."
+            )
+        for name, reached in zip(self.names, heard.used, strict=True):
             self._send(self._shipments[name], reached - self._shipments[name].sent)
-        averaged = self._average(foreign, has_foreign, has_outside)
-        means = self._mean_losses(losses)
-        rows = self._land(used)
-        for name, reached in zip(self.names, used, strict=True):
+        averaged = self._average(foreign, heard)
+        rows = self._land(heard.used)
+        for name, reached in zip(self.names, heard.used, strict=True):
             self._slices.reach[name] = self._slices.reach.get(name, frozenset()) | reached
-        return Delivery(rows, averaged, means)
+        return Delivery(rows, averaged, heard.means)
 
     def fail(self) -> None:
         """Take part in what the others still wait for, with zeros, and tell them that this rank raised."""
@@ -108,7 +131,7 @@ class SliceExchange:
             for name in self._mine:
                 self._waiting.setdefault(name, ())
             self._send_ready()
-            self._compare(Row(), error=self._group.rank + 1)
+            self._compare(Row(), {}, failed=True)
             self._land()
         except Exception:  # the group itself is broken: they will hear of it from the backend
             return
@@ -134,25 +157,36 @@ class SliceExchange:
         if members >= shipment.reached:
             shipment.parts = ()  # the copies in flight are all that is needed
 
-    def _compare(self, foreign: Row, error: int) -> tuple[int, list[frozenset[int]], list[bool], list[bool]]:
-        """Return who failed (rank + 1), and which parameters have what gradient on any rank."""
-        n = len(self._slices.parameters)
-        flags = [error]
-        for name in self.names:
+    def _compare(self, foreign: Row, losses: Mapping[str, Tensor], *, failed: bool = False) -> _Heard:
+        """Add up over ranks what each has, in one message that is read once: the device is waited for one time."""
+        n, ranks, tasks = len(self._slices.parameters), self._group.size, self.names
+        flags = [failed and rank == self._group.rank for rank in range(ranks)]
+        for name in tasks:
             reached = self._shipments[name].reached
             flags += [k in reached for k in range(n)]
         flags += [p in foreign for p in self._slices.parameters]
         flags += [p.grad is not None for p in self._slices.outside]
-        failed, *together = self._group.biggest(torch.tensor(flags, dtype=torch.int32)).tolist()
-        tables = [together[i * n : (i + 1) * n] for i in range(len(self.names))]
-        used = [frozenset(k for k, flag in enumerate(table) if flag) for table in tables]
-        rest = [bool(flag) for flag in together[len(self.names) * n :]]
-        return failed, used, rest[:n], rest[n:]
+        flags += [name in losses for name in tasks]
+        device = self._group.device
+        values = [
+            losses[name].double().to(device) if name in losses else torch.zeros((), device=device).double()
+            for name in tasks
+        ]
+        sums = self._group.total(torch.cat([torch.tensor(flags).to(device).double(), *(v.view(1) for v in values)]))
+        parts = sums.cpu().split([ranks, *[n] * len(tasks), n, len(self._slices.outside), len(tasks), len(tasks)])
+        failures, *tables, inside, outside, present, totals = parts
+        return _Heard(
+            failed=[rank for rank, flag in enumerate(failures.tolist()) if flag],
+            used=[frozenset(k for k, flag in enumerate(table.tolist()) if flag) for table in tables],
+            foreign=[bool(flag) for flag in inside.tolist()],
+            outside=[bool(flag) for flag in outside.tolist()],
+            means={name: totals[i] / ranks for i, name in enumerate(tasks) if present[i]},
+        )
 
-    def _average(self, foreign: Row, has_foreign: list[bool], has_outside: list[bool]) -> Row:
+    def _average(self, foreign: Row, heard: _Heard) -> Row:
         """Average what takes no part in surgery, and write it where it is not this optimizer's."""
-        inside = [p for p, has in zip(self._slices.parameters, has_foreign, strict=True) if has]
-        outside = [p for p, has in zip(self._slices.outside, has_outside, strict=True) if has]
+        inside = [p for p, has in zip(self._slices.parameters, heard.foreign, strict=True) if has]
+        outside = [p for p, has in zip(self._slices.outside, heard.outside, strict=True) if has]
         means = self._slices.mean([*inside, *outside], [*foreign.at(inside), *(p.grad for p in outside)])
         for p, mean in zip(outside, means[len(inside) :], strict=True):
             if p.grad is None:
@@ -160,15 +194,6 @@ class SliceExchange:
             else:
                 p.grad.copy_(mean)
         return Row(zip(inside, means[: len(inside)], strict=True))
-
-    def _mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        present = [1.0 if name in losses else 0.0 for name in self.names]
-        values = [losses[name].double().cpu() if name in losses else torch.zeros(()).double() for name in self.names]
-        numbers = self._group.total(torch.stack([*values, *torch.tensor(present, dtype=torch.float64)]))
-        means, counts = numbers.chunk(2)
-        return {
-            name: mean / self._group.size for name, mean, count in zip(self.names, means, counts, strict=True) if count
-        }
 
     def _land(self, used: Sequence[frozenset[int]] | None = None) -> dict[str, Row]:
         """Wait for all flights and return the pieces of the parameters that some rank used."""

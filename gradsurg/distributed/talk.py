@@ -55,13 +55,6 @@ class Group:
             dist.all_reduce(there, group=self.group)
         return there.to(numbers.device)
 
-    def biggest(self, numbers: Tensor) -> Tensor:
-        """Return the maximum over ranks of integers, on the CPU."""
-        there = numbers.to(self.device, copy=True)
-        with listening("comparing which parameters the tasks reached"):
-            dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self.group)
-        return there.cpu()
-
     def start_gather(self, numbers: Tensor) -> tuple[Tensor, Any]:
         """Begin to collect everybody's `numbers` and return where they will be, (ranks, …), and what to wait for."""
         everybody = torch.empty((self.size, *numbers.shape), dtype=numbers.dtype, device=self.device)

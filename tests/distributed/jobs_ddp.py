@@ -94,6 +94,9 @@ PRESENCE = [  # of every step and rank (modulo 2): the tasks that it has
     [("task0", "task1"), ("task1", "task2")],
     [("task2",), ("task1", "task0")],  # in another order, and none in common
     [("task2", "task0"), ("task0", "task2", "task1")],
+    [(), ("task1", "task0")],  # a rank without any
+    [("task1",), ()],
+    [("task0", "task1", "task2"), ("task0", "task1", "task2")],
 ]
 
 
@@ -108,6 +111,39 @@ def uneven(form: str) -> tuple[dict[str, Tensor], Any, Any]:
         getattr(optimizer, form)(present) if form == "backward" else optimizer.total(present).backward()
         optimizer.step()
     return nets.state_of(model), optimizer.report, optimizer.state_dict()["param_groups"][0]["gradsurg"]
+
+
+def without_any(form: str) -> tuple[list[str], dict[str, Tensor]]:
+    """Return what every rank raises where none has a task, and the state after two micro-batches of rank 0 alone."""
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model)
+    nobody = [{}, {"task0": None}, {"task0": torch.zeros(())}]
+    messages = [_message(optimizer, form, losses) for losses in nobody]
+    for micro in range(2):
+        with optimizer.accumulate():
+            losses = model(*nets.mine(nets.batch(micro))) if dist.get_rank() == 0 else {}
+            optimizer.backward(losses) if form == "backward" else optimizer.total(losses).backward()
+    optimizer.step()  # does the surgery that accumulate() put off
+    return messages, nets.state_of(model)
+
+
+def _message(optimizer: Any, form: str, losses: dict[str, Any]) -> str:
+    try:
+        optimizer.backward(losses) if form == "backward" else optimizer.total(losses).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def without_any_alone(ranks: int) -> dict[str, Tensor]:
+    model = nets.build()
+    optimizer = nets.optimizer_of(model)
+    for micro in range(2):
+        with optimizer.accumulate():
+            losses = model(*nets.mine(nets.batch(micro), 0, ranks))
+            optimizer.backward({name: loss / ranks for name, loss in losses.items()})
+    optimizer.step()
+    return nets.state_of(model)
 
 
 def uneven_alone(ranks: int) -> dict[str, Tensor]:

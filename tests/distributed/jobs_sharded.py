@@ -11,7 +11,7 @@ from distributed import nets
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -144,12 +144,12 @@ def total_inside_forward() -> str:
     return ""
 
 
-def different_tasks() -> str:
+def different_tasks(lacks: list[str]) -> str:
     model = sharded(nets.build(), "layers")
     optimizer = nets.optimizer_of(model)
     losses = model(*nets.mine(nets.batch(0)))
     if dist.get_rank() == 1:
-        losses.pop("task1")
+        losses = {name: loss for name, loss in losses.items() if name not in lacks}
     try:
         optimizer.total(losses).backward()
     except RuntimeError as error:
@@ -238,7 +238,11 @@ def parallel(kind: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any
     optimizer = nets.optimizer_of(model, **options)
     for step in range(nets.STEPS):
         optimizer.zero_grad()
-        optimizer.total(model(*data(nets.batch(step)))).backward()
+        losses = model(*data(nets.batch(step)))
+        if kind == "tensor, its losses DTensors":
+            whole = init_device_mesh("cpu", (dist.get_world_size(),))
+            losses = {name: DTensor.from_local(loss, whole, [Replicate()]) for name, loss in losses.items()}
+        optimizer.total(losses).backward()
         optimizer.step()
     return nets.state_of(model), optimizer.report
 

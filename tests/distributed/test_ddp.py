@@ -59,6 +59,16 @@ def test_a_task_missing_on_some_ranks(ranks, count, form):
     assert all(memory == results[0][2] for _, _, memory in results)
 
 
+@pytest.mark.parametrize("form", ["total", "backward"])
+def test_ranks_without_any_task(ranks, form):
+    results = ranks(2).run(jobs_ddp.without_any, form)
+    for messages, _ in results:
+        assert len(messages) == 3
+        assert all("no rank has a task in this step" in message for message in messages)
+    nets.equal_everywhere([state for _, state in results])
+    nets.assert_close(results[0][1], jobs_ddp.without_any_alone(2))
+
+
 @pytest.mark.parametrize("how", ["argument", "added", "added first", "built later", "outside", "mixed"])
 def test_gradients_that_take_no_part_in_surgery_are_averaged(ranks, how):
     results = ranks(2).run(jobs_ddp.with_plain, how, {})
