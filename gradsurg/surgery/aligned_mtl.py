@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.errors import choose
 from gradsurg.problem import Problem, State
@@ -66,7 +66,7 @@ class AlignedMTL(Surgery):
         weights = (vectors @ (stretch * parts).unsqueeze(-1)).squeeze(-1)
         return weights.masked_fill(~finite[..., 0], torch.nan), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         if rows_of(gramian) is None:
             return None
         values, vectors = torch.linalg.eigh(gramian.detach().double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 
@@ -41,16 +41,17 @@ class Surgery(ABC):
             Weights of shape (..., m), float64 and finite, and the state to be handed in next time.
         """
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:
-        """Return what `weights` would for preferences of 1, no state and no generator, or None where it must be asked.
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:
+        """Return what `weights` would for preferences of 1 and no state, or None where it must be asked.
 
         For `gradsurg.weights` alone, whose calls are to cost microseconds; a method without one is complete.
 
         Args:
             gramian: Shape (m, m), of any floating dtype, on the CPU.
+            generator: As problem.generator: what is drawn from it must be what `weights` would draw.
 
         Returns:
             Weights of shape (m,), with the Gramian's dtype; 0 where only u = 0 is left of a conflict-free method.
         """
-        del gramian
+        del gramian, generator
         return None

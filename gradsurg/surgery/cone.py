@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.solvers.hull import program
@@ -45,7 +45,7 @@ class Cone(Surgery):
         target = problem.preferences
         return target + problem.solvers.nonnegative(problem.gramian, problem.gramian @ target), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         rows = rows_of(gramian)
         if rows is None:
             return None

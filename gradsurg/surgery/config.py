@@ -7,7 +7,7 @@ from operator import mul
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
@@ -49,7 +49,7 @@ class ConFIG(Surgery):
         pull = torch.where(square > 0, projected / torch.where(square > 0, square, 1), 0)
         return pull * v * inverse, state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         rows = rows_of(gramian)
         found = equal_pull(rows) if rows else None
         if found is None:

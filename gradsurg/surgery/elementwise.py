@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class ElementwiseSurgery(Surgery):
     parameter at a time. Normalisation before it and guarantees after it work as for any surgery; levels of priority,
     which weigh whole gradients, do not.
     """
+
+    # Whether `combine` draws from its generator.
+    draws: ClassVar[bool] = True
 
     @abstractmethod
     def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from operator import mul
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
@@ -59,8 +59,8 @@ class GradVac(Surgery):
         orders = [torch.randperm(m, generator=generator).tolist() for _ in range(m)]  # the same for all blocks
         return each_block(problem, state, partial(self._solve, orders))
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        rows = None if generator else rows_of(gramian)  # that of the caller is to be drawn from
         return gramian.new_ones(len(rows)) if rows and agree(rows) and alive(gramian) else None
 
     def _solve(self, orders: list[list[int]], block: Block) -> tuple[Vector, Memory]:

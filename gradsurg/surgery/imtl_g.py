@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
@@ -47,7 +47,7 @@ class IMTLG(Surgery):
         nothing = total.abs() <= 1e-14 * pull.abs().sum(-1, keepdim=True)
         return torch.where(nothing, 0, pull / torch.where(nothing, 1, total)), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         rows = rows_of(gramian)
         found = equal_pull(rows) if rows else None
         if found is None:

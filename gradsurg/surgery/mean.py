@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from array import array
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.shares import shares
-from gradsurg.surgery.shortcut import alive, vector
+from gradsurg.surgery.shortcut import vector
 
 __all__ = ["Mean"]
 
@@ -37,6 +39,11 @@ class Mean(Surgery):
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return shares(problem), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        m = len(gramian)
-        return vector([1 / m] * m, gramian) if alive(gramian) else None
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        squares = gramian.diagonal().tolist()
+        return None if 0.0 in squares else vector(_equal(len(squares)), gramian)
+
+
+@functools.lru_cache(maxsize=64)
+def _equal(m: int) -> array[float]:
+    return array("d", [1 / m] * m)

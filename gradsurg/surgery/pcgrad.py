@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
@@ -53,6 +53,6 @@ class PCGrad(Surgery):
             coefficients[..., own, others] += amount
         return problem.preferences @ coefficients, state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        rows = None if generator else rows_of(gramian)  # that of the caller is to be drawn from
         return None if rows is None or not agree(rows) else gramian.new_ones(len(rows))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import alive, vector
+from gradsurg.surgery.shortcut import vector
 
 __all__ = ["Random"]
 
@@ -37,20 +38,28 @@ class Random(Surgery):
     promise: ClassVar[str] = "nothing; every task has the same weight on average"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        generator = problem.generator or torch.Generator().manual_seed(0)
-        drawn = torch.randn(problem.gramian.shape[-1], generator=generator, dtype=torch.float64).exp()
-        alive = problem.gramian.diagonal(dim1=-2, dim2=-1) != 0
-        pull = drawn.to(problem.gramian.device) * problem.preferences * alive
-        total = pull.sum(-1, keepdim=True)
-        return torch.where(total > 0, pull / total, 0), state
+        G = problem.gramian
+        drawn = _drawn(G.shape[-1], problem.generator or torch.Generator().manual_seed(0))
+        alive = G.diagonal(dim1=-2, dim2=-1) != 0
+        pull = torch.where(alive, drawn.to(G.device) + problem.preferences.log(), -torch.inf)
+        return torch.where(alive, pull.softmax(-1), 0), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
-        return vector(_drawn(len(gramian)), gramian) if alive(gramian) else None
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        squares = gramian.diagonal().tolist()
+        if 0.0 in squares:
+            return None
+        if generator is None:
+            return vector(_drawn_first(len(squares)), gramian)
+        shares = _drawn(len(squares), generator).softmax(0)
+        return shares if gramian.dtype is torch.float64 else shares.to(gramian.dtype)
+
+
+def _drawn(m: int, generator: Generator) -> Tensor:
+    """Return z_i."""
+    return torch.randn(m, generator=generator, dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=64)
-def _drawn(m: int) -> list[float]:
+def _drawn_first(m: int) -> array[float]:
     """Return what a fresh generator draws for m tasks."""
-    drawn = torch.randn(m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).exp()
-    shares: list[float] = (drawn / drawn.sum()).tolist()
-    return shares
+    return array("d", _drawn(m, torch.Generator().manual_seed(0)).softmax(0).tolist())

@@ -7,11 +7,12 @@ an array of 8 handed to torch 1.3 µs; so a whole answer costs less here than it
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from math import isfinite, sqrt
 from operator import mul
 
 import torch
-from torch import Tensor
+from torch import Tensor, frombuffer
 
 from gradsurg.solvers.hull import STATIONARY
 from gradsurg.solvers.small import Matrix, Vector
@@ -20,6 +21,7 @@ __all__ = ["MOST", "agree", "alive", "far_from_zero", "rows_of", "vector"]
 
 # More tasks than this, and loops over floats are slower than torch.
 MOST = 16
+FLOAT64 = torch.float64  # 0.1 µs less
 
 
 def rows_of(gramian: Tensor) -> Matrix | None:
@@ -47,7 +49,7 @@ def far_from_zero(rows: Matrix, weights: Vector) -> bool:
     return square > STATIONARY * lengths * lengths
 
 
-def vector(weights: Vector, gramian: Tensor) -> Tensor:
+def vector(weights: Sequence[float], gramian: Tensor) -> Tensor:
     """Return weights as a tensor of the Gramian's dtype.
 
     Example:
@@ -55,6 +57,9 @@ def vector(weights: Vector, gramian: Tensor) -> Tensor:
         >>> vector([1.0, 0.5], torch.eye(2))
         tensor([1.0000, 0.5000])
     """
-    if gramian.dtype is torch.float32:
-        return torch.frombuffer(array("f", weights), dtype=torch.float32)
-    return torch.frombuffer(array("d", weights), dtype=torch.float64).to(gramian.dtype)
+    dtype = gramian.dtype
+    if dtype is FLOAT64:
+        return frombuffer(array("d", weights), dtype=FLOAT64)
+    if dtype is torch.float32:
+        return frombuffer(array("f", weights), dtype=dtype)
+    return frombuffer(array("d", weights), dtype=FLOAT64).to(dtype)

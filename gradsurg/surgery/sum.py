@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.surgery.base import Surgery
@@ -35,5 +35,5 @@ class Sum(Surgery):
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.preferences.expand(problem.gramian.shape[:-1]).clone(), state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         return gramian.new_ones(gramian.shape[-1])

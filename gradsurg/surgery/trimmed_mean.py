@@ -12,6 +12,10 @@ from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 __all__ = ["TrimmedMean"]
 
+# Up to here the m - b smallest are found sooner than all are sorted: 50 numbers of 8 tasks 7.3 µs against 10.0; of
+# 100 000 numbers of 16 tasks it takes 43 ms against 34.
+SMALL = 1000
+
 
 @dataclass(frozen=True)
 class TrimmedMean(ElementwiseSurgery):
@@ -38,16 +42,20 @@ class TrimmedMean(ElementwiseSurgery):
     paper: ClassVar[str] = "Yin et al. 2018"
     promise: ClassVar[str] = "b corrupt copies of a task among 2b + 1 cannot take it out of the range of the others"
 
+    draws: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.trim < 0:
             raise ValueError(f"trim={self.trim!r}: must not be negative")
 
     def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
-        m = columns.shape[0]
+        m, size = columns.shape
         trim = min(self.trim, (m - 1) // 2)
+        if preferences is None and size <= SMALL:
+            return columns.topk(m - trim, 0, largest=False)[0][trim:].mean(0)
         values, order = columns.sort(dim=0)
         values = values[trim : m - trim]
         if preferences is None:
-            return values.sum(0) / len(values)
+            return values.mean(0)
         pull = preferences[order[trim : m - trim]]
         return (values * pull).sum(0) / pull.sum(0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gradsurg.problem import Problem, State
 from gradsurg.solvers.rows import project_lists
@@ -47,7 +47,7 @@ class UPGrad(Surgery):
             return torch.addmv(preferences, multipliers.T, preferences), state
         return preferences + preferences @ multipliers, state
 
-    def shortcut(self, gramian: Tensor) -> Tensor | None:  # noqa: D102
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
         rows = rows_of(gramian)
         if rows is None:
             return None
