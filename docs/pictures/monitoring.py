@@ -6,6 +6,7 @@ python docs/pictures/monitoring.py [FOLDER]
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from matplotlib import rc_context
 import gradsurg
 from gradsurg import plot
 from gradsurg.demo import TASKS, Data, Model, one_thread
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 @one_thread()
@@ -32,12 +35,39 @@ def record(epochs: int = 6) -> gradsurg.History:
     return history
 
 
+def paths() -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:
+    """Return the two losses and the two paths of the page's last example."""
+    losses: dict[str, Loss] = {
+        "a": lambda p: (p[..., 0] - 1) ** 2 + p[..., 1] ** 2,
+        "b": lambda p: (p[..., 0] + 1) ** 2 + 4 * p[..., 1] ** 2,
+    }
+
+    def path(**options: str) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.tensor([0.9, 1.0]))
+        sgd = gradsurg.wrap(torch.optim.SGD([p], lr=0.05), **options)
+        points = []
+        for _ in range(40):
+            points.append(p.detach().clone())
+            sgd.zero_grad()
+            sgd.backward({task: loss(p) for task, loss in losses.items()})
+            sgd.step()
+        return torch.stack(points)
+
+    return losses, {"plain sum": path(surgery="sum", normalize="none", guarantee="none"), "gradsurg": path()}
+
+
 def main(folder: Path) -> None:
     """Write the pictures."""
-    history = record()
-    for name, draw in {"matrix": plot.conflict_matrix, "angles": plot.angles, "layers": plot.layers}.items():
+    history, (losses, points) = record(), paths()
+    drawings = {
+        "matrix": lambda: plot.conflict_matrix(history),
+        "angles": lambda: plot.angles(history),
+        "layers": lambda: plot.layers(history),
+        "trajectory": lambda: plot.trajectory(losses, points),
+    }
+    for name, draw in drawings.items():
         with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-            draw(history).figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+            draw().figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
