@@ -23,6 +23,10 @@ class Aside:
         for p, _ in self._standing:
             p.grad = None
 
+    def standing(self) -> Row:
+        """Return what stood in p.grad."""
+        return Row((p, gradient) for p, gradient in self._standing if gradient is not None)
+
     def lift(self) -> Row:
         """Return what backward passes left in p.grad, and leave it empty."""
         lifted = [(p, p.grad) for p, _ in self._standing if p.grad is not None]

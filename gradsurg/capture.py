@@ -21,8 +21,9 @@ from gradsurg.mark import Mark
 from gradsurg.reach import Reach
 from gradsurg.rows import Row, TaskRows, added
 
-__all__ = ["Capture", "Total", "at_end_of_backward", "pass_in_progress"]
+__all__ = ["Capture", "Finish", "Total", "at_end_of_backward", "at_once", "pass_in_progress"]
 
+Finish = Callable[[Callable[[], None], Callable[[], None]], None]  # at_end_of_backward or at_once
 Held = list[tuple[Tensor, "Tensor | None"]]  # every parameter and what was in its p.grad
 
 
@@ -306,6 +307,11 @@ def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], Non
         callback()
     else:
         queue(_AtEnd(functools.partial(outside_compilation(_call), callback), abandoned))
+
+
+def at_once(callback: Callable[[], None], _: Callable[[], None]) -> None:
+    """Run `callback` now: there is no enclosing backward pass."""
+    callback()
 
 
 def pass_in_progress() -> int:

@@ -8,7 +8,8 @@ no task. The guarantee on the update would need every task's gradient with respe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 
 from gradsurg.aside import Aside
+from gradsurg.averaged import Averaged
+from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise, anything_compiled
+from gradsurg.distributed import Layout, RanksError, fingerprint
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.graph import Edge, edge_of, leaves_past
 from gradsurg.losses import seed_of
@@ -66,37 +70,45 @@ def run_on_features(
     plain: Tensor | None = None,
     gradient: Tensor | None = None,
     retain_graph: bool = False,
+    finish: Finish | None = None,
 ) -> None:
     """Run the heads' backward passes, surgery on the features, one pass before them; add the result to p.grad.
 
     On any error p.grad is as before. Micro-batches have features of their own, so each has its own surgery, and the
-    results add up in p.grad.
+    results add up in p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
     """
     surgeon.settle()
     surgeon.introduce(losses)
     _warn_of_update(surgeon)
-    settings = _settings(surgeon.settings, features)
-    aside = Aside(surgeon.parameters())
-    try:
-        present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
-        watch = Watch(present.values() if plain is None else [*present.values(), plain])
-        if plain is not None and plain.requires_grad:
-            with advise():
-                torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
-            watch.check(plain, "plain=")
-        penalty = aside.lift()
-        rows, own = _heads(surgeon, present, features, aside, gradient, watch)
+    settings, layout = _settings(surgeon.settings, features), surgeon.traffic.layout
+    spread = layout.of_features()
+    known = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
+    present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
+    with Averaged(surgeon.parameters(), layout) as averaged:
+        aside = averaged.aside
+        with _on_all_ranks(layout, known) as done:
+            watch = Watch(present.values() if plain is None else [*present.values(), plain])
+            if plain is not None and plain.requires_grad:
+                with advise():
+                    torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+                watch.check(plain, "plain=")
+            penalty = aside.lift()
+            rows, own = _heads(surgeon, present, features, aside, gradient, watch)
+            done.extend(rows)
+        averaged.begin()
+        known = layout.mean_losses(known)
         surgeon.screen(rows, own)
         outcome = operate(
             Patient(
                 rows=rows,
                 parameters=features,
                 groups=[features],
-                losses={name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None},
+                losses=known,
                 settings=settings,
                 step=surgeon.memory.step,
                 state=surgeon.memory.state,
                 skipped=surgeon.skipped,
+                layout=spread,
             )
         )
         reached = list(outcome.gradients.items())
@@ -104,11 +116,31 @@ def run_on_features(
             torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=retain_graph)
         report = settled(outcome.report)
         result = _joined(aside.lift(), own, rows, _weights(report, settings))
-    except BaseException:
-        aside.restore()
+        averaged.add(penalty, result)
+
+    def end() -> None:
+        averaged.complete()
+        surgeon.memory.learn(report.tasks if layout.several else ())
+        surgeon.record(replace(report, level="features"), outcome.state)
+
+    (finish or at_once)(end, averaged.drop)
+
+
+@contextmanager
+def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
+    """Let ranks compare, at the end of the block, what they put into the list; where one raised, all do."""
+    done: list[str] = []
+    try:
+        yield done
+    except Exception:
+        layout.agree(0)
         raise
-    aside.add(penalty, result)
-    surgeon.record(replace(report, level="features"), outcome.state)
+    if not layout.agree(fingerprint([*losses, "rows", *done])):
+        raise RanksError(
+            "with features=, every rank needs the same tasks in the same order, and each has to reach the features: a "
+            "rank has other tasks in this step, or raised (see its own error). Parameters, p.grad and optimizer state "
+            "are as before."
+        )
 
 
 def _settings(settings: Settings, features: list[Tensor]) -> Settings:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-__all__ = ["Border", "Edge", "Map", "edge_of", "leaf_of", "leaves_past", "map_of"]
+__all__ = ["Border", "Edge", "Map", "edge_of", "leaf_of", "leaves_past", "map_of", "past_sink", "root_of"]
 
 Edge = tuple[Node, int]  # a node, and which of its outputs
 
 
 # The node that use_reentrant=True leaves: it runs a backward pass of its own, over a graph that it rebuilds.
 REENTRANT = "CheckpointFunctionBackward"
+# The node that DDP puts behind all outputs of forward() at once (find_unused_parameters, static_graph): its k-th output
+# is its k-th input, so it is looked through. Taken as one node, it would have every loss reach every other's head.
+SINK = "_DDPSinkBackward"
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,30 @@ def edge_of(tensor: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
+def past_sink(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
+    """Return the edge before DDP's sink where one leads into it, else the edge itself."""
+    node, output = edge
+    while node is not None and type(node).__name__ == SINK:
+        node, output = node.next_functions[output]
+    return node, output
+
+
+def root_of(tensor: Tensor) -> Node:
+    """Return the node that made a tensor inside of DDP's forward pass, or outside of any."""
+    node, _ = past_sink(edge_of(tensor))
+    assert node is not None
+    return node
+
+
+def _after(node: Node) -> list[tuple[Node | None, int]]:
+    return [past_sink(edge) for edge in node.next_functions]
+
+
 def leaves_past(loss: Tensor, stops: Iterable[Edge]) -> list[Tensor]:
     """Return the leaves that a loss reaches without crossing any of the edges `stops`."""
-    stops = set(stops)
-    root = edge_of(loss)
-    waiting = [] if root in stops else [root[0]]
+    ends = set(map(past_sink, stops))
+    root = past_sink(edge_of(loss))
+    waiting = [] if root in ends or root[0] is None else [root[0]]
     seen: set[Node] = set(waiting)
     leaves = []
     while waiting:
@@ -53,8 +75,8 @@ def leaves_past(loss: Tensor, stops: Iterable[Edge]) -> list[Tensor]:
         leaf = leaf_of(node)
         if leaf is not None:
             leaves.append(leaf)
-        for after, output in node.next_functions:
-            if after is not None and after not in seen and (after, output) not in stops:
+        for after, output in _after(node):
+            if after is not None and after not in seen and (after, output) not in ends:
                 seen.add(after)
                 waiting.append(after)
     return leaves
@@ -80,23 +102,23 @@ def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     owner: dict[Node, int] = {}
     common = {edge_of(leaf)[0] for leaf in declared}
     for task, loss in enumerate(losses):
-        waiting = [edge_of(loss)[0]]
+        waiting = [root_of(loss)]
         while waiting:
             node = waiting.pop()
             if node not in owner:
                 owner[node] = task
-                waiting += [after for after, _ in node.next_functions if after is not None]
+                waiting += [after for after, _ in _after(node) if after is not None]
             elif owner[node] != task:
                 common.add(node)
     waiting = list(common)
     while waiting:  # whatever comes after a node that several losses reach is reached by several too
-        new = {after for after, _ in waiting.pop().next_functions if after is not None and after not in common}
+        new = {after for after, _ in _after(waiting.pop()) if after is not None and after not in common}
         common |= new
         waiting += new
     borders, hidden = [], False
     for node, task in owner.items():
         if node not in common:
-            across = tuple(k for k, (after, _) in enumerate(node.next_functions) if after in common)
+            across = tuple(k for k, (after, _) in enumerate(_after(node)) if after in common)
             borders += [Border(node, task, across)] if across else []
             hidden = hidden or type(node).__name__ == REENTRANT
     return Map(borders, common, hidden)

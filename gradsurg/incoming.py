@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradsurg.capture import pass_in_progress
+from gradsurg.capture import Finish, at_once, pass_in_progress
 from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
@@ -18,7 +18,7 @@ from gradsurg.hooks import refusing_steps_in_backward
 from gradsurg.losses import Compute, check_row, seed_of
 from gradsurg.priority import check_names
 from gradsurg.recompute import evaluate, explain
-from gradsurg.refresh import run_reused
+from gradsurg.refresh import reusable, run_reused
 from gradsurg.refusals import refuse_cheap, refuse_nesting, refuse_scaled_mark
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["bring", "entering", "receive"]
 
 Task = Tensor | Compute | None
-Finish = Callable[[Callable[[], None], Callable[[], None]], None]
 
 
 def bring(
@@ -42,17 +41,11 @@ def bring(
     """Let gradients in by the way that the options and the step call for; arguments as for `_run`."""
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
     if features is not None:
-        surgeon.lay_out()
-        if surgeon.traffic.layout.several:
-            raise MultiTaskError(
-                "features= works in one process only: each rank has features of its own part of the batch. Leave "
-                "it out; docs/many-gpus.md says what a full step costs."
-            )
-        run_on_features(surgeon, tensors, features, plain, gradient, retain_graph)
+        run_on_features(surgeon, tensors, features, plain, gradient, retain_graph, finish)
         return
     present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
-    weights = None if surgeon.capture.is_live() else surgeon.refresh.weights(present)
-    if weights is None or not run_reused(surgeon, present, weights, plain, gradient, retain_graph):
+    reuse = reusable(surgeon, present)
+    if reuse is None or not run_reused(surgeon, present, reuse, plain, gradient, retain_graph, finish):
         _run(surgeon, losses, plain, gradient, retain_graph, finish)
 
 
@@ -125,7 +118,7 @@ def _run(
         raise
     surgeon.losses = known
     if not joining:
-        (finish or _now)(surgeon.finish, functools.partial(surgeon.abort, None, surgeon.capture.opened))
+        (finish or at_once)(surgeon.finish, functools.partial(surgeon.abort, None, surgeon.capture.opened))
 
 
 def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
@@ -204,7 +197,3 @@ def receive(surgeon: Surgeon, gradients: Mapping[str, Sequence[Tensor | None]]) 
         surgeon.capture.give(name, row)
     surgeon.losses = {}
     surgeon.finish()
-
-
-def _now(callback: Callable[[], None], _: Callable[[], None]) -> None:
-    callback()

@@ -8,24 +8,29 @@ the bit, from the same pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradsurg.aside import Aside
+from gradsurg.averaged import Averaged
+from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise
+from gradsurg.distributed import fingerprint
 from gradsurg.errors import MultiTaskError
-from gradsurg.graph import Border, Map, edge_of, leaf_of, map_of
+from gradsurg.graph import Border, Map, leaf_of, map_of, root_of
+from gradsurg.local import local_of
 from gradsurg.losses import seed_of
 from gradsurg.memory import Memory
+from gradsurg.refusals import refuse_nesting
 from gradsurg.report import Report
 from gradsurg.rows import Row, is_finite
 
 if TYPE_CHECKING:
     from gradsurg.surgeon import Surgeon
 
-__all__ = ["Refresh", "run_reused"]
+__all__ = ["Refresh", "Reuse", "reusable", "run_reused"]
 
 KEY = "refresh"
 Gradients = tuple["Tensor | None", ...]
@@ -46,8 +51,11 @@ class Refresh:
         kept = self.memory.recall(KEY)
         if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
             return None
-        self._reused = True
         return dict(kept["weights"])
+
+    def note_reuse(self) -> None:
+        """Note that this step used the weights of an earlier one."""
+        self._reused = True
 
     def end_step(self, fresh: Report | None) -> None:
         """Count a step; `fresh` is the report of a surgery in it, None where there was none."""
@@ -61,29 +69,61 @@ class Refresh:
         self._reused = False
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """What a step without surgery goes by.
+
+    Attributes:
+        weights: Task -> weight.
+        graph: Where the losses' graphs meet.
+    """
+
+    weights: Mapping[str, float]
+    graph: Map
+
+
+def reusable(surgeon: Surgeon, losses: Mapping[str, Tensor]) -> Reuse | None:
+    """Return what this step may go by, or None where it, on any rank, has to find new weights.
+
+    Over several ranks, all need the very tasks that the weights are of: a rank that lacks one could not tell what is
+    shared.
+    """
+    if surgeon.refresh.every == 1:
+        return None
+    refuse_nesting(surgeon, "total() or backward()")
+    surgeon.lay_out()
+    surgeon.introduce(losses)
+    weights = None if surgeon.capture.is_live() else surgeon.refresh.weights(losses)
+    reuse = None
+    if weights is not None:
+        graph = map_of(list(losses.values()), surgeon.settings.shared or ())
+        _check_can_tell(graph, surgeon)
+        reuse = Reuse(weights, graph) if _knows_compiled(graph, surgeon, losses) else None
+    return reuse if surgeon.traffic.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
+
+
 def run_reused(
     surgeon: Surgeon,
     losses: Mapping[str, Tensor],
-    weights: Mapping[str, float],
+    reuse: Reuse,
     plain: Tensor | None = None,
     gradient: Tensor | None = None,
     retain_graph: bool = False,
+    finish: Finish | None = None,
 ) -> bool:
     """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
 
+    Under DDP all of p.grad is averaged when the enclosing backward pass is complete, as DDP itself would do.
+
     Returns:
-        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault, or
-        where it is not known yet who reaches what of a compiled graph: p.grad and the graph are then as before.
+        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault:
+        p.grad and the graph are then as before.
     """
     surgeon.settle()
-    surgeon.introduce(losses)
-    graph = map_of(list(losses.values()), surgeon.settings.shared or ())
-    _check_can_tell(graph, surgeon)
-    if not _knows_compiled(graph, surgeon, losses):
-        return False
+    layout = surgeon.traffic.layout
     watchful = surgeon.settings.nonfinite != "propagate"
-    aside = Aside(surgeon.parameters())
-    try:
+    with Averaged(surgeon.parameters(), layout).begin() as averaged:
+        aside = averaged.aside
         penalty = Row()
         if plain is not None and plain.requires_grad:
             watch = Watch([plain, *losses.values()])
@@ -92,17 +132,21 @@ def run_reused(
             watch.check(plain, "plain=")
             penalty = aside.lift()
         with advise():
-            _weighted_backward(losses, weights, gradient, graph, retain_graph or watchful)
+            _weighted_backward(losses, reuse.weights, gradient, reuse.graph, retain_graph or watchful)
         result = aside.lift()
-    except BaseException:
-        aside.restore()
-        raise
-    if watchful and not all(map(is_finite, result.values())):
-        aside.restore()
-        return False
-    aside.add(penalty, result)
+        broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
+        if watchful and layout.on_any_rank([KEY], broken):
+            averaged.drop()
+            return False
+        averaged.add(penalty, result)
     detached = {name: loss.detach().reshape(()) for name, loss in losses.items()}
-    surgeon.record(_report(surgeon.memory.step, detached, weights), None)
+
+    def end() -> None:
+        averaged.complete()
+        surgeon.refresh.note_reuse()
+        surgeon.record(_report(surgeon.memory.step, layout.mean_losses(detached), reuse.weights), None)
+
+    (finish or at_once)(end, averaged.drop)
     return True
 
 
@@ -118,7 +162,7 @@ def _weighted_backward(
     seeds = []
     for loss, weight in zip(losses.values(), in_order, strict=True):
         seed = seed_of(gradient, loss)
-        seeds.append(seed * weight if edge_of(loss)[0] in graph.common else seed)
+        seeds.append(seed * weight if root_of(loss) in graph.common else seed)
     hooks = [border.node.register_hook(_scaling(border, in_order[border.task])) for border in graph.borders]
     try:
         torch.autograd.backward(list(losses.values()), seeds, retain_graph=retain_graph)

@@ -88,10 +88,10 @@ class Surgeon:
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Traffic."""
         self.traffic.lay_out(self.parameters())
-        if self.traffic.layout.several and (self.settings.refresh_every > 1 or self.settings.rotate is not None):
+        if self.traffic.layout.several and self.settings.rotate is not None:
             raise MultiTaskError(
-                "refresh_every= and rotate= work in one process only: ranks would have to agree on whose turn it is. "
-                "Leave them out; docs/many-gpus.md says what a full step costs."
+                "rotate= works in one process only: ranks would have to agree on whose turn it is. Use refresh_every=, "
+                "or leave it out; docs/many-gpus.md says what a full step costs."
             )
 
     # -- before surgery, and beside it --------------------------------------------------------------------------
@@ -187,7 +187,8 @@ class Surgeon:
         if self.settings.nonfinite == "propagate":
             return
         found = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
-        bad = self.traffic.layout.on_any_rank(self.capture.fresh, found) if self.traffic.layout.several else found
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        bad = self.traffic.layout.on_any_rank(names, found) if self.traffic.layout.several else found
         if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
                 f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "

@@ -4,6 +4,7 @@ from gradsurg.distributed.check import check_sync
 from gradsurg.distributed.layout import ALONE, Layout, Measure
 from gradsurg.distributed.modules import check_model, refuse_optimizer
 from gradsurg.distributed.ranks import Ranks, several_ranks
+from gradsurg.distributed.talk import RanksError, fingerprint
 from gradsurg.distributed.traffic import Traffic
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Layout",
     "Measure",
     "Ranks",
+    "RanksError",
     "Traffic",
     "check_model",
     "check_sync",
+    "fingerprint",
     "refuse_optimizer",
     "several_ranks",
 ]

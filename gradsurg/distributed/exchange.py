@@ -31,6 +31,14 @@ class _Shipment:
     flights: list[tuple[Bucket, Tensor, Any]] = field(default_factory=list)
 
 
+def _refuse_sparse(row: Row, who: str) -> None:
+    if any(gradient.is_sparse for gradient in row.values()):
+        raise MultiTaskError(
+            f"{who} a sparse gradient, and gradsurg reduces only dense ones over ranks: build the embedding with "
+            "sparse=False"
+        )
+
+
 @dataclass(frozen=True)
 class _Heard:
     """What the ranks told each other at the end of the backward passes.
@@ -93,16 +101,13 @@ class SliceExchange:
     def offer(self, name: str, *parts: Row) -> None:
         """Hand over a task's row, in parts to be added up; sent at once if its turn has come."""
         for part in parts:
-            if any(gradient.is_sparse for gradient in part.values()):
-                raise MultiTaskError(
-                    f"task {name!r} has a sparse gradient, and gradsurg reduces only dense ones over ranks: build the "
-                    "embedding with sparse=False"
-                )
+            _refuse_sparse(part, f"task {name!r} has")
         self._waiting[name] = parts
         self._send_ready()
 
     def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
         """Wait for everything; raises MultiTaskError on every rank if one failed."""
+        _refuse_sparse(foreign, "p.grad holds")
         self._send_ready()
         assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
         heard = self._compare(foreign, losses)

@@ -153,6 +153,22 @@ class Layout:
         """Add up over ranks."""
         return numbers
 
+    def agree(self, number: int) -> bool:
+        """Whether all ranks gave this one number, and it is not 0."""
+        return number != 0
+
+    def averaging(self) -> Exchange | None:
+        """Begin to average what one backward pass leaves in p.grad; None where that need not be done, or not now."""
+        return None
+
+    def mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the means over ranks of losses that all ranks have."""
+        return dict(losses)
+
+    def of_features(self) -> Layout:
+        """Return the layout of features, of which each rank has those of its own part of the batch."""
+        return self
+
     def whole(self, result: Row) -> Row:
         """Make gradients for p.grad of what this rank holds of them."""
         return result

@@ -79,6 +79,19 @@ class Shards(Layout):
     def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
         return self.group.total(numbers)
 
+    def agree(self, number: int) -> bool:  # noqa: D102
+        return self.group.agree(number)
+
+    def mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.group.mean(losses)
+
+    def of_features(self) -> Layout:  # noqa: D102
+        raise MultiTaskError(
+            "features= does not go with sharded parameters: the heads' backward passes run up to the features alone, "
+            "where FSDP2 and tensor parallel reduce nothing. Use refresh_every=, which costs as little between its "
+            "refreshes."
+        )
+
     def whole(self, result: Row) -> Row:
         """Return DTensors placed like the parameters; nothing is sent."""
         return Row((p, _placed_like(p, u)) for p, u in result.items())
@@ -111,11 +124,8 @@ class ShardExchange:
         group = self._shards.group
         if not self._shards.compared:
             self._compare_plain()
-        known = [name for name in self.names if name in losses]
-        if not known:
-            return Delivery(self._rows, foreign, {})
-        means = group.total(torch.stack([losses[name].double().cpu() for name in known])) / group.size
-        return Delivery(self._rows, foreign, dict(zip(known, means, strict=True)))
+        means = group.mean({name: losses[name] for name in self.names if name in losses})
+        return Delivery(self._rows, foreign, means)
 
     def fail(self) -> None:
         """Backward passes of sharded models are collective: the others hear of it from the process group."""

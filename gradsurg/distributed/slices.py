@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,30 @@ from gradsurg.distributed.talk import Group, fingerprint, listening, start_all_g
 from gradsurg.rows import Row
 
 __all__ = ["Slices"]
+
+
+class Spread(Layout):
+    """Features: every rank has those of its own part of the batch, and none of another's.
+
+    Losses are means over ranks, so a task's gradient with respect to the features of the whole batch is, piece by
+    piece, 1 / ranks of what the ranks compute. Lengths and inner products are the sums of the ranks', over ranks².
+    """
+
+    several = True
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def measure(self, parameters: Sequence[Tensor]) -> Measure:
+        return Measure(total=self.total)
+
+    def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
+        """Return one a tensor and rank: no two draw the same numbers."""
+        return [generator_of(generator, k, self._group.rank) for k in range(len(parameters))]
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Add up products of gradients."""
+        return self._group.total(numbers) / self._group.size**2
 
 
 class Slices(Layout):
@@ -83,6 +107,19 @@ class Slices(Layout):
 
     def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
         return self.group.total(numbers)
+
+    def agree(self, number: int) -> bool:  # noqa: D102
+        return self.group.agree(number)
+
+    def averaging(self) -> SliceExchange | None:
+        """Begin an exchange without rows: what stands in p.grad at its end is averaged, as DDP itself does."""
+        return SliceExchange(self, []) if self._synced else None
+
+    def mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.group.mean(losses)
+
+    def of_features(self) -> Layout:  # noqa: D102
+        return Spread(self.group)
 
     def whole(self, result: Row) -> Row:
         """Gather the pieces of all ranks into tensors like the parameters."""

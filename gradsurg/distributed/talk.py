@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,18 @@ class Group:
         with listening("adding up inner products over the ranks"):
             dist.all_reduce(there, group=self.group)
         return there.to(numbers.device)
+
+    def mean(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean over ranks of numbers that all ranks have, by name; they stay on the device."""
+        if not named:
+            return {}
+        numbers = torch.stack([number.double().to(self.device).view(()) for number in named.values()])
+        return dict(zip(named, self.total(numbers) / self.size, strict=True))
+
+    def agree(self, number: int) -> bool:
+        """Whether all ranks gave this one number, and it is not 0."""
+        heard = self.gather(torch.tensor(number))
+        return number != 0 and bool((heard == number).all())
 
     def start_gather(self, numbers: Tensor) -> tuple[Tensor, Any]:
         """Begin to collect everybody's `numbers` and return where they will be, (ranks, …), and what to wait for."""

@@ -159,7 +159,7 @@ def checkpointed(kind: str, folder: str, first: int, last: int) -> tuple[dict[st
 
 def refused(what: str) -> str:
     """Return the message of the error."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of what it uses itself
@@ -190,12 +190,10 @@ def refused(what: str) -> str:
             wrapped = DistributedDataParallel(model)
             nets.optimizer_of(wrapped).total(wrapped(*data))
         elif what == "features":
-            wrapped = DistributedDataParallel(model)
-            losses = wrapped(*data)
-            nets.optimizer_of(wrapped).backward(losses, features=[losses["task0"] * 1])
-        elif what == "refresh_every":
-            wrapped = DistributedDataParallel(model)
-            nets.optimizer_of(wrapped, refresh_every=2).total(wrapped(*data))
+            fully_shard(model)
+            optimizer = nets.optimizer_of(model)
+            losses = model(*data)
+            optimizer.backward(losses, features=[losses["task0"] * 1])
         elif what == "another order":
             wrapped = DistributedDataParallel(model)
             parameters = list(wrapped.parameters())

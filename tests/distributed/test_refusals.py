@@ -12,8 +12,7 @@ REFUSALS = {
     "zero": "fully_shard",
     "sparse": "sparse=False",
     "ignored": "told to ignore the parameter 'unused.weight'",
-    "features": "features= works in one process only",
-    "refresh_every": "refresh_every= and rotate= work in one process only",
+    "features": "features= does not go with sharded parameters",
     "another order": "different shapes, dtypes or order",
 }
 

@@ -1,0 +1,71 @@
+"""features=, refresh_every= and rotate= over ranks: what one process does that sees the whole batch."""
+
+import pytest
+import torch
+from distributed import jobs_cheap, nets
+
+FORMS = ["total", "backward", "plain", "added", "micro-batches"]
+
+
+def compare(results, alone, tolerance=1e-6):
+    nets.equal_everywhere([state for state, *_ in results])
+    state, levels, (losses, weights) = alone
+    nets.assert_close(results[0][0], state, tolerance)
+    for _, others, (means, ours), _ in results:
+        assert others == levels
+        assert means == pytest.approx(losses, rel=1e-5)
+        assert torch.allclose(ours, weights, rtol=1e-4, equal_nan=True)
+        assert torch.equal(ours, results[0][2][1])
+
+
+CASES = [*((kind, "total") for kind in jobs_cheap.KINDS[1:]), *(("ddp", form) for form in FORMS), ("fsdp2", "backward")]
+
+
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_refresh_every(ranks, kind, form):
+    options = {"refresh_every": 3}
+    results = ranks(4 if form == "backward" else 2).run(jobs_cheap.cheap, kind, form, options)
+    alone = jobs_cheap.cheap_alone(form, options)
+    assert alone[1].count("reused weights") == 3
+    compare(results, alone)
+
+
+def test_a_rank_that_lacks_a_task_makes_all_find_new_weights(ranks):
+    results = ranks(2).run(jobs_cheap.lacking, {"refresh_every": 3})
+    nets.equal_everywhere([state for state, _, _ in results])
+    for _, levels, memory in results:
+        assert levels == ["gradients", "reused weights", "gradients", "reused weights", "reused weights"]
+        assert memory == results[0][2]
+
+
+def test_a_rank_that_raises_in_a_reused_step(ranks):
+    results = ranks(2).run(jobs_cheap.failing, {"refresh_every": 3}, False)
+    assert results[1][0] == ["no gradient here"]
+    (message,) = results[0][0]
+    assert "rank 1 raised in the backward passes" in message
+    nets.equal_everywhere([state for _, state in results])
+
+
+FEATURES = [
+    *(("ddp", form, {}) for form in FORMS),
+    ("find unused", "total", {}),
+    ("static", "total", {"surgery": "upgrad"}),
+    ("ddp", "total", {"normalize": "loss"}),
+    ("ddp", "total", {"nonfinite": "raise"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "options"), FEATURES, ids=str)
+def test_features(ranks, kind, form, options):
+    results = ranks(4 if form == "backward" else 2).run(jobs_cheap.cheap, kind, form, options, True)
+    alone = jobs_cheap.cheap_alone(form, options, True)
+    assert alone[1] == ["features"] * jobs_cheap.STEPS
+    compare(results, alone)
+
+
+def test_a_rank_that_raises_in_a_head(ranks):
+    results = ranks(2).run(jobs_cheap.failing, {}, True)
+    assert results[1][0] == ["no gradient here"]
+    (message,) = results[0][0]
+    assert "or raised" in message
+    nets.equal_everywhere([state for _, state in results])
