@@ -25,10 +25,11 @@ PICTURES = Path(__file__).parents[2] / "docs" / "pictures" / "quality"  # docs/w
 
 HOW = """\
 AdamW, cosine schedule. Every method has {trials} trials: learning rates {rates} × weight decays {decays}. Tuned static
-weights spend half of theirs as the plain sum (each rate once, the largest with the large decay), the other half on
-drawn weights (log-uniform, 0.1 to 10) at the best of these; the longer search has all of the sum's trials and twice as
-many draws. The trial is chosen with the first seed and the best of {checkpoints} checkpoints of each run with every
-seed, both on validation; test is only reported. Single-task runs have the same search and choose by their own task.
+weights spend half of theirs as the plain sum (each rate once, the largest with the large decay), the other half at the
+best of these with each task in turn ten times as loud as the others; the longer search has all of the sum's trials and
+twice as many with other weights, drawn (log-uniform, 0.1 to 10) once every task has had its turn. The trial is chosen
+with the first seed and the best of {checkpoints} checkpoints of each run with every seed, both on validation; test is
+only reported. Single-task runs have the same search and choose by their own task.
 
 Δm is the mean relative change against the single-task run of the same seed, in percent: **lower is better, negative is
 better than single-task runs**. "By task" gives each task one vote, "by metric" each metric. "Against the sum" is Δm by

@@ -58,20 +58,21 @@ def _diagonal(grid: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def weighted(method: str, tasks: Sequence[str], best: Trial, grid: Sequence[tuple[float, float]] = GRID) -> list[Trial]:
-    """Return the second half of a search for static weights: the best plain trial with weights that are drawn.
+    """Return the second half of a search for static weights: the best plain trial with other weights, of mean 1.
 
-    In proportions from 0.1 to 10, with mean 1, by a generator of their own from a fixed seed, so that a search can be
-    resumed. Empty for methods without static weights.
+    First each task in turn ten times as loud as the others, as one would by hand; then drawn ones, in proportions from
+    0.1 to 10, by a generator of their own from a fixed seed, so that a search can be resumed. (Twelve draws alone never
+    made the pixels of digits, the quiet task, more than twice as loud as the mean.) Empty for methods without static
+    weights.
     """
     found: Method | None = METHODS.get(method)
     if found is None or not found.searches_weights:
         return []
     draw = random.Random(0)
-    points = []
-    for _ in range(len(grid) * found.trials - len(trials(method, grid))):
-        raw = [10 ** draw.uniform(-1, 1) for _ in tasks]
-        points.append(Trial(best.rate, best.decay, tuple(round(w * len(raw) / sum(raw), 4) for w in raw)))
-    return points
+    raws = [[10.0 if other == task else 1.0 for other in tasks] for task in tasks]
+    count = len(grid) * found.trials - len(trials(method, grid))
+    raws += [[10 ** draw.uniform(-1, 1) for _ in tasks] for _ in range(count - len(raws))]
+    return [Trial(best.rate, best.decay, tuple(round(w * len(raw) / sum(raw), 4) for w in raw)) for raw in raws[:count]]
 
 
 def config(problem: Problem, method: str, trial: Trial, seed: int) -> dict[str, Any]:
