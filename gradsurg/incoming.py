@@ -76,8 +76,8 @@ def _run(
         for name, task in losses.items()
         if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
     }
-    due = surgeon.rotation.choose(list(given), gradient)
-    passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due]
+    due = surgeon.rotation.choose(surgeon.turns(list(given)), gradient)
+    passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due if name in given]
     if plain is not None and plain.requires_grad:
         passes.append((None, plain))
     known = {name: loss.detach().reshape(()) for name, loss in losses.items() if isinstance(loss, Tensor)}

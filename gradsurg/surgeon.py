@@ -45,7 +45,7 @@ class Surgeon:
         self.capture = Capture(self.parameters, settings.row_dtype)
         self.refresh = Refresh(settings.refresh_every, self.memory)
         self.rotation = Rotation(settings.rotate, self.memory, settings.row_dtype)
-        self.traffic = Traffic(self.capture, Ranks(model))
+        self.traffic = Traffic(self.capture, Ranks(model, whole_rows=settings.rotate is not None))
         self.latest: Report | LaterReport | None = None  # as the device left it
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
@@ -88,11 +88,16 @@ class Surgeon:
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Traffic."""
         self.traffic.lay_out(self.parameters())
-        if self.traffic.layout.several and self.settings.rotate is not None:
+        if self.settings.rotate is not None and not self.traffic.layout.whole_rows:
             raise MultiTaskError(
-                "rotate= works in one process only: ranks would have to agree on whose turn it is. Use refresh_every=, "
-                "or leave it out; docs/many-gpus.md says what a full step costs."
+                "rotate= does not go with sharded parameters: its averages of all tasks' gradients are part of the "
+                "state dict, which no rank could hold whole. Use refresh_every=; docs/many-gpus.md says what a full "
+                "step costs."
             )
+
+    def turns(self, names: list[str]) -> list[str]:
+        """Return the tasks that could be due in this step: with rotate=, those of all ranks, in everybody's order."""
+        return names if self.settings.rotate is None else self.traffic.agree_on(names)
 
     # -- before surgery, and beside it --------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def plan(parameters: Sequence[Tensor], members: Sequence[int], ranks: int) -> li
 
 
 def pack(bucket: Bucket, parameters: Sequence[Tensor], parts: Sequence[Row], ranks: int) -> Tensor:
-    """Return the sum of the parts, divided by the number of ranks, in the order (owner, member, number)."""
+    """Return the sum of the parts, in the order (owner, member, number)."""
     message = torch.zeros(ranks, bucket.width, dtype=bucket.dtype, device=bucket.device)
     for k, offset in zip(bucket.members, bucket.offsets, strict=True):
         size = share(parameters[k], ranks)
@@ -81,8 +81,6 @@ def pack(bucket: Bucket, parameters: Sequence[Tensor], parts: Sequence[Row], ran
             rest = flat.numel() - full * size
             if rest:
                 message[full, offset : offset + rest] += flat[full * size :]
-    if ranks > 1:
-        message /= ranks  # before the sum, as DDP does: float16 could overflow in it
     return message
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsurg.distributed.buckets import Bucket, pack, plan, unpack
+from gradsurg.distributed.buckets import Bucket, pack, plan
 from gradsurg.distributed.layout import Delivery
-from gradsurg.distributed.talk import RanksError, fingerprint, listening, start_reduce_scatter
+from gradsurg.distributed.talk import RanksError, fingerprint, listening
 from gradsurg.errors import MultiTaskError
 from gradsurg.rows import Row
 
@@ -68,9 +68,11 @@ class SliceExchange:
     Args:
         slices: The layout.
         names: The tasks of this rank.
+        measured: Tasks whose losses are averaged too, though they have no row; the same on all ranks.
     """
 
-    def __init__(self, slices: Slices, names: Sequence[str]) -> None:
+    def __init__(self, slices: Slices, names: Sequence[str], measured: Sequence[str] = ()) -> None:
+        self._measured = measured
         self._slices, self._group, self._mine = slices, slices.group, list(names)
         self._waiting: dict[str, tuple[Row, ...]] = {}
         self._shipments: dict[str, _Shipment] = {}
@@ -152,12 +154,12 @@ class SliceExchange:
             self._send(shipment, shipment.sent)
 
     def _send(self, shipment: _Shipment, members: frozenset[int]) -> None:
-        parameters, ranks = self._slices.parameters, self._group.size
-        for bucket in plan(parameters, sorted(members), ranks):
-            message = pack(bucket, parameters, shipment.parts, ranks)
-            part = torch.empty(bucket.width, dtype=bucket.dtype, device=bucket.device)
+        parameters, owners = self._slices.parameters, self._slices.owners
+        for bucket in plan(parameters, sorted(members), owners):
+            message = pack(bucket, parameters, shipment.parts, owners)
+            message /= self._group.size  # before the sum, as DDP does: float16 could overflow in it
             with listening("reducing the rows of the tasks"):
-                work = start_reduce_scatter(part, message, self._group.group)
+                part, work = self._slices.start(bucket, message)
             shipment.flights.append((bucket, part, work))
         if members >= shipment.reached:
             shipment.parts = ()  # the copies in flight are all that is needed
@@ -165,27 +167,29 @@ class SliceExchange:
     def _compare(self, foreign: Row, losses: Mapping[str, Tensor], *, failed: bool = False) -> _Heard:
         """Add up over ranks what each has, in one message that is read once: the device is waited for one time."""
         n, ranks, tasks = len(self._slices.parameters), self._group.size, self.names
+        measured = list(dict.fromkeys([*tasks, *self._measured]))
         flags = [failed and rank == self._group.rank for rank in range(ranks)]
         for name in tasks:
             reached = self._shipments[name].reached
             flags += [k in reached for k in range(n)]
         flags += [p in foreign for p in self._slices.parameters]
         flags += [p.grad is not None for p in self._slices.outside]
-        flags += [name in losses for name in tasks]
+        flags += [name in losses for name in measured]
         device = self._group.device
         values = [
             losses[name].double().to(device) if name in losses else torch.zeros((), device=device).double()
-            for name in tasks
+            for name in measured
         ]
         sums = self._group.total(torch.cat([torch.tensor(flags).to(device).double(), *(v.view(1) for v in values)]))
-        parts = sums.cpu().split([ranks, *[n] * len(tasks), n, len(self._slices.outside), len(tasks), len(tasks)])
+        sizes = [ranks, *[n] * len(tasks), n, len(self._slices.outside), len(measured), len(measured)]
+        parts = sums.cpu().split(sizes)
         failures, *tables, inside, outside, present, totals = parts
         return _Heard(
             failed=[rank for rank, flag in enumerate(failures.tolist()) if flag],
             used=[frozenset(k for k, flag in enumerate(table.tolist()) if flag) for table in tables],
             foreign=[bool(flag) for flag in inside.tolist()],
             outside=[bool(flag) for flag in outside.tolist()],
-            means={name: totals[i] / ranks for i, name in enumerate(tasks) if present[i]},
+            means={name: totals[i] / ranks for i, name in enumerate(measured) if present[i]},
         )
 
     def _average(self, foreign: Row, heard: _Heard) -> Row:
@@ -203,13 +207,13 @@ class SliceExchange:
     def _land(self, used: Sequence[frozenset[int]] | None = None) -> dict[str, Row]:
         """Wait for all flights and return the pieces of the parameters that some rank used."""
         rows: dict[str, Row] = {}
-        parameters, ranks = self._slices.parameters, self._group.size
+        parameters = self._slices.parameters
         for i, (name, shipment) in enumerate(self._shipments.items()):
             pieces = Row()
             for bucket, part, work in shipment.flights:
                 with listening("reducing the rows of the tasks"):
                     work.wait()
-                pieces.update(unpack(bucket, part, parameters, ranks))
+                pieces.update(self._slices.pieces(bucket, part))
             if used is not None and used[i]:  # a task that reached nothing on any rank is absent
                 rows[name] = Row((parameters[k], pieces[parameters[k]]) for k in sorted(used[i]))
         return rows

@@ -115,6 +115,7 @@ class Layout:
     """
 
     several = False
+    whole_rows = True  # whether every rank holds all of every row
 
     def begin(self) -> None:
         """Make the model's own synchronisation fit for several backward passes, or refuse."""
@@ -128,8 +129,12 @@ class Layout:
         """Keep the model's own synchronisation out of the passes inside this block."""
         yield
 
-    def exchange(self, names: Sequence[str]) -> Exchange:
-        """Begin the exchange of the rows of the tasks that this rank has."""
+    def agreed(self, names: Sequence[str]) -> list[str]:
+        """Return the tasks of all ranks, in an order that is everybody's."""
+        return list(names)
+
+    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> Exchange:
+        """Begin the exchange of the rows of the tasks that this rank has; `measured` have losses all the same."""
         raise NotImplementedError
 
     def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

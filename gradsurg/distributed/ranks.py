@@ -27,9 +27,11 @@ class Ranks:
 
     Args:
         model: What wrap() was given as `model=`; None has it searched for. Held weakly.
+        whole_rows: Whether every rank needs whole rows.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, whole_rows: bool = False) -> None:
+        self._whole_rows = whole_rows
         self._model = None if model is None else weakref.ref(model)
         self._layout: Layout | None = None
         self._key: tuple[int, ...] = ()
@@ -71,6 +73,7 @@ class Ranks:
         return self._slices(parameters)
 
     def _slices(self, parameters: Sequence[Tensor]) -> Layout:
+        from gradsurg.distributed.copies import Copies
         from gradsurg.distributed.slices import Slices
         from gradsurg.distributed.talk import Group
 
@@ -99,7 +102,8 @@ class Ranks:
                         "it: ranks would disagree about the tasks. Leave it to another optimizer."
                     )
         (group,) = groups.values()
-        return Slices(parameters, replicas, Group(group, parameters[0].device))
+        kind = Copies if self._whole_rows else Slices
+        return kind(parameters, replicas, Group(group, parameters[0].device))
 
     def _replicas(self, parameters: Sequence[Tensor]) -> list[Any]:
         from torch.nn.parallel import DistributedDataParallel

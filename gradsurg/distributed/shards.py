@@ -31,6 +31,7 @@ class Shards(Layout):
     """
 
     several = True
+    whole_rows = False
 
     def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
         self.parameters = list(parameters)
@@ -62,7 +63,7 @@ class Shards(Layout):
     def quiet(self) -> Iterator[None]:  # noqa: D102
         yield
 
-    def exchange(self, names: Sequence[str]) -> ShardExchange:  # noqa: D102
+    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> ShardExchange:  # noqa: D102
         return ShardExchange(self, names)
 
     def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradsurg.byparameter import ByParameter
-from gradsurg.distributed.buckets import cut, flat_reals, plan, share, unpack
+from gradsurg.distributed.buckets import Bucket, cut, flat_reals, plan, share, unpack
 from gradsurg.distributed.exchange import SliceExchange
 from gradsurg.distributed.layout import Layout, Measure, generator_of
 from gradsurg.distributed.reducer import Replica
-from gradsurg.distributed.talk import Group, fingerprint, listening, start_all_gather
+from gradsurg.distributed.talk import Group, fingerprint, listening, start_all_gather, start_reduce_scatter
 from gradsurg.rows import Row
 
 __all__ = ["Slices"]
@@ -48,8 +48,11 @@ class Spread(Layout):
 class Slices(Layout):
     """Rows are reduced to their owners, multiplied piece by piece, and only their combination is gathered.
 
-    With P numbers and m tasks a rank sends and receives (m + 1) P, half of what reducing m rows to everybody takes
-    (2 m P), and keeps m P / ranks of rows. A step whose update has to be projected gathers P once more.
+    With P numbers, m tasks and W ranks, a rank sends (m + 1) P (W − 1) / W, half of what reducing m rows to everybody
+    takes, and keeps m P / W of rows. A step whose update has to be projected gathers P once more. That is the least
+    while p.grad is whole on every rank, which clipping needs: an owner has to hear every rank's part of m rows, and a
+    rank, of others' slices, the direction before its optimizer can move, and the correction, another combination of
+    the rows, after. (m + 2) P (W − 1) / W is still at most (m + 1) P while W ≤ m + 2.
 
     Args:
         parameters: What the optimizers train.
@@ -58,6 +61,7 @@ class Slices(Layout):
     """
 
     several = True
+    whole_rows = False
 
     def __init__(self, parameters: Sequence[Tensor], replicas: Sequence[Replica], group: Group) -> None:
         self.parameters, self.replicas, self.group = list(parameters), list(replicas), group
@@ -92,8 +96,25 @@ class Slices(Layout):
             finally:
                 self._quiet = False
 
-    def exchange(self, names: Sequence[str]) -> SliceExchange:  # noqa: D102
-        return SliceExchange(self, names)
+    def agreed(self, names: Sequence[str]) -> list[str]:  # noqa: D102
+        return self.group.union(names)
+
+    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> SliceExchange:  # noqa: D102
+        return SliceExchange(self, names, measured)
+
+    @property
+    def owners(self) -> int:
+        """Among how many ranks the numbers of a row are shared out."""
+        return self.group.size
+
+    def start(self, bucket: Bucket, message: Tensor) -> tuple[Tensor, Any]:
+        """Begin to add up a bucket over ranks, and return where this rank's part will be, and what to wait for."""
+        part = torch.empty(bucket.width, dtype=bucket.dtype, device=bucket.device)
+        return part, start_reduce_scatter(part, message, self.group.group)
+
+    def pieces(self, bucket: Bucket, part: Tensor) -> Row:
+        """Return what this rank holds of a bucket's members."""
+        return unpack(bucket, part, self.parameters, self.owners)
 
     def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
         return [cut(t, self.group.size, self.group.rank) for t in tensors]

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
 
-__all__ = ["Group", "RanksError", "fingerprint", "listening", "start_all_gather", "start_reduce_scatter"]
+__all__ = [
+    "Group",
+    "RanksError",
+    "fingerprint",
+    "listening",
+    "start_all_gather",
+    "start_all_reduce",
+    "start_reduce_scatter",
+]
 
 
 class RanksError(MultiTaskError):
@@ -62,6 +70,16 @@ class Group:
         numbers = torch.stack([number.double().to(self.device).view(()) for number in named.values()])
         return dict(zip(named, self.total(numbers) / self.size, strict=True))
 
+    def first(self, numbers: Tensor) -> Tensor:
+        """Return the first rank's numbers on all ranks."""
+        return self.total(numbers if self.rank == 0 else torch.zeros_like(numbers))
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        """Return the names of all ranks, in the order of the lowest rank that has them."""
+        heard = self.gather(torch.tensor(fingerprint(names)))
+        lists = self.objects(list(names)) if bool((heard != heard[0]).any()) else [names]
+        return list(dict.fromkeys(name for each in lists for name in each))
+
     def agree(self, number: int) -> bool:
         """Whether all ranks gave this one number, and it is not 0."""
         heard = self.gather(torch.tensor(number))
@@ -93,6 +111,11 @@ def start_all_gather(everybody: Tensor, mine: Tensor, group: Any) -> Any:
     """Begin to gather equal parts of all ranks into one tensor, and return what to wait for."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     return gather(everybody.view(-1), mine.view(-1), group=group, async_op=True)
+
+
+def start_all_reduce(message: Tensor, group: Any) -> Any:
+    """Begin to add up a tensor over ranks in its own place, and return what to wait for."""
+    return dist.all_reduce(message, group=group, async_op=True)
 
 
 def start_reduce_scatter(mine: Tensor, parts: Tensor, group: Any) -> Any:

@@ -29,11 +29,17 @@ class Traffic:
         self._capture, self.ranks = capture, ranks
         self.layout: Layout = ALONE
         self._exchange: Exchange | None = None
+        self._measured: list[str] = []
 
     def lay_out(self, parameters: Sequence[Tensor]) -> None:
         """Find out how the parameters are spread over ranks, and keep DDP's own reduction out of the way."""
         self.layout = self.ranks.layout(parameters)
         self.layout.begin()
+
+    def agree_on(self, names: Sequence[str]) -> list[str]:
+        """Return the tasks of all ranks; their losses are then averaged, row or none."""
+        self._measured = self.layout.agreed(names)
+        return self._measured
 
     def start(self, names: Sequence[str], waiting: bool) -> None:
         """Begin to exchange the rows of these tasks, and of earlier ones that were not sent, unless that has to wait.
@@ -89,7 +95,7 @@ class Traffic:
 
     def _open(self, names: Sequence[str], earlier: Sequence[str]) -> None:
         earlier = [name for name in earlier if name not in names]
-        self._exchange = self.layout.exchange([*earlier, *names])
+        self._exchange = self.layout.exchange([*earlier, *names], self._measured)
         for name in earlier:
             self.captured(name)
 

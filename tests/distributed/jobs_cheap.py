@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed import nets
-from distributed.jobs_more import Broken
+from distributed.jobs_more import Broken, reached
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -114,7 +114,14 @@ def lacking(options: dict[str, Any]) -> tuple[dict[str, Tensor], list[str], Any]
         optimizer.total(losses).backward()
         optimizer.step()
         levels.append(optimizer.report.level)
-    return nets.state_of(model), levels, optimizer.param_groups[0]["gradsurg"]
+    return nets.state_of(model), levels, gradsurg_entry(optimizer)
+
+
+def gradsurg_entry(optimizer: Any) -> Any:
+    """Return what a state dict says of the surgery."""
+    from gradsurg.memory import unsealed
+
+    return unsealed(optimizer.state_dict())["param_groups"][0]["gradsurg"]
 
 
 def failing(options: dict[str, Any], features: bool) -> tuple[list[str], dict[str, Tensor]]:
@@ -139,3 +146,21 @@ def failing(options: dict[str, Any], features: bool) -> tuple[list[str], dict[st
         if step > 1:
             optimizer.zero_grad()  # in the third step, something stands in p.grad that has to stay as it is
     return messages, nets.state_of(model)
+
+
+def wire(options: dict[str, Any]) -> tuple[list[tuple[str, int]], str, int, int]:
+    """Return what the third step sends, at which level it was done, and how many numbers tasks share, and do not."""
+
+    class Wide(Featured):
+        def __init__(self) -> None:
+            super().__init__(tasks=3, width=200)
+
+    model = DistributedDataParallel(nets.build(Wide))
+    optimizer = nets.optimizer_of(model, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        with nets.counting() as record:
+            optimizer.total(losses, features=None if options else model.module.z).backward()
+            optimizer.step()
+    return record, optimizer.report.level, *reached(model)

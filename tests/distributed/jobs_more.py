@@ -125,7 +125,9 @@ def method_alone(options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def checkpointed(kind: str, folder: str, first: int, last: int) -> tuple[dict[str, Tensor], Any]:
+def checkpointed(
+    kind: str, folder: str, first: int, last: int, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], Any]:
     """Train steps first … last of a run, from the checkpoint of an earlier part and into one, through DCP."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -137,7 +139,7 @@ def checkpointed(kind: str, folder: str, first: int, last: int) -> tuple[dict[st
         fully_shard(model)
     elif dist.is_initialized() and dist.get_world_size() > 1:
         model = DistributedDataParallel(model)
-    optimizer = nets.optimizer_of(model, surgery="pcgrad", normalize="generalized_mean")
+    optimizer = nets.optimizer_of(model, **options)
     if first:
         parts = get_state_dict(model, optimizer)
         state = {"model": parts[0], "optimizer": parts[1]}

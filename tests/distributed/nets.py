@@ -96,6 +96,12 @@ def equal_everywhere(results: Sequence[dict[str, Tensor]]) -> None:
             assert torch.equal(t, results[0][name]), f"{name} differs between ranks"
 
 
+def sent(record: Sequence[tuple[str, int]], ranks: int) -> float:
+    """Return the bytes that each rank sends for these collectives, by the algorithms that send least."""
+    twice = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+    return sum(twice[name] * size for name, size in record) * (ranks - 1) / ranks
+
+
 @contextmanager
 def counting() -> Iterator[list[tuple[str, int]]]:
     """Record (collective, bytes of the whole message) of everything sent inside this block, FSDP2's own included."""

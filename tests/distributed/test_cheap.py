@@ -46,6 +46,36 @@ def test_a_rank_that_raises_in_a_reused_step(ranks):
     nets.equal_everywhere([state for _, state in results])
 
 
+ROTATIONS = [
+    *(("total", {"rotate": k}) for k in (1, 2)),
+    *((form, {"rotate": 1}) for form in FORMS[1:]),
+    ("total", {"rotate": 1, "guarantee": "gradient", "surgery": "pcgrad"}),
+    ("total", {"rotate": 2, "row_dtype": torch.float16}),
+    ("total", {"rotate": 1, "nonfinite": "skip_task"}),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), ROTATIONS, ids=str)
+def test_rotate(ranks, form, options):
+    results = ranks(4 if form == "backward" else 2).run(jobs_cheap.cheap, "ddp", form, options)
+    alone = jobs_cheap.cheap_alone(form, options)
+    assert alone[1][1:] == ["moving averages"] * (jobs_cheap.STEPS - 1)
+    compare(results, alone, 1e-6 if "row_dtype" not in options else 1e-3)
+
+
+def test_turns_are_those_of_all_ranks(ranks):
+    """A task that some rank lacks is due all the same, and the averages stay everybody's."""
+    results = ranks(2).run(jobs_cheap.lacking, {"rotate": 1})
+    nets.equal_everywhere([state for state, _, _ in results])
+    (first, second) = (memory for _, _, memory in results)
+    assert first["rotate"] == second["rotate"]
+    nets.equal_everywhere(list(map(averages_of, (first, second))))
+
+
+def averages_of(memory):
+    return {f"{name} {k}": t for name, row in memory["rows"].items() for k, t in enumerate(row) if t is not None}
+
+
 FEATURES = [
     *(("ddp", form, {}) for form in FORMS),
     ("find unused", "total", {}),
@@ -69,3 +99,15 @@ def test_a_rank_that_raises_in_a_head(ranks):
     (message,) = results[0][0]
     assert "or raised" in message
     nets.equal_everywhere([state for _, state in results])
+
+
+@pytest.mark.parametrize("options", [{"refresh_every": 3}, {"rotate": 1}, {}], ids=str)
+def test_bytes_on_the_wire(ranks, options):
+    """What plain DDP sends, and small numbers; rotate=1 sends it of one task."""
+    for record, level, trunk, heads in ranks(2).run(jobs_cheap.wire, options):
+        assert level == {"refresh_every": "reused weights", "rotate": "moving averages"}.get(
+            *options or [""], "features"
+        )
+        large = [(name, size) for name, size in record if size > 4 * 250]
+        assert large == [("all_reduce", 4 * (trunk + heads // 3 if "rotate" in options else trunk + heads))]
+        assert sum(size for _, size in record) - sum(size for _, size in large) <= 8 * 150

@@ -7,26 +7,32 @@ from distributed import jobs_more, nets
 import gradsurg
 
 
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("guarantee", ["gradient", "update"])
-def test_bytes_on_the_wire(ranks, guarantee):
-    """(m + 1) P and m x m numbers, one collective a task and dtype; once more P where the update is projected."""
+def test_bytes_on_the_wire(ranks, guarantee, count):
+    """(m + 1) P and m x m numbers, one collective a task and dtype; once more P where the update is projected.
+
+    Of each, a rank sends (ranks - 1) / ranks: together no more than (m + 1) P while there are at most m + 2 ranks.
+    """
     m = 3
-    for step in ranks(2).run(jobs_more.wire, guarantee):
+    for step in ranks(count).run(jobs_more.wire, guarantee):
         trunk, heads = step["numbers"]
         numbers = trunk + heads
-        large = [(name, size) for name, size in step["record"] if size > 4 * 200]
+        large = [(name, size) for name, size in step["record"] if size > 4 * 250]
         scattered = [size for name, size in large if name == "reduce_scatter"]
         gathered = [size for name, size in large if name == "all_gather"]
-        padding = 4 * 2 * 20  # every parameter is filled up to a multiple of the ranks
+        padding = 4 * count * 20  # every parameter is filled up to a multiple of the ranks
         assert len(scattered) == m
         assert sum(scattered) <= 4 * (m * trunk + heads) + m * padding
         assert len(gathered) == (2 if step["corrected"] else 1)
         assert sum(gathered) <= len(gathered) * (4 * numbers + padding)
         assert sum(size for _, size in large) <= 4 * (m + 1) * numbers + 4 * numbers * step["corrected"] + 5 * padding
         assert [name for name, _ in large if name == "all_reduce"] == []
+        flags = (m + 1) * 14 + 2 * m + count  # of every parameter by task and beside them, of losses, of ranks
         small = sum(size for name, size in step["record"] if (name, size) not in large)
-        flags = (m + 1) * 14 + 2 * m + 2  # of every parameter by task and beside them, of losses, of ranks that raised
-        assert small <= 8 * (2 * m * m + 6 * m + 20) + 8 * flags + 2 * 3 * 8
+        assert small <= 8 * (2 * m * m + 6 * m + 20) + 8 * flags + count * 3 * 8
+        assert nets.sent(large, count) <= 4 * (m + 1) * numbers
+        assert step["corrected"] == (guarantee == "update"), "the case that this test is for did not come up"
 
 
 def test_rows_travel_while_the_next_task_runs(ranks):
@@ -73,21 +79,35 @@ def test_all_ranks_do_the_same(ranks, surgery):
     assert torch.equal(results[0][1].gramian, results[1][1].gramian)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(ranks, kind, tmp_path):
+MEMORY = {"surgery": "pcgrad", "normalize": "generalized_mean"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ddp", MEMORY),
+        ("fsdp2", MEMORY),
+        ("ddp", {"rotate": 1}),
+        ("ddp", {"refresh_every": 2}),
+        ("fsdp2", {"refresh_every": 2}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(ranks, kind, options, tmp_path):
     folder = str(tmp_path)
-    ranks(2).run(jobs_more.checkpointed, kind, folder, 0, 3)
-    uninterrupted = uninterrupted_alone()
+    ranks(2).run(jobs_more.checkpointed, kind, folder, 0, 3, options)
+    uninterrupted = uninterrupted_alone(options)
     for count in (1, 2, 4):
-        results = ranks(count).run(jobs_more.checkpointed, kind, folder, 3, 6)
+        results = ranks(count).run(jobs_more.checkpointed, kind, folder, 3, 6, options)
         nets.equal_everywhere([state for state, _ in results])
         nets.assert_close(results[0][0], uninterrupted, 1e-5)
-        assert all(entry["step"] == 6 for _, entry in results)
+        assert all(entry == results[0][1] for _, entry in results)
+        assert results[0][1]["step"] == 6
 
 
-def uninterrupted_alone():
+def uninterrupted_alone(options):
     model = nets.build(nets.Shared)
-    optimizer = nets.optimizer_of(model, surgery="pcgrad", normalize="generalized_mean")
+    optimizer = nets.optimizer_of(model, **options)
     for step in range(6):
         optimizer.zero_grad()
         optimizer.total(model(*nets.batch(step))).backward()
