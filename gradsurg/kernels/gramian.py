@@ -28,9 +28,8 @@ TRITON_DTYPES = {
 def gramian(rows: Rows, *, blocks: Sequence[int] | None = None) -> Tensor:
     """Return G_ij = ⟨g_i, g_j⟩, each gradient read once where it is (m > 32: once per union of tiles of tasks).
 
-    Deterministic: the order of all sums depends on m, sizes, dtypes and alignment alone. Products are exact and sums
-    are in float64, for 32 and 64-bit rows and for every row where m > 8: relative to ‖g_i‖ ‖g_j‖ the error is below
-    1e-13. For 16-bit rows and m ≤ 8 it is below 5e-7 (see pairs.py).
+    Deterministic: the order of all sums depends on m, sizes, dtypes and alignment alone. Products of 16 and 32-bit rows
+    are exact and sums are in float64: relative to ‖g_i‖ ‖g_j‖ the error is below 1e-13.
 
     Args:
         rows: m lists of one gradient per parameter (dense; real or complex; float64, 32, 16 or bfloat16) or None.
@@ -100,9 +99,7 @@ def _launch(kernel: GramianKernel, launch: Launch, layout: Plan, partials: Tenso
             *arguments,
             M=kernel.tasks,
             LANES=32 * pairs.WARPS,
-            PRODUCT=tl.float32 if dtype.itemsize == 2 else tl.float64,
             num_warps=pairs.WARPS,
-            maxnreg=pairs.registers_for(kernel.tasks, dtype.itemsize),
             **common,
         )
     else:

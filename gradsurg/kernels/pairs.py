@@ -1,7 +1,7 @@
 """Gramian of few tasks: m rows are loaded once, every pair of them has a chain of multiply-adds of its own."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005, SIM300
+# ruff: noqa: RUF005
 # Kernels are written in Triton's language: its types and idioms are not Python's.
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gradsurg.kernels.vectors import lanes, row_start
 
-__all__ = ["WARPS", "pair_places", "pairs_kernel", "registers_for"]
+__all__ = ["WARPS", "pair_places", "pairs_kernel"]
 
 WARPS = 4
 
@@ -25,14 +25,11 @@ def pairs_kernel(
     LANES: tl.constexpr,
     V: tl.constexpr,
     DTYPE: tl.constexpr,
-    PRODUCT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """partials[slot, k(i, j)] = Σ_p g_ip g_jp over one item's elements p, k counting the upper triangle by rows.
 
-    Accumulated in float64. Products of float32 are formed there too (exact: 48 bits of 53). Products of 16-bit
-    numbers are exact in float32 and are added up in it over the V = 8 elements that one thread loads at once, which
-    spares converting every element: that sum is off by 7 roundings of 6e-8 at most.
+    Multiplied and accumulated in float64: products of float32 and narrower numbers are exact there (48 bits of 53).
     """
     BLOCK: tl.constexpr = LANES * V
     PAIRS: tl.constexpr = (M * (M + 1)) // 2
@@ -61,48 +58,27 @@ def pairs_kernel(
         x = ()
         for i in tl.static_range(M):
             x = x + lanes(loaded[i], LANES, V)
-        if PRODUCT == tl.float64:
-            chains = sums
-        else:
-            chains = ()
-            for _ in tl.static_range(PAIRS):
-                chains = chains + (tl.zeros([LANES], PRODUCT),)
         for v in tl.static_range(V):
             wide = ()
             for i in tl.static_range(M):
-                wide = wide + (x[V * i + v].to(PRODUCT),)
+                wide = wide + (x[V * i + v].to(tl.float64),)
             longer = ()
             for i in tl.static_range(M):
                 for j in tl.static_range(i, M):
-                    longer = longer + (chains[i * M - (i * (i - 1)) // 2 + j - i] + wide[i] * wide[j],)
-            chains = longer
-        if PRODUCT == tl.float64:
-            sums = chains
-        else:
-            added = ()
-            for k in tl.static_range(PAIRS):
-                added = added + (sums[k] + chains[k].to(tl.float64),)
-            sums = added
+                    longer = longer + (sums[i * M - (i * (i - 1)) // 2 + j - i] + wide[i] * wide[j],)
+            sums = longer
     if whole < count:  # the last elements of a tensor: fewer than V of them
         tail = whole + tl.arange(0, LANES)
         wide = ()
         for i in tl.static_range(M):
-            wide = wide + (tl.load(starts[i] + tail, mask=tail < counts[i], other=0.0).to(PRODUCT),)
-        added = ()
+            wide = wide + (tl.load(starts[i] + tail, mask=tail < counts[i], other=0.0).to(tl.float64),)
+        longer = ()
         for i in tl.static_range(M):
             for j in tl.static_range(i, M):
-                added = added + (sums[i * M - (i * (i - 1)) // 2 + j - i] + (wide[i] * wide[j]).to(tl.float64),)
-        sums = added
+                longer = longer + (sums[i * M - (i * (i - 1)) // 2 + j - i] + wide[i] * wide[j],)
+        sums = longer
     for k in tl.static_range(PAIRS):
         tl.store(partials + slot * PAIRS + k, tl.sum(sums[k], axis=0))
-
-
-def registers_for(M: int, itemsize: int) -> int | None:
-    """Return how many registers ptxas may use; None leaves it to it.
-
-    Left alone it stops at 64 for 4 tasks in bfloat16 on sm_90, and spills 3 times; told so it takes 80 to 88.
-    """
-    return 128 if (M, itemsize) == (4, 2) else None
 
 
 def pair_places(M: int) -> list[tuple[int, int]]:

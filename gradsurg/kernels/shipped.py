@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -157,12 +156,10 @@ def _pairs() -> Iterator[Specialisation]:
                         "LANES": 32 * pairs.WARPS,
                         "V": vector([dtype], aligned),
                         "DTYPE": TRITON_DTYPES[dtype],
-                        "PRODUCT": tl.float32 if dtype.itemsize == 2 else tl.float64,
                         "ALIGNED": aligned,
                     },
                     pairs.WARPS,
                     M if aligned else 0,
-                    pairs.registers_for(M, dtype.itemsize),
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from gradsurg.onboard.report import LaterMovement
 from gradsurg.pipeline import STATIONARY
 from gradsurg.rows import Row
 
-__all__ = ["OnboardJudgement", "guard"]
+__all__ = ["ROUNDING", "OnboardJudgement", "guard"]
+
+# Relative error of the kernels' Gramian: see kernels/gramian.py.
+ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +31,9 @@ class OnboardJudgement(Judgement):
 
     Attributes:
         finite: Bool, shape (): whether the Gramian is finite, without which there is nothing to judge by.
-        rounding: Relative error of the Gramian's entries.
     """
 
     finite: Tensor
-    rounding: float
 
     @torch.no_grad()
     def hold(self, optimizer: Optimizer, before: Row) -> LaterMovement | None:
@@ -63,7 +65,6 @@ class OnboardJudgement(Judgement):
             blocks,
             self.allowed,
             self.finite,
-            self.rounding,
         )
 
 
@@ -76,7 +77,6 @@ def guard(
     blocks: Sequence[int],
     allowed: Tensor | None,
     finite: Tensor,
-    rounding: float,
 ) -> LaterMovement:
     """Do what guarantee.guard does, for all blocks at once.
 
@@ -92,7 +92,6 @@ def guard(
         blocks: Which block each parameter belongs to, ascending from 0.
         allowed: Which tasks are protected, bool (m,); None is all.
         finite: Bool (): where False, nothing is done.
-        rounding: Relative error of the entries of G.
     """
     from gradsurg.kernels.combine import correct
     from gradsurg.kernels.cone import nonnegative
@@ -102,23 +101,16 @@ def guard(
     reading = layout_of(rows, before, after, signs=signs, blocks=blocks)
     products, square = inner(rows, before, after, signs=signs, blocks=blocks, layout=reading)
     live = finite & (square > 0) & torch.isfinite(square) & torch.isfinite(products).all(-1)
-    coefficients = nonnegative(G, products, allowed=allowed, scale=square.sqrt(), rounding=rounding)
+    coefficients = nonnegative(G, products, allowed=allowed, scale=square.sqrt(), rounding=ROUNDING)
     coefficients = torch.where(live.unsqueeze(-1), coefficients, 0)
     corrected = (coefficients != 0).any(-1)
     left, spread = _lengths(norms, products, square, coefficients)
-    held = corrected & (left <= STATIONARY * rounding * spread)
-    writing = correct(
-        rows,
-        coefficients,
-        after,
-        before=before,
-        signs=signs,
-        blocks=blocks,
-        modes=_modes(corrected & ~held, held),
-    )
+    held = corrected & (left <= STATIONARY * ROUNDING * spread)
+    write = partial(correct, rows, after=after, before=before, signs=signs, blocks=blocks)
+    writing = write(coefficients, modes=_modes(corrected & ~held, held))
     # Where numbers had to be copied to be read, the tables speak of the copies, and these are out of date now.
     reading_again = reading if _in_place(reading.keep, after, place=len(rows) + 1) else None
-    writing_again = writing if _in_place(writing.keep, after, place=len(rows)) else None
+    write = partial(write, layout=writing if _in_place(writing.keep, after, place=len(rows)) else None)
     tolerance, half_place = _precision(after, blocks)
     moved = torch.where(corrected.unsqueeze(-1), products + (G @ coefficients.unsqueeze(-1)).squeeze(-1), products)
     movement = LaterMovement(moved, torch.where(corrected, left, square), corrected, held)
@@ -138,31 +130,13 @@ def guard(
         slack = found + (tolerance * length.sqrt()).unsqueeze(-1) * norms
         unsure = unsure & (watched & (slack < 0)).any(-1)
         margin = margin + torch.where(unsure.unsqueeze(-1) & watched, (-found).clamp(min=0), 0)
-        step = nonnegative(G, found - margin, allowed=allowed, scale=length.sqrt(), rounding=rounding)
+        step = nonnegative(G, found - margin, allowed=allowed, scale=length.sqrt(), rounding=ROUNDING)
         step = torch.where(unsure.unsqueeze(-1), step, 0)
         # The cone has no inside worth the name: tasks are opposed to within rounding.
         hopeless = unsure & ~((step * norms).sum(-1) <= 2 * length.sqrt())
         held, unsure = held | hopeless, unsure & ~hopeless
-        correct(
-            rows,
-            step,
-            after,
-            before=before,
-            signs=signs,
-            blocks=blocks,
-            modes=_modes(unsure, hopeless),
-            layout=writing_again,
-        )
-    correct(
-        rows,
-        coefficients,
-        after,
-        before=before,
-        signs=signs,
-        blocks=blocks,
-        modes=_modes(torch.zeros_like(unsure), unsure),
-        layout=writing_again,
-    )
+        write(step, modes=_modes(unsure, hopeless))
+    write(coefficients, modes=_modes(torch.zeros_like(unsure), unsure))
     held = held | unsure
     return replace(
         movement,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradsurg.constants import constant
 from gradsurg.gramian import Rows
-from gradsurg.kernels.dispatch import PAIRS_UP_TO
-from gradsurg.onboard.guarantee import OnboardJudgement
+from gradsurg.onboard.guarantee import ROUNDING, OnboardJudgement
 from gradsurg.onboard.report import LaterReport
 from gradsurg.operation import Outcome, Patient, block_names, plain_sum, problem_of, report_of
 from gradsurg.pipeline import Direction
@@ -21,11 +20,6 @@ from gradsurg.rows import Row, TaskRows
 from gradsurg.solvers import Solvers
 
 __all__ = ["operate_onboard"]
-
-# Relative error of the kernels' Gramian, for both of which see kernels/gramian.py: sums of 16-bit rows of few tasks are
-# formed eight products at a time in float32.
-ROUNDING_WIDE = 1e-13
-ROUNDING_NARROW = 4.2e-7
 
 
 def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
@@ -42,14 +36,13 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     table: Rows = patient.rows.table(parameters)
     G = gramian(table, blocks=where)
     finite = torch.isfinite(G).all()
-    rounding = _rounding(table)
     state: State | None
     if pipeline.waits(len(table)):
-        problem, direction, healthy = _on_the_host(patient, G, rounding)
+        problem, direction, healthy = _on_the_host(patient, G)
         weights, state = direction.weights.to(G.device), direction.state if healthy else None
     else:
         problem = _problem(patient, G)
-        direction = pipeline.direction(problem, patient.state, rounding)
+        direction = pipeline.direction(problem, patient.state, ROUNDING)
         # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
         weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
     gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
@@ -61,7 +54,7 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     return Outcome(
         gradients=Row(zip(parameters, gradients, strict=True)),
         report=LaterReport(patient.step, lambda: _report(told, names, problem, direction)),
-        judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite, rounding=rounding),
+        judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
         state=state,
     )
 
@@ -79,16 +72,11 @@ def _problem(patient: Patient, G: Tensor) -> Problem:
     )
 
 
-def _on_the_host(patient: Patient, G: Tensor, rounding: float) -> tuple[Problem, Direction, bool]:
+def _on_the_host(patient: Patient, G: Tensor) -> tuple[Problem, Direction, bool]:
     problem = problem_of(patient, G.cpu())
     if not bool(torch.isfinite(problem.gramian).all()):
         return problem, plain_sum(problem), False
-    return problem, patient.settings.pipeline.direction(problem, patient.state, rounding), True
-
-
-def _rounding(rows: Rows) -> float:
-    narrow = len(rows) <= PAIRS_UP_TO and any(g is not None and g.itemsize == 2 for row in rows for g in row)
-    return ROUNDING_NARROW if narrow else ROUNDING_WIDE
+    return problem, patient.settings.pipeline.direction(problem, patient.state, ROUNDING), True
 
 
 def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:

@@ -10,13 +10,8 @@ from gradsurg.kernels import dots, gramian, pairs, table
 from gradsurg.kernels.dispatch import gramian_kernel
 from tests.kernels.interpreted.harness import DTYPES, SIZES, make_rows, permuted, reads, times_read
 
-# Of |g_i| |g_j|: float64 sums of exact products, on Gaussian rows; 16-bit rows of at most 8 tasks are first added up
-# eight at a time in float32, each of 7 additions being off by 2^-24 of what it has so far.
-WIDE, NARROW = 1e-15, 7 * 2.0**-24
-
-
-def bound(m, dtype):
-    return NARROW if dtype.itemsize == 2 and m <= 8 else WIDE
+# Of |g_i| |g_j|: float64 sums of exact products, on Gaussian rows of any dtype.
+ROUNDING = 1e-15
 
 
 def error(G, rows, like):
@@ -32,7 +27,7 @@ def test_matches_the_twin(m, dtype):
     G = gramian.gramian(rows)
     assert G.dtype == torch.float64
     assert torch.equal(G, G.T)
-    assert error(G, rows, like) <= bound(m, dtype)
+    assert error(G, rows, like) <= ROUNDING
 
 
 # Every dtype in each kernel that the quick test leaves out; unions of tiles with a small tile, a full one, or both.
@@ -54,7 +49,7 @@ def test_matches_the_twin_for_more_tasks(m, dtype):
     rows, like = make_rows(m, [7, 0, 8, 129] if m > 16 else SIZES, dtype)
     G = gramian.gramian(rows)
     assert torch.equal(G, G.T)
-    assert error(G, rows, like) <= bound(m, dtype)
+    assert error(G, rows, like) <= ROUNDING
 
 
 @pytest.mark.parametrize("m", [2, 8, 11])
@@ -62,7 +57,7 @@ def test_tasks_that_did_not_reach_a_parameter(m):
     rows, like = make_rows(m, SIZES, missing=0.5)
     for row in rows:
         row[4] = None  # a parameter that nobody reached
-    assert error(gramian.gramian(rows), rows, like) <= WIDE
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
     assert torch.equal(gramian.gramian([[None] * 3] * m), torch.zeros(m, m, dtype=torch.float64))
 
 
@@ -70,7 +65,7 @@ def test_tasks_that_did_not_reach_a_parameter(m):
 @pytest.mark.parametrize("size", [table.CHUNK_LEAST - 1, table.CHUNK_LEAST, table.CHUNK_LEAST + 1, 9001])
 def test_larger_than_an_item(m, size):
     rows, like = make_rows(m, [size, 5])
-    assert error(gramian.gramian(rows), rows, like) <= WIDE
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
 
 
 @pytest.mark.parametrize(("m", "longest"), [(4, 32), (16, 4096)])
@@ -89,9 +84,9 @@ def test_mixed_dtypes_and_alignments():
         row[2] = torch.cat([torch.zeros(1), row[2]])[1:]  # 4 bytes past a multiple of 16
         row[3] = row[3].double()
     assert rows[0][2].data_ptr() % 16 != 0
-    assert error(gramian.gramian(rows), rows, like) <= NARROW
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
     rows[0][3] = rows[0][3].float()  # two dtypes of one parameter
-    assert error(gramian.gramian(rows), rows, like) <= NARROW
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +95,7 @@ def test_unaligned(m, dtype):
     rows, like = make_rows(m, [1, 17, 514], dtype)
     rows = [[torch.cat([g[:1], g])[1:] for g in row] for row in rows]
     assert all(g.data_ptr() % 16 for row in rows for g in row)
-    assert error(gramian.gramian(rows), rows, like) <= bound(m, dtype)
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
 
 
 def test_layouts_and_complex_numbers():
@@ -118,7 +113,7 @@ def test_layouts_and_complex_numbers():
         ]
         for i in range(3)
     ]
-    assert error(gramian.gramian(rows), rows, rows[0]) <= WIDE
+    assert error(gramian.gramian(rows), rows, rows[0]) <= ROUNDING
 
 
 def test_one_gramian_a_block():
@@ -183,7 +178,7 @@ def test_tensors_of_more_than_two_to_the_31_elements(m, monkeypatch):
         return dataclasses.replace(layout, pointers=layout.pointers - 4 * far, launches=tuple(launches))
 
     monkeypatch.setattr(gramian, "plan", moved)
-    assert error(gramian.gramian(rows), rows, like) <= WIDE
+    assert error(gramian.gramian(rows), rows, like) <= ROUNDING
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of infinity times 0

@@ -1,0 +1,84 @@
+"""A whole step of a wrapped optimizer, on any device: for tests on a card and in the interpreter."""
+
+from contextlib import nullcontext
+
+import torch
+
+import gradsurg
+
+__all__ = ["COEFFICIENTS", "WITHOUT_WAITING", "Model", "step", "trained", "wrapped"]
+
+ADAM, SGD = torch.optim.Adam, torch.optim.SGD
+
+# Options of wrap and an optimizer: what is promised not to wait for a device.
+WITHOUT_WAITING = [
+    ({"surgery": "cone"}, (ADAM, {})),
+    ({"surgery": "upgrad", "normalize": "none", "granularity": "group"}, (SGD, {"momentum": 0.9})),
+    ({"surgery": "mgda", "guarantee": "gradient", "preferences": {"b": 2.0}}, (torch.optim.RMSprop, {})),
+    ({"surgery": "sum", "granularity": "tensor"}, (torch.optim.AdamW, {"weight_decay": 0.1, "maximize": True})),
+    ({"surgery": "mean", "primary": "b", "auxiliary": "help", "row_dtype": torch.bfloat16}, (SGD, {})),
+    ({"surgery": "cone", "primary": [["a"], ["b"]], "guarantee": "none"}, (SGD, {"nesterov": True, "momentum": 0.5})),
+]
+# Factors of the three losses that decide what surgery and guarantee have to do: the tasks as they are; the third against
+# the second, so that only what the first leaves them can stay; and one that is not finite.
+COEFFICIENTS = [(1.0, 1.0, 1.0), (0.1, 1.0, -1.0), (1.0, float("inf"), 1.0)]
+
+
+class Model(torch.nn.Module):
+    """A trunk with parameters of two dtypes, in two orders of elements, and a scalar; three heads."""
+
+    def __init__(self, device="cpu", narrow=torch.bfloat16):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+
+        def parameter(*shape, dtype=torch.float32):
+            return torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype))
+
+        self.first = torch.nn.Parameter(torch.randn(6, 5, generator=draw).T)
+        self.second = parameter(6, 4, dtype=narrow)
+        self.shift = parameter()
+        self.heads = torch.nn.ParameterList([parameter(4) for _ in range(3)])
+        x, y = torch.randn(8, 5, generator=draw), torch.randn(3, 8, generator=draw)
+        for name, tensor in {"x": x, "y": y, "coefficients": torch.ones(3)}.items():
+            self.register_buffer(name, tensor)
+        self.to(device)
+
+    def losses(self):
+        h = torch.tanh(self.x @ self.first + self.shift)
+        h = (h.to(self.second.dtype) @ self.second).float()
+        return {
+            name: self.coefficients[i] * (h @ self.heads[i] - self.y[i]).square().mean() for i, name in enumerate("abc")
+        }
+
+
+def wrapped(model, optimizer, backend="triton", **options):
+    """Return a wrapped optimizer of the model: (class, its settings), in two groups."""
+    kind, settings = optimizer
+    groups = [{"params": [model.first, model.shift]}, {"params": [model.second, *model.heads], "lr": 0.02}]
+    return gradsurg.wrap(kind(groups, lr=0.05, **settings), backend=backend, **options)
+
+
+def step(model, optimizer, watch=nullcontext):
+    """Do a step, under `watch()` from the first backward to its end; return what p.grad was before the optimizer's."""
+    optimizer.zero_grad()
+    losses = model.losses()
+    with watch():
+        optimizer.total(losses).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+    return gradients
+
+
+def trained(backend, optimizer, steps, watch=None, device="cpu", **options):
+    """Return what p.grad was after the first surgery, the parameters and the report after its step, and the optimizer.
+
+    The last step is under `watch`. Steps after the first only show that they run: where a parameter of 16 bits was
+    rounded the other way, they part.
+    """
+    model = Model(device)
+    mine = wrapped(model, optimizer, backend, **options)
+    first: list = []
+    for k in range(steps):
+        gradients = step(model, mine, watch if watch and k == steps - 1 else nullcontext)
+        first = first or [gradients, [p.detach().clone() for p in model.parameters()], mine.report]
+    return *first, mine
