@@ -11,7 +11,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 from gradsurg import reference, solvers  # noqa: E402
 from gradsurg.kernels import combine, cone, gramian, inner  # noqa: E402
 from gradsurg.kernels.vectors import HOLD, LEAVE, WRITE  # noqa: E402
-from tests.kernels.whole_step import COEFFICIENTS, WITHOUT_WAITING, Model, step, trained, wrapped  # noqa: E402
+from tests.kernels.whole_step import (  # noqa: E402
+    CAPTURABLE,
+    WITHOUT_WAITING,
+    Model,
+    replayed_and_eager,
+    step,
+    trained,
+    wrapped,
+)
 
 SIZES = [1, 3, 0, 4097, 1_000_003, 64, 250_000]
 
@@ -158,9 +166,6 @@ def test_in_a_cuda_graph(m):
         assert all(torch.equal(a, b) for a, b in zip(after, corrected, strict=True))
 
 
-WAITING = pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
-
-
 def test_waiting_would_be_noticed():
     x = torch.ones(3, device="cuda")
     with error_on_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
@@ -170,70 +175,45 @@ def test_waiting_would_be_noticed():
 @pytest.mark.parametrize(("options", "optimizer"), WITHOUT_WAITING)
 def test_a_whole_step_does_not_wait(options, optimizer):
     """From the first backward to the end of step(); two steps before it compile, and make the optimizer's state."""
-    gradients, mine, report, wrapped_ = trained("triton", optimizer, 3, error_on_waiting, device="cuda", **options)
+    gradients, mine, report, after = trained("triton", optimizer, 3, error_on_waiting, device="cuda", **options)
     wanted_gradients, theirs, wanted, _ = trained("torch", optimizer, 1, device="cuda", **options)
     assert (report.path, wanted.path) == ("triton", "torch")
     for found, due in ((gradients, wanted_gradients), (mine, theirs)):
         for a, b in zip(found, due, strict=True):
             eps = torch.finfo(b.dtype).eps if b.dtype == torch.bfloat16 else 2e-5
             assert ((a - b).abs() <= eps * b.abs().max()).all()
-    assert wrapped_.report.step == 3
+    assert after.report.step == report.step + 2
 
 
-def recorded(run, stream):
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
-
-
-@WAITING
-@pytest.mark.parametrize(
-    ("options", "optimizer"),
-    [
-        ({"surgery": "cone"}, (torch.optim.SGD, {"momentum": 0.9})),
-        ({"surgery": "upgrad", "granularity": "group"}, (torch.optim.Adam, {"capturable": True})),
-        ({"surgery": "mgda", "guarantee": "gradient"}, (torch.optim.AdamW, {"capturable": True})),
-    ],
-)
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
+@pytest.mark.parametrize(("options", "optimizer"), CAPTURABLE)
 def test_a_whole_step_in_a_cuda_graph(options, optimizer):
     """Replayed from the same start on other numbers, it does what an eager step does."""
-    # A stream of one's own for all of it: gradients are accumulated where a parameter was first used.
+    # One stream for all of it: a parameter's gradients are accumulated on the stream of its first use.
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    @contextmanager
+    def alone():
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.synchronize()
+
+    def capture(run):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+        return graph.replay
+
+    with alone():
         model = Model("cuda", narrow=torch.float32)
         mine = wrapped(model, optimizer, **options)
         for _ in range(3):
             step(model, mine)
-    stream.synchronize()
-
-    def numbers():
-        state = [t for entry in mine.state.values() for t in entry.values() if torch.is_tensor(t)]
-        return [*(p.detach() for p in model.parameters()), *state]
-
-    start = [t.clone() for t in numbers()]
-    graph = recorded(lambda: step(model, mine), stream)
-
-    def back_to_the_start(coefficients):
-        for t, old in zip(numbers(), start, strict=True):
-            t.copy_(old)
-        model.coefficients.copy_(torch.tensor(coefficients))
-        torch.cuda.synchronize()
-
-    for coefficients in COEFFICIENTS:
-        back_to_the_start(coefficients)
-        graph.replay()
-        torch.cuda.synchronize()
-        replayed = [t.clone() for t in numbers()]
-        back_to_the_start(coefficients)
-        with torch.cuda.stream(stream):
-            step(model, mine)
-        stream.synchronize()
-        for a, b, old in zip(replayed, numbers(), start, strict=True):
+    for replayed, eager in replayed_and_eager(model, mine, capture, alone):
+        for a, b in zip(replayed, eager, strict=True):
             # cuBLAS may choose another kernel in a capture: the same numbers, not the same order of sums.
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
-            assert not torch.equal(b, old) or not old.any()
 
 
 def test_on_another_stream_than_the_tables_were_made_on():

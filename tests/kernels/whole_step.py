@@ -6,7 +6,16 @@ import torch
 
 import gradsurg
 
-__all__ = ["COEFFICIENTS", "WITHOUT_WAITING", "Model", "step", "trained", "wrapped"]
+__all__ = [
+    "CAPTURABLE",
+    "COEFFICIENTS",
+    "WITHOUT_WAITING",
+    "Model",
+    "replayed_and_eager",
+    "step",
+    "trained",
+    "wrapped",
+]
 
 ADAM, SGD = torch.optim.Adam, torch.optim.SGD
 
@@ -19,8 +28,14 @@ WITHOUT_WAITING = [
     ({"surgery": "mean", "primary": "b", "auxiliary": "help", "row_dtype": torch.bfloat16}, (SGD, {})),
     ({"surgery": "cone", "primary": [["a"], ["b"]], "guarantee": "none"}, (SGD, {"nesterov": True, "momentum": 0.5})),
 ]
-# Factors of the three losses that decide what surgery and guarantee have to do: the tasks as they are; the third against
-# the second, so that only what the first leaves them can stay; and one that is not finite.
+# The same, of optimizers that a CUDA graph can hold.
+CAPTURABLE = [
+    ({"surgery": "cone"}, (SGD, {"momentum": 0.9})),
+    ({"surgery": "upgrad", "granularity": "group"}, (ADAM, {"capturable": True})),
+    ({"surgery": "mgda", "guarantee": "gradient"}, (torch.optim.AdamW, {"capturable": True})),
+]
+# Factors of the three losses that decide what surgery and guarantee have to do: the tasks as they are; the third
+# against the second, so that only what the first leaves them can stay; and one that is not finite.
 COEFFICIENTS = [(1.0, 1.0, 1.0), (0.1, 1.0, -1.0), (1.0, float("inf"), 1.0)]
 
 
@@ -82,3 +97,39 @@ def trained(backend, optimizer, steps, watch=None, device="cpu", **options):
         gradients = step(model, mine, watch if watch and k == steps - 1 else nullcontext)
         first = first or [gradients, [p.detach().clone() for p in model.parameters()], mine.report]
     return *first, mine
+
+
+def replayed_and_eager(model, optimizer, capture, alone):
+    """Yield parameters and state after one step from the same start, replayed and eager, for all COEFFICIENTS.
+
+    Args:
+        model: A Model.
+        optimizer: Its wrapped optimizer, which has done steps before.
+        capture: Takes a function, and returns what replays it.
+        alone: A context manager in which eager steps run, and at whose end they are done.
+    """
+
+    def numbers():
+        state = [t for entry in optimizer.state.values() for t in entry.values() if torch.is_tensor(t)]
+        return [*(p.detach() for p in model.parameters()), *state]
+
+    def back_to_the_start(coefficients):
+        with alone():
+            for t, old in zip(numbers(), start, strict=True):
+                t.copy_(old)
+            model.coefficients.copy_(torch.tensor(coefficients))
+
+    with alone():
+        start = [t.clone() for t in numbers()]
+    replay = capture(lambda: step(model, optimizer))
+    for coefficients in COEFFICIENTS:
+        back_to_the_start(coefficients)
+        with alone():
+            replay()
+            replayed = [t.clone() for t in numbers()]
+        back_to_the_start(coefficients)
+        with alone():
+            step(model, optimizer)
+            eager = [t.clone() for t in numbers()]
+        assert not all(map(torch.equal, eager, start))
+        yield replayed, eager

@@ -1,6 +1,7 @@
 """Whole steps of a wrapped optimizer by the kernels against the torch path, and that nothing in them waits."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from gradsurg.kernels import table
 from gradsurg.onboard.guarantee import guard
 from gradsurg.rows import TaskRows
 from tests.kernels.interpreted import harness  # noqa: F401 (has the interpreter round bfloat16 as hardware does)
-from tests.kernels.whole_step import COEFFICIENTS, WITHOUT_WAITING, Model, step, trained, wrapped
+from tests.kernels.whole_step import (
+    CAPTURABLE,
+    COEFFICIENTS,
+    WITHOUT_WAITING,
+    Model,
+    replayed_and_eager,
+    step,
+    trained,
+    wrapped,
+)
 from tests.waiting import WaitError, no_waiting
 
 ADAM, SGD = torch.optim.Adam, torch.optim.SGD
@@ -94,6 +104,19 @@ def test_what_is_launched_does_not_depend_on_the_numbers(monkeypatch, options, o
         assert not all(moved)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of infinity times 0
+def test_the_test_of_a_cuda_graph_has_a_rehearsal():
+    """Of test_cuda.py, which CI cannot run: its body, with a step done anew where a graph would replay one."""
+    options, (kind, _) = CAPTURABLE[2]
+    model = Model(narrow=torch.float32)
+    mine = wrapped(model, (kind, {}), **options)
+    step(model, mine)
+    pairs = list(replayed_and_eager(model, mine, capture=lambda run: run, alone=nullcontext))
+    assert len(pairs) == len(COEFFICIENTS)
+    for replayed, eager in pairs:
+        assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(replayed, eager, strict=True))
+
+
 def test_a_method_that_waits_is_called_so_and_does():
     assert {method.name for method in gradsurg.methods() if not method.waits} == {
         *("sum", "mean", "cone", "upgrad", "mgda"),
@@ -143,7 +166,7 @@ def test_opposed_tasks_are_stationary():
 
 @pytest.mark.parametrize("m", [2, 5])
 def test_16_bit_rows_that_nearly_cancel_are_told_apart(m):
-    """u is 1e-4 to 1e-3 of its parts, where sums in float32, off by 4e-7, could not tell it from 0."""
+    """u is so short that sums good to 4e-7, as float32 ones of eight products were, could not tell it from 0."""
     draw = torch.Generator().manual_seed(m)
     g = torch.randn(2048, generator=draw).bfloat16()
     rows = [(g if i == 0 else -g / (m - 1)).bfloat16() for i in range(m)]
@@ -156,12 +179,12 @@ def test_16_bit_rows_that_nearly_cancel_are_told_apart(m):
         mine = gradsurg.wrap(
             SGD([p], lr=1.0), backend=backend, row_dtype=torch.bfloat16, normalize="none", guarantee="gradient"
         )
-        mine.set_gradients({str(i): [row] for i, row in enumerate(rows)})
+        mine.set_gradients({str(i): [row.float()] for i, row in enumerate(rows)})
         u = p.grad.double()
         assert not mine.report.stationary
         assert (exact @ u >= -1e-4 * exact.norm(dim=1) * u.norm()).all()
         found.append(u)
-    assert found[0].norm() < 1e-3 * exact.norm(dim=1).sum()
+    assert found[0].norm() < 2.6e-3 * exact.norm(dim=1).sum()
     assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()
 
 
