@@ -98,8 +98,33 @@ def huggingface(folder: str, size: int) -> tuple[Watched, Any]:
     return model, trainer.optimizer
 
 
-def lightning(folder: str, size: int) -> tuple[Watched, Any]:
-    """Train in Lightning's Trainer, `size` rows a rank and micro-batch; total() is called inside DDP's forward."""
+def accelerate(folder: str, size: int) -> tuple[Watched, Any]:
+    """Train in a loop of one's own with an Accelerator."""
+    from accelerate import Accelerator
+
+    class Task(Watched):
+        def forward(self, **rows: Tensor) -> dict[str, Tensor]:
+            return self.of_rows(rows)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
+    net = nets.build(Task)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=size, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(net, nets.optimizer_of(net), loader)
+    for rows in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(gradsurg.total(optimizer, model(**rows)))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+    return net, optimizer
+
+
+def lightning(folder: str, size: int, *, manual: bool = False) -> tuple[Watched, Any]:
+    """Train in Lightning's Trainer, `size` rows a rank and micro-batch; total() is called inside DDP's forward.
+
+    With `manual`, training_step() calls backward and step itself, which happens inside of DDP's forward too.
+    """
     from lightning import LightningModule, Trainer
 
     class Task(LightningModule):
@@ -113,13 +138,26 @@ def lightning(folder: str, size: int) -> tuple[Watched, Any]:
         def configure_optimizers(self) -> Any:
             return nets.optimizer_of(self.net)
 
-    task = Task()
+    class Manual(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, rows: dict[str, Tensor], number: int) -> None:
+            optimizer = self.optimizers()
+            self.manual_backward(gradsurg.total(optimizer, self.net.of_rows(rows)) / ACCUMULATED)
+            if number % ACCUMULATED == ACCUMULATED - 1:
+                self.clip_gradients(optimizer, NORM, "norm")
+                optimizer.step()
+                optimizer.zero_grad()
+
+    task = Manual() if manual else Task()
+    automatic = {} if manual else {"accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": NORM}
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy="ddp",
-        accumulate_grad_batches=ACCUMULATED,
-        gradient_clip_val=NORM,
+        **automatic,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -131,7 +169,17 @@ def lightning(folder: str, size: int) -> tuple[Watched, Any]:
     return task.net, trainer.optimizers[0]
 
 
-TRAINERS = {"huggingface": huggingface, "lightning": lightning}
+def lightning_manual(folder: str, size: int) -> tuple[Watched, Any]:
+    """Train in Lightning's Trainer with manual optimization."""
+    return lightning(folder, size, manual=True)
+
+
+TRAINERS = {
+    "huggingface": huggingface,
+    "accelerate": accelerate,
+    "lightning": lightning,
+    "lightning_manual": lightning_manual,
+}
 
 
 def main(folder: Path) -> None:

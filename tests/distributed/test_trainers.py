@@ -1,6 +1,6 @@
-"""Lightning's and the Hugging Face Trainer in two processes: what a plain loop makes of the same rows in one.
+"""Lightning's and the Hugging Face Trainer, and Accelerate, in two processes: what a plain loop does in one.
 
-Both accumulate, clip and shuffle as they would for anybody; they run one after the other in the same two processes,
+All accumulate, clip and shuffle as they would for anybody; they run one after the other in the same two processes,
 because importing them is most of the time that it takes.
 """
 
