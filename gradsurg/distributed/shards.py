@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from gradsurg.distributed.layout import Delivery, Layout, Measure, generator_of
 from gradsurg.distributed.modules import modules_of
-from gradsurg.distributed.talk import Group, fingerprint
+from gradsurg.distributed.talk import Group, fingerprint, listening, of_backend
 from gradsurg.errors import MultiTaskError
 from gradsurg.rows import Row
 
@@ -60,8 +60,15 @@ class Shards(Layout):
         return True
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:  # noqa: D102
-        yield
+    def quiet(self) -> Iterator[None]:
+        """Let the model's own reduction run, and say what it means where another rank is lost to it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not of_backend(error):
+                raise
+            with listening("reducing the gradients of a task, inside its backward pass"):
+                raise
 
     def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> ShardExchange:  # noqa: D102
         return ShardExchange(self, names)

@@ -18,6 +18,7 @@ __all__ = [
     "RanksError",
     "fingerprint",
     "listening",
+    "of_backend",
     "start_all_gather",
     "start_all_reduce",
     "start_reduce_scatter",
@@ -41,6 +42,11 @@ def listening(what: str) -> Iterator[None]:
             "optimizer (every rank has to, in every step). Parameters and p.grad of this rank are as before. The "
             f"process group said: {error}"
         ) from error
+
+
+def of_backend(error: RuntimeError) -> bool:
+    """Whether an error that passed through other code is a backend's: gloo's are plain RuntimeErrors, by their text."""
+    return isinstance(error, getattr(dist, "DistError", ())) or "gloo" in str(error)
 
 
 class Group:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed import nets
-from distributed.jobs_more import Broken, reached
+from distributed.jobs_failures import Broken
+from distributed.jobs_more import reached
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

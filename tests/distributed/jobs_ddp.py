@@ -302,11 +302,13 @@ class Compiled(nets.Net):
         self.trunk.compile(backend="aot_eager")
 
 
-KINDS = {"reentrant": Checkpointed, "non-reentrant": CheckpointedAnew, "compiled": Compiled}
+KINDS = {"reentrant": Checkpointed, "non-reentrant": CheckpointedAnew, "compiled": Compiled, "compiled whole": nets.Net}
 
 
 def special(kind: str) -> dict[str, Tensor]:
     model = ddp_of(nets.build(KINDS[kind]))
+    if kind == "compiled whole":
+        model = torch.compile(model, backend="aot_eager")
     train(model, nets.optimizer_of(model), "total", nets.mine)
     return nets.state_of(model)
 

@@ -26,7 +26,9 @@ FOLDER = Path(__file__).parent
 
 
 class RankError(AssertionError):
-    """What the ranks raised, one traceback a rank."""
+    """What the ranks raised, one traceback a rank; `results` is what the others returned."""
+
+    results: list[Any]
 
 
 class Pool:
@@ -51,7 +53,7 @@ class Pool:
             self._processes.append(process)
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """Return what every rank's job returned; raises RankError with all tracebacks."""
+        """Return what every rank's job returned; raises RankError with all tracebacks, and what the others returned."""
         for pipe in self._pipes:
             pipe.send((Path(job.__code__.co_filename).stem, job.__name__, arguments))
         results, failures = [], []
@@ -67,7 +69,9 @@ class Pool:
             (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
         if failures:
             self.end()
-            raise RankError("\n".join(failures))
+            error = RankError("\n".join(failures))
+            error.results = results
+            raise error
         return results
 
     @property

@@ -96,7 +96,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, overflow):
     nets.assert_close(results[0][0], jobs_ddp.scaled_alone(overflow))
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled"])
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled", "compiled whole"])
 def test_checkpointed_and_compiled_models(ranks, kind):
     results = ranks(2).run(jobs_ddp.special, kind)
     nets.equal_everywhere(results)

@@ -1,5 +1,7 @@
 """What is promised over several ranks besides equality: traffic, the guarantee, methods, checkpoints."""
 
+import dataclasses
+
 import pytest
 import torch
 from distributed import jobs_more, nets
@@ -40,9 +42,43 @@ def test_rows_travel_while_the_next_task_runs(ranks):
         assert events == ["task0", "send", "task1", "send", "task2", "send", "wait", "wait", "wait"]
 
 
+@pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
 @pytest.mark.parametrize("surgery", ["cone", "sum"])
-def test_the_update_hurts_no_task_of_the_whole_batch(ranks, surgery):
-    assert min(ranks(2).run(jobs_more.movement, surgery)) >= -1e-4
+def test_the_update_hurts_no_task_of_the_whole_batch(ranks, surgery, kind, count):
+    assert min(ranks(count).run(jobs_more.movement, surgery, kind)) >= -1e-4
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_optimizers_share_their_rows(ranks, kind):
+    results = ranks(2).run(jobs_more.two_optimizers, kind)
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], jobs_more.two_optimizers_alone())
+
+
+@pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
+@pytest.mark.parametrize("options", [{"surgery": "pcgrad", "guarantee": "gradient"}, {}], ids=str)
+def test_reports_and_state_dicts_are_those_of_all_ranks(ranks, options, kind, count):
+    (_, report, state), *others = ranks(count).run(jobs_more.method, options, kind)
+    assert report.movement is not None or options
+    for _, other, its in others:
+        assert_same(dataclasses.asdict(other), dataclasses.asdict(report))
+        assert_same(its, state)
+
+
+def assert_same(ours, theirs):
+    """Compare nested containers, to the bit."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert_same(value, theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == theirs or ours != ours
 
 
 # GradDrop draws a number for each number of the gradient, and every owner draws for its own; Krum of three tasks takes
@@ -65,17 +101,19 @@ def test_every_method_does_what_it_does_alone(ranks, options):
     """Random ones draw from (seed, step), which are the same on every rank."""
     options = {"guarantee": "none", **options}
     results = ranks(2).run(jobs_more.method, options)
-    nets.equal_everywhere([state for state, _ in results])
+    nets.equal_everywhere([state for state, _, _ in results])
     alone, report = jobs_more.method_alone(options)
     nets.assert_close(results[0][0], alone, 2e-5)
-    assert all(torch.equal(other.weights, results[0][1].weights) or other.weights.isnan().all() for _, other in results)
+    assert all(
+        torch.equal(other.weights, results[0][1].weights) or other.weights.isnan().all() for _, other, _ in results
+    )
     assert results[0][1].tasks == report.tasks
 
 
 @pytest.mark.parametrize("surgery", ALIKE)
 def test_all_ranks_do_the_same(ranks, surgery):
     results = ranks(2).run(jobs_more.method, {"surgery": surgery, "guarantee": "gradient"})
-    nets.equal_everywhere([state for state, _ in results])
+    nets.equal_everywhere([state for state, _, _ in results])
     assert torch.equal(results[0][1].gramian, results[1][1].gramian)
 
 

@@ -1,0 +1,173 @@
+"""Never silent: what is refused over ranks, and ranks that raise, die or leave step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed import nets
+from distributed.jobs_more import spread
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradsurg
+from gradsurg.local import local_of
+
+
+def refused(what: str) -> str:
+    """Return the message of the error."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it uses itself
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    model = nets.build()
+    data = nets.mine(nets.batch(0))
+    try:
+        if what == "plain parameters":
+            nets.optimizer_of(model).total(model(*data))
+        elif what == "model= of another model":
+            other = nets.build()
+            nets.optimizer_of(model, model=other).total(model(*data))
+        elif what == "fsdp1":
+            sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+            optimizer = nets.optimizer_of(sharded)
+            optimizer.total(sharded(*data))
+        elif what == "fsdp1 as model=":
+            nets.optimizer_of(model, model=FullyShardedDataParallel(model, device_id=torch.device("cpu")))
+        elif what == "zero":
+            gradsurg.wrap(ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1))
+        elif what == "sparse":
+            table = DistributedDataParallel(nn.Embedding(4, 2, sparse=True))
+            optimizer = gradsurg.wrap(torch.optim.SGD(table.parameters(), lr=0.1))
+            out = table(torch.arange(4))
+            optimizer.total([out.sum(), out.square().sum()]).backward()
+        elif what == "ignored":
+            model._ddp_params_and_buffers_to_ignore = ["unused.weight"]
+            wrapped = DistributedDataParallel(model)
+            nets.optimizer_of(wrapped).total(wrapped(*data))
+        elif what == "features":
+            fully_shard(model)
+            optimizer = nets.optimizer_of(model)
+            losses = model(*data)
+            optimizer.backward(losses, features=[losses["task0"] * 1])
+        elif what == "another order":
+            wrapped = DistributedDataParallel(model)
+            parameters = list(wrapped.parameters())
+            if dist.get_rank() == 1:
+                parameters.reverse()
+            gradsurg.wrap(torch.optim.SGD(parameters, lr=0.1)).total(wrapped(*data)).backward()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def named() -> tuple[dict[str, Tensor], bool]:
+    """model= is used, and a second module of the same kind is not mistaken for it."""
+    other = DistributedDataParallel(nets.build())
+    model = DistributedDataParallel(nets.build())
+    optimizer = nets.optimizer_of(model, model=model)
+    for step in range(2):
+        optimizer.zero_grad()
+        optimizer.total(model(*nets.mine(nets.batch(step)))).backward()
+        optimizer.step()
+    gradsurg.check_sync(model)
+    gradsurg.check_sync(other)
+    return nets.state_of(model), True
+
+
+def out_of_step(sharded: bool) -> tuple[str, str]:
+    """check_sync before and after one rank changes one number of one parameter."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nets.build()
+    if sharded:
+        fully_shard(model.trunk, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    before = after = ""
+    try:
+        gradsurg.check_sync(model)
+    except RuntimeError as error:
+        before = str(error)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.heads[1].bias[0] += 1e-7
+    try:
+        gradsurg.check_sync(model)
+    except RuntimeError as error:
+        after = str(error)
+    return before, after
+
+
+# -- failures -----------------------------------------------------------------------------------------------------
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ValueError("no gradient here")
+
+
+def raising(form: str) -> tuple[list[str], dict[str, Tensor]]:
+    """One rank's second task raises in its backward pass; the next steps are as if that one had not been."""
+    model = DistributedDataParallel(nets.build())
+    optimizer = nets.optimizer_of(model)
+    messages = []
+    for step in range(4):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        if step in (0, 2) and dist.get_rank() == 1:
+            losses["task1"] = Broken.apply(losses["task1"])
+        before = nets.state_of(model)
+        try:
+            optimizer.backward(losses) if form == "backward" else optimizer.total(losses).backward()
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+            assert all(p.grad is None for p in model.parameters())
+            nets.equal_everywhere([nets.state_of(model), before])
+            continue
+        optimizer.step()
+    return messages, nets.state_of(model)
+
+
+def raising_alone() -> dict[str, Tensor]:
+    model = nets.build()
+    optimizer = nets.optimizer_of(model)
+    for step in (1, 3):
+        optimizer.zero_grad()
+        optimizer.backward(model(*nets.batch(step)))
+        optimizer.step()
+    return nets.state_of(model)
+
+
+def dying(kind: str, raises: bool) -> str:
+    """Rank 1 is gone in the middle of a step: from one moment to the next, or because it raised."""
+    model = spread(nets.build(), kind)
+    optimizer = nets.optimizer_of(model)
+    parameters = optimizer.param_groups[0]["params"]  # of FSDP2, the shards: the model's may be gathered at that moment
+    for step in range(2):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        if step == 1:
+            before = [p.detach().clone() for p in parameters]
+            if dist.get_rank() == 1:
+                if not raises:
+                    os._exit(1)
+                losses["task1"] = Broken.apply(losses["task1"])
+        try:
+            optimizer.total(losses).backward()
+        except (RuntimeError, ValueError) as error:
+            if dist.get_rank() == 1:
+                os._exit(1)  # as a program does that nobody catches
+            for p, old in zip(parameters, before, strict=True):
+                assert p.grad is None
+                assert local_of(p).equal(local_of(old))
+            return str(error)
+        optimizer.step()
+    return ""
