@@ -1,9 +1,9 @@
 """The CUDA path: correctness first, then speed, on any CUDA machine. One command, one dated result file.
 
-    python benchmarks/gpu.py                  # on a CUDA machine: everything
-    python benchmarks/gpu.py --dry            # no GPU needed: the model, and what the compiled kernels are made of
-    python benchmarks/gpu.py --write-budget   # no GPU needed: count registers anew (kernel_budget.json)
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse   # no GPU needed: run every section, tiny, untimed
+    python -m benchmarks.gpu                  # on a CUDA machine: everything
+    python -m benchmarks.gpu --dry            # no GPU needed: the model, and what the compiled kernels are made of
+    python -m benchmarks.gpu --write-budget   # no GPU needed: count registers anew (kernel_budget.json)
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse   # no GPU needed: run every section, tiny, untimed
 
 Every time is the median of CUDA events, with its 20th and 80th percentile; the answer's error stands beside it. What
 is computed from byte and instruction counts and not measured is called "model".
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsurg
+from benchmarks.gpu_model import DTYPES, TASKS, combine_work, gramian_work, print_model
 from gradsurg import gramian as plain
 from gradsurg import reference, solvers
 
@@ -39,85 +40,12 @@ RESULTS = HERE / "results"
 Losses = Callable[[], dict[str, Tensor]]
 
 SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000, "1 G": 1_000_000_000}
-TASKS = (2, 4, 8, 16, 32)
-DTYPES = (torch.float32, torch.bfloat16)
+PEERS = ("TorchJD", "pytorch_optimizer")
 TARGETS = {
     "share of copy bandwidth, Gramian and combination, from 25 M parameters": 0.85,
     "share of a training step": 0.05,
     "times less surgery time than the best peer": 3.0,
 }
-
-# Memory bandwidth in bytes a second, processors, clock, float64 multiply-adds a clock of a processor (vector units,
-# tensor cores), conversions from and to float64 a clock of a processor. From data sheets and the CUDA programming
-# guide's table of instruction throughput; only the model uses them.
-CARDS = {
-    "A100 SXM 80 GB": (2.04e12, 108, 1.41e9, 32, 64, 16),
-    "H100 SXM": (3.35e12, 132, 1.755e9, 64, 128, 16),
-    "B200": (8e12, 148, 1.85e9, 64, 64, 16),
-    "L40S": (0.864e12, 142, 2.52e9, 2, 2, 2),
-}
-
-
-# -- the model -------------------------------------------------------------------------------------------------------
-
-
-def gramian_work(m: int, dtype: torch.dtype) -> dict[str, float]:
-    """What one parameter costs: bytes read, multiply-adds, float64 ones among them, conversions to float64."""
-    if m <= 8:
-        M = 2 if m <= 2 else 4 if m <= 4 else 8
-        pairs = M * (M + 1) / 2
-        return {"bytes": m * dtype.itemsize, "vector": pairs, "tensor": 0, "conversions": M, "fma": pairs}
-    tiles = 1 if m <= 16 else 2
-    products = 256 * tiles * (tiles + 1) / 2
-    # Conversions read from SASS: once a tile that is alone, twice where two tiles meet.
-    return {
-        "bytes": m * dtype.itemsize,
-        "vector": 0,
-        "tensor": products,
-        "conversions": 16 * tiles * tiles,
-        "fma": products,
-    }
-
-
-def combine_work(m: int, dtype: torch.dtype) -> dict[str, float]:
-    """As `gramian_work`, for u = Σ w_i g_i into tensors of the rows' dtype."""
-    padded = 4 if m <= 4 else 8 * math.ceil(m / 8)
-    return {
-        "bytes": (m + 1) * dtype.itemsize,
-        "vector": padded,
-        "tensor": 0,
-        "conversions": padded + 2,
-        "fma": padded,
-    }
-
-
-def model_seconds(work: dict[str, float], parameters: int, card: str) -> tuple[float, str]:
-    """Return the least time that one card needs, and what binds it."""
-    bandwidth, processors, clock, vector, tensor, conversions = CARDS[card]
-    clocks = {
-        "float64 units": work["vector"] / vector,
-        "float64 tensor cores": work["tensor"] / tensor,
-        "conversions": work["conversions"] / conversions,
-    }
-    times = {name: n * parameters / (processors * clock) for name, n in clocks.items()}
-    times["memory"] = work["bytes"] * parameters / bandwidth
-    binding = max(times, key=lambda name: times[name])
-    return times[binding], binding
-
-
-def print_model() -> None:
-    print("\nModel (bytes and instruction counts; nothing here was timed), 100 M parameters")
-    print(f"{'':28}{'bytes':>7}{'FMA':>7}{'FMA/byte':>9}" + "".join(f"{card:>32}" for card in CARDS))
-    for what, work_of in (("gramian", gramian_work), ("combine", combine_work)):
-        for dtype in DTYPES:
-            for m in TASKS:
-                work = work_of(m, dtype)
-                line = f"{what} m={m} {str(dtype)[6:]}"
-                line = f"{line:28}{work['bytes']:7.0f}{work['fma']:7.0f}{work['fma'] / work['bytes']:9.2f}"
-                for card in CARDS:
-                    seconds, binding = model_seconds(work, 100_000_000, card)
-                    line += f"{seconds * 1e3:8.2f} ms {binding:>20}"
-                print(line)
 
 
 # -- what the kernels are made of ------------------------------------------------------------------------------------
@@ -200,6 +128,18 @@ class Bench:
             "host": statistics.median(host),
         }
 
+    def watch(self, run: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+        """Return `time`'s numbers, how many kernels and copies one call launches, and the most memory it takes."""
+        times = self.time(run, repeats)
+        if self.rehearse:
+            return {**times, "launches": float("nan"), "extra_bytes": float("nan")}
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - base
+        return {**times, "launches": count_launches(run), "extra_bytes": extra}
+
     def fits(self, size: int) -> bool:
         """Whether so many bytes can be had, with a tenth to spare."""
         return self.rehearse or size * 1.1 < torch.cuda.mem_get_info()[0]
@@ -214,6 +154,16 @@ class Bench:
             [torch.randn(size, device=self.device, dtype=dtype) for _ in range(tensors)]
             for _ in range(m)
         ]  # fmt: skip
+
+
+def count_launches(run: Callable[[], object]) -> int:
+    """Return how many kernels and copies one call puts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in recorded.key_averages() if event.device_type.name == "CUDA")
 
 
 def check_correctness(bench: Bench) -> None:
@@ -276,7 +226,7 @@ def measure_passes(bench: Bench) -> None:
                     (
                         "inner",
                         functools.partial(inner.inner, rows, before, out),
-                        {"bytes": (m + 2) * dtype.itemsize},
+                        {"bytes": (m + 2) * dtype.itemsize, "fma": m + 1},
                     ),
                 ]
                 for what, run, work in passes:
@@ -289,7 +239,7 @@ def measure_passes(bench: Bench) -> None:
                         dtype=str(dtype),
                         share_of_copy=moved / bench.copy_bandwidth,
                         model_bytes=work["bytes"] * parameters,
-                        model_fma=work.get("fma", m) * parameters,
+                        model_fma=work["fma"] * parameters,
                         **times,
                     )
                 del rows, out, before, passes
@@ -308,7 +258,7 @@ def measure_solver(bench: Bench) -> None:
             ("upgrad", lambda G=G, r=ones: cone.upgrad(G, r)),
             ("mgda", lambda G=G: cone.simplex(G)),
         ):
-            bench.keep(f"solver {what}", m=m, **bench.time(run))
+            bench.keep(f"solver {what}", m=m, model_bytes=8 * (m * m + 2 * m), **bench.watch(run))
 
 
 def shapes_of_resnet50() -> list[tuple[int, ...]]:
@@ -356,15 +306,18 @@ def measure_peers(bench: Bench) -> None:
         if not bench.rehearse:
             contestants["torch.compile of a plain Gramian and sum"] = compiled_twin(rows)
         contestants |= dict(peers(rows, parameters))
-        bench_times = {}
+        work = [gramian_work(m, torch.float32), combine_work(m, torch.float32)]
+        count = sum(g.numel() for g in out)
         for name, run in contestants.items():
-            if not bench.rehearse:
-                torch.cuda.reset_peak_memory_stats()
-                base = torch.cuda.memory_allocated()
-            bench_times[name] = bench.time(run)
-            peak = float("nan") if bench.rehearse else torch.cuda.max_memory_allocated() - base
-            launches = float("nan") if bench.rehearse else count_launches(run)
-            bench.keep("surgery", m=m, by=name, launches=launches, extra_bytes=peak, **bench_times[name])
+            bench.keep(
+                "surgery",
+                m=m,
+                by=name,
+                path="triton" if run is ours else "torch",
+                model_bytes=sum(one["bytes"] for one in work) * count,
+                model_fma=sum(one["fma"] for one in work) * count,
+                **bench.watch(run),
+            )
 
 
 def compiled_twin(rows: list[list[Tensor]]) -> Callable[[], object]:
@@ -385,15 +338,20 @@ def peers(rows: list[list[Tensor]], parameters: list[nn.Parameter]) -> Iterator[
     """Yield the others that are installed, in the fastest form of each that takes gradients."""
     try:
         from torchjd.aggregation import DualProj, UPGrad
+        from torchjd.autojac import jac_to_grad
     except ImportError:
         print("torchjd is not installed: left out")
     else:
-        for name, aggregator in (("TorchJD DualProj", DualProj()), ("TorchJD UPGrad", UPGrad())):
+        jacobians = [torch.stack(column) for column in zip(*rows, strict=True)]  # as its backward pass leaves them
+        for summed in (False, True):  # concatenated, or one Gramian a parameter, added up
+            for name, aggregator in (("DualProj", DualProj()), ("UPGrad", UPGrad())):
 
-            def run(aggregator: nn.Module = aggregator) -> object:
-                return aggregator(torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows]))
+                def run(aggregator: Any = aggregator, summed: bool = summed) -> object:
+                    for p, jacobian in zip(parameters, jacobians, strict=True):
+                        p.jac, p.grad = jacobian, None  # type: ignore[attr-defined]
+                    return jac_to_grad(parameters, aggregator, optimize_gramian_computation=summed)
 
-            yield name, run
+                yield f"TorchJD {name}{', Gramian summed' if summed else ''}", run
     try:
         from pytorch_optimizer import PCGrad
     except ImportError:
@@ -405,117 +363,28 @@ def peers(rows: list[list[Tensor]], parameters: list[nn.Parameter]) -> Iterator[
         yield "pytorch_optimizer PCGrad", lambda: wrapper.project_conflicting([g.clone() for g in flat], reached)
 
 
-def count_launches(run: Callable[[], object]) -> int:
-    """Return how many kernels and copies one call puts on the device."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in recorded.key_averages() if event.device_type.name == "CUDA")
+# -- against the targets ---------------------------------------------------------------------------------------------
 
 
-# -- a real training step --------------------------------------------------------------------------------------------
-
-
-class Bottleneck(nn.Module):
-    """A block of ResNet-50 (He et al. 2016)."""
-
-    def __init__(self, wide: int, width: int, stride: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for inp, out, k, s in ((wide, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)):
-            layers += [nn.Conv2d(inp, out, k, s, k // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-        self.body = nn.Sequential(*layers[:-1])
-        changes = stride != 1 or wide != 4 * width
-        self.short: nn.Module = (
-            nn.Sequential(nn.Conv2d(wide, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
-            if changes
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.short(x))
-
-
-def resnet50(blocks: Sequence[int] = (3, 4, 6, 3), width: int = 64) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    layers.append(nn.MaxPool2d(3, 2, 1))
-    wide = width
-    for stage, count in enumerate(blocks):
-        for block in range(count):
-            layers.append(Bottleneck(wide, width << stage, 2 if block == 0 and stage else 1))
-            wide = 4 * (width << stage)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-class Transformer(nn.Module):
-    """An encoder of 24 layers of width 1024 and 32 768 tokens: 336 M parameters."""
-
-    def __init__(self, layers: int = 24, width: int = 1024, tokens: int = 32_768) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(tokens, width)
-        layer = nn.TransformerEncoderLayer(
-            width, max(1, width // 64), 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        encoded: Tensor = self.layers(self.tokens(x))
-        return encoded.mean(1)
-
-
-def training_cases(bench: Bench, heads: int) -> Iterator[tuple[str, nn.Module, Tensor, int]]:
-    if bench.rehearse:
-        yield "tiny resnet", resnet50((1, 1), 4), torch.randn(2, 3, 32, 32), 32
-        yield "tiny transformer", Transformer(1, 64, 100), torch.randint(100, (2, 8)), 64
-        return
-    device = bench.device
-    yield "ResNet-50", resnet50().to(device), torch.randn(64, 3, 224, 224, device=device), 2048
-    yield "transformer 336 M", Transformer().to(device), torch.randint(32_768, (8, 512), device=device), 1024
-
-
-def measure_training(bench: Bench) -> None:
-    """A step with surgery against the same m backward passes, summed by autograd, and against one of the sum."""
-    for heads in (3,) if bench.rehearse else (2, 4):
-        for name, body, x, width in training_cases(bench, heads):
-            model = nn.ModuleList([body, *(nn.Linear(width, 10) for _ in range(heads))]).to(bench.device)
-
-            def losses(model: nn.ModuleList = model, x: Tensor = x) -> dict[str, Tensor]:
-                h = model[0](x)
-                return {str(i): head(h).square().mean() for i, head in enumerate(list(model)[1:])}
-
-            inner = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-            def plain_step(inner: torch.optim.Optimizer = inner, losses: Losses = losses) -> None:
-                inner.zero_grad()
-                torch.stack(list(losses().values())).sum().backward()
-                inner.step()
-
-            def separate_step(inner: torch.optim.Optimizer = inner, losses: Losses = losses) -> None:
-                inner.zero_grad()
-                for loss in (all_losses := list(losses().values())):
-                    loss.backward(retain_graph=loss is not all_losses[-1])
-                inner.step()
-
-            times = {"sum": bench.time(plain_step, 10), "separate backward passes": bench.time(separate_step, 10)}
-            for guarantee in ("gradient", "update"):
-                optimizer = gradsurg.wrap(torch.optim.AdamW(model.parameters(), lr=1e-5), guarantee=guarantee)
-
-                def our_step(optimizer: gradsurg.MultiTaskOptimizer = optimizer, losses: Losses = losses) -> None:
-                    optimizer.zero_grad()
-                    optimizer.total(losses()).backward()
-                    optimizer.step()
-
-                if not bench.rehearse:
-                    torch.cuda.reset_peak_memory_stats()
-                times[f"gradsurg, guarantee={guarantee}"] = bench.time(our_step, 10)
-                peak = float("nan") if bench.rehearse else torch.cuda.max_memory_allocated()
-                ours = times[f"gradsurg, guarantee={guarantee}"]["seconds"]
-                share = 1 - times["separate backward passes"]["seconds"] / ours
-                bench.keep("step", model=name, heads=heads, guarantee=guarantee, peak_bytes=peak, surgery_share=share)
-            for by, measured in times.items():
-                bench.keep("step time", model=name, heads=heads, by=by, **measured)
+def judge(bench: Bench) -> None:
+    """Hold what was measured against TARGETS, the worst case of each."""
+    print("\nagainst the targets, the worst case of each")
+    found: dict[str, list[float]] = {name: [] for name in TARGETS}
+    share, step, times = found
+    for row in bench.results:
+        if row["what"] in ("gramian", "combine") and row["P"] != "1 M":
+            found[share].append(row["share_of_copy"])
+        if row["what"] == "step" and row["by"].startswith("gradsurg"):
+            found[step].append(-row["surgery_share"])
+    for m in sorted({row["m"] for row in bench.results if row["what"] == "surgery"}):
+        seconds = {row["by"]: row["seconds"] for row in bench.results if row["what"] == "surgery" and row["m"] == m}
+        best = min(value for by, value in seconds.items() if by.startswith(PEERS))
+        found[times].append(best / seconds["gradsurg cone"])
+    for name, target in TARGETS.items():
+        worst = abs(min(found[name]))
+        met = worst <= target if name == step else worst >= target
+        verdict = "met" if met else "not measured" if math.isnan(worst) else "missed"
+        bench.keep("target", name=name, wanted=target, worst=worst, verdict=verdict)
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -582,9 +451,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench, about = Bench(chosen.rehearse), machine()
     print(json.dumps(about, indent=1))
     print_model()
+    from benchmarks.gpu_training import measure_training
+
     for section in (check_correctness, measure_copy, measure_passes, measure_solver, measure_peers, measure_training):
         print(f"\n{section.__name__.replace('_', ' ')}")
         section(bench)
+    judge(bench)
     if chosen.rehearse:
         print("\nA rehearsal: every section ran, nothing was timed.")
     else:

@@ -67,5 +67,5 @@ def test_budget_is_of_this_triton():
     if triton.__version__ != BUDGET["triton"]:
         pytest.skip(
             f"registers were counted with Triton {BUDGET['triton']}, this is {triton.__version__}: "
-            "python benchmarks/gpu.py --write-budget counts anew"
+            "python -m benchmarks.gpu --write-budget counts anew"
         )
