@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradsurg.local import local_of
 from gradsurg.rows import Row
 
 __all__ = ["Reach"]
@@ -23,6 +24,9 @@ class Reach:
     """
 
     def __init__(self) -> None:
+        self.anywhere: Callable[[Tensor], Tensor] = (
+            _here  # of flags, those that are set on any rank; see Layout.anywhere
+        )
         self._known: dict[str, WeakIdKeyDictionary] = {}
 
     def sift(self, name: str, row: Row) -> Row:
@@ -35,7 +39,7 @@ class Reach:
         if not unknown:
             return Row()
         device = unknown[0][0].device
-        answers = torch.stack([gradient.any().to(device) for _, gradient in unknown]).tolist()
+        answers = self.anywhere(torch.stack([local_of(gradient).any().to(device) for _, gradient in unknown])).tolist()
         blank = Row(pair for pair, reached in zip(unknown, answers, strict=True) if not reached)
         for p, _ in unknown:
             if p in blank:
@@ -47,3 +51,7 @@ class Reach:
     def count(self, parameter: Tensor, names: Iterable[str]) -> int:
         """Return how many of these tasks are known to reach a parameter."""
         return sum(parameter in self._known.get(name, ()) for name in names)
+
+
+def _here(flags: Tensor) -> Tensor:
+    return flags

@@ -192,8 +192,10 @@ class Surgeon:
         if self.settings.nonfinite == "propagate":
             return
         found = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
-        names = list(dict.fromkeys(name for part in parts for name in part))
-        bad = self.traffic.layout.on_any_rank(names, found) if self.traffic.layout.several else found
+        layout = self.traffic.layout
+        # Rows that are not sent yet are this rank's alone, and others may have other tasks.
+        names = layout.agreed(list(dict.fromkeys(name for part in parts for name in part)))
+        bad = layout.on_any_rank(names, found) if layout.several else found
         if bad and self.settings.nonfinite == "raise":
             raise MultiTaskError(
                 f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "

@@ -158,6 +158,10 @@ class Layout:
         """Add up over ranks."""
         return numbers
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Return which flags are set on any rank, where all ranks ask at this point; else those of this rank."""
+        return flags
+
     def agree(self, number: int) -> bool:
         """Whether all ranks gave this one number, and it is not 0."""
         return number != 0

@@ -87,6 +87,10 @@ class Shards(Layout):
     def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
         return self.group.total(numbers)
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Return which flags are set on any rank: one shard may be zero where others are not."""
+        return self.total(flags.to(torch.int32)) > 0
+
     def agree(self, number: int) -> bool:  # noqa: D102
         return self.group.agree(number)
 

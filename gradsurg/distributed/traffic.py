@@ -35,6 +35,7 @@ class Traffic:
         """Find out how the parameters are spread over ranks, and keep DDP's own reduction out of the way."""
         self.layout = self.ranks.layout(parameters)
         self.layout.begin()
+        self._capture.reach.anywhere = self.layout.anywhere
 
     def agree_on(self, names: Sequence[str]) -> list[str]:
         """Return the tasks of all ranks; their losses are then averaged, row or none."""

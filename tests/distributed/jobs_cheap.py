@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
 def train(model: nn.Module, optimizer: Any, form: str, part: Any) -> list[str]:
     """Return at which level each step was done."""
     levels = []
-    net = getattr(model, "module", model)
+    net, scaler = getattr(model, "module", model), torch.amp.GradScaler("cpu", init_scale=8.0)
 
     def run(data: Any, plain: Tensor | None = None) -> Tensor | None:
         losses = model(*data)
@@ -49,12 +50,15 @@ def train(model: nn.Module, optimizer: Any, form: str, part: Any) -> list[str]:
     for step in range(STEPS):
         optimizer.zero_grad()
         data = part(nets.batch(step))
-        if form == "micro-batches":
+        if form in ("micro-batches", "accumulate"):
             for micro in range(2):
-                with waiting(model, micro == 0):
+                with waiting(model, optimizer, form) if micro == 0 else nullcontext():
                     (run(part(nets.batch(10 * step + micro))) / 2).backward()
         elif form == "backward":
             run(data)
+        elif form == "scaled":
+            scaler.scale(run(data)).backward()
+            scaler.unscale_(optimizer)
         elif form == "plain":
             run(data, penalty(model, data)).backward()
         elif form == "added":
@@ -63,7 +67,9 @@ def train(model: nn.Module, optimizer: Any, form: str, part: Any) -> list[str]:
         else:
             run(data).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer) if form == "scaled" else optimizer.step()
+        if form == "scaled":
+            scaler.update()
         levels.append(optimizer.report.level)
     return levels
 
@@ -73,10 +79,10 @@ def penalty(model: nn.Module, data: Any) -> Tensor:
     return (data[0].mean() + 1) * sum(p.square().sum() for name, p in model.named_parameters() if "unused" not in name)
 
 
-def waiting(model: nn.Module, yes: bool) -> Any:
-    from contextlib import nullcontext
-
-    return model.no_sync() if yes and hasattr(model, "no_sync") else nullcontext()
+def waiting(model: nn.Module, optimizer: Any, form: str) -> Any:
+    if form == "accumulate":
+        return optimizer.accumulate()
+    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
 def cheap(

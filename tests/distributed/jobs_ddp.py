@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -111,6 +112,24 @@ def uneven(form: str) -> tuple[dict[str, Tensor], Any, Any]:
         getattr(optimizer, form)(present) if form == "backward" else optimizer.total(present).backward()
         optimizer.step()
     return nets.state_of(model), optimizer.report, optimizer.state_dict()["param_groups"][0]["gradsurg"]
+
+
+def skipping() -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Rank 1 lacks the second task, which is infinite in the first micro-batch."""
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model, nonfinite="skip_task")
+    for step in range(2):
+        optimizer.zero_grad()
+        for micro in range(2):
+            with optimizer.accumulate() if micro == 0 else nullcontext():
+                losses = model(*nets.mine(nets.batch(10 * step + micro)))
+                if dist.get_rank() == 1:
+                    losses.pop("task1")
+                elif micro == 0:
+                    losses["task1"] = losses["task1"] * float("inf")
+                optimizer.total(losses).backward()
+        optimizer.step()
+    return nets.state_of(model), optimizer.report.tasks, optimizer.report.nonfinite
 
 
 def without_any(form: str) -> tuple[list[str], dict[str, Tensor]]:

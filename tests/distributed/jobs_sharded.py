@@ -70,6 +70,30 @@ def fsdp(kind: str, form: str, options: dict[str, Any]) -> tuple[dict[str, Tenso
     return nets.state_of(model), optimizer.report
 
 
+def fsdp_compiled() -> dict[str, Tensor]:
+    """The trunk compiled; a shard of its last layer has no gradient but zeros on one rank."""
+    model = sharded(nets.build(HalfBlind), "layers")
+    model.trunk.compile(backend="aot_eager")
+    optimizer = nets.optimizer_of(model)
+    train(model, optimizer, "total", nets.mine)
+    return nets.state_of(model)
+
+
+def fsdp_compiled_alone() -> dict[str, Tensor]:
+    model = nets.build(HalfBlind)
+    model.trunk.compile(backend="aot_eager")
+    train(model, nets.optimizer_of(model), "total", lambda data: data)
+    return nets.state_of(model)
+
+
+class HalfBlind(Mixed):
+    """Nothing reaches the second half of the last layer of the trunk: its gradient is zero on the last ranks."""
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = torch.tanh(self.trunk(x)) * (torch.arange(6) < 3)
+        return {f"task{i}": (1 + 3 * i) * (head(z) - y[:, i]).square().mean() for i, head in enumerate(self.heads)}
+
+
 def alone(kind: str, form: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
     model = nets.build(Mixed)
     optimizer = nets.optimizer_of(model, **options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from distributed import jobs_cheap, nets
 
-FORMS = ["total", "backward", "plain", "added", "micro-batches"]
+FORMS = ["total", "backward", "plain", "added", "micro-batches", "accumulate", "scaled"]
 
 
 def compare(results, alone, tolerance=1e-6):

@@ -96,6 +96,15 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, overflow):
     nets.assert_close(results[0][0], jobs_ddp.scaled_alone(overflow))
 
 
+def test_a_task_that_is_not_finite_where_others_lack_it(ranks):
+    results = ranks(2).run(jobs_ddp.skipping)
+    nets.equal_everywhere([state for state, _, _ in results])
+    for state, tasks, skipped in results:
+        assert set(tasks) == {"task0", "task1", "task2"}  # of the second micro-batch, which is finite
+        assert skipped == ("task1",)
+        assert all(t.isfinite().all() for t in state.values())
+
+
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled", "compiled whole"])
 def test_checkpointed_and_compiled_models(ranks, kind):
     results = ranks(2).run(jobs_ddp.special, kind)

@@ -20,6 +20,13 @@ def test_fsdp2_trains_as_one_process(ranks, count, kind, form):
         assert torch.allclose(other.gramian, report.gramian, rtol=1e-4, atol=1e-6)
 
 
+def test_fsdp2_with_a_compiled_trunk(ranks):
+    """A shard may be zero on one rank; whether a task reaches a parameter is for all to say."""
+    results = ranks(2).run(jobs_sharded.fsdp_compiled)
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], jobs_sharded.fsdp_compiled_alone())
+
+
 def test_copies_of_shards_count_once(ranks):
     results = ranks(4).run(jobs_sharded.fsdp, "replicas of shards", "total", {})
     nets.equal_everywhere([state for state, _ in results])
