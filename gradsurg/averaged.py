@@ -41,7 +41,11 @@ class Averaged:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._quiet.__exit__(kind, error, trace)
+        try:
+            self._quiet.__exit__(kind, error, trace)
+        except BaseException as said_better:
+            self.drop(said_better)
+            raise
         if error is not None:
             self.drop(error)
 

@@ -54,6 +54,10 @@ def refused(what: str) -> str:
             optimizer = nets.optimizer_of(model)
             losses = model(*data)
             optimizer.backward(losses, features=[losses["task0"] * 1])
+        elif what == "rotate":
+            fully_shard(model)
+            optimizer = nets.optimizer_of(model, rotate=1)
+            optimizer.total(model(*data))
         elif what == "another order":
             wrapped = DistributedDataParallel(model)
             parameters = list(wrapped.parameters())
@@ -146,10 +150,10 @@ def raising_alone() -> dict[str, Tensor]:
     return nets.state_of(model)
 
 
-def dying(kind: str, raises: bool) -> str:
+def dying(kind: str, raises: bool, options: dict[str, Any]) -> str:
     """Rank 1 is gone in the middle of a step: from one moment to the next, or because it raised."""
     model = spread(nets.build(), kind)
-    optimizer = nets.optimizer_of(model)
+    optimizer = nets.optimizer_of(model, **options)
     parameters = optimizer.param_groups[0]["params"]  # of FSDP2, the shards: the model's may be gathered at that moment
     for step in range(2):
         optimizer.zero_grad()

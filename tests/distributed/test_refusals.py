@@ -13,6 +13,7 @@ REFUSALS = {
     "sparse": "sparse=False",
     "ignored": "told to ignore the parameter 'unused.weight'",
     "features": "features= does not go with sharded parameters",
+    "rotate": "rotate= does not go with sharded parameters",
     "another order": "different shapes, dtypes or order",
 }
 
@@ -44,12 +45,16 @@ def test_a_rank_that_raises_takes_the_step_from_all(ranks, form):
     nets.assert_close(results[0][1], jobs_failures.raising_alone())
 
 
-@pytest.mark.parametrize(("kind", "raises"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
-def test_a_rank_that_dies_ends_the_others_with_a_message(kind, raises):
+@pytest.mark.parametrize(
+    ("kind", "raises", "options"),
+    [("ddp", False, {}), ("fsdp2", False, {}), ("fsdp2", True, {}), ("fsdp2", True, {"refresh_every": 2})],
+    ids=str,
+)
+def test_a_rank_that_dies_ends_the_others_with_a_message(kind, raises, options):
     pool = Pool(2)
     try:
         with pytest.raises(RankError, match="rank 1: the process died") as error:
-            pool.run(jobs_failures.dying, kind, raises)
+            pool.run(jobs_failures.dying, kind, raises, options)
         (message,) = error.value.results  # of rank 0, which found everything as it was
         assert "another rank did not answer" in message
     finally:
