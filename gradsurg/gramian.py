@@ -6,14 +6,13 @@ float64 twin in reference.py. On a device other than the CPU the same code runs,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from gradsurg.blocks import Workspace, blocks, flat_column
+from gradsurg.blocks import Workspace, blocks, flat, flat_column
+from gradsurg.packed import Packed, alike, packed
 
 __all__ = ["Rows", "combine", "correct_", "gramian", "inner_update"]
 
@@ -26,7 +25,6 @@ MATMUL_FROM = 4
 COMBINED = 131_072
 
 WORKSPACE = Workspace()
-DTYPE, DEVICE, LAYOUT = map(attrgetter, ("dtype", "device", "layout"))
 ROWS, MOVEMENT, PRODUCT, SUM = range(4)  # slots of the workspace
 
 
@@ -43,8 +41,15 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
         Shape (m, m), float64, symmetric, on the CPU for CPU rows and on the rows' device otherwise.
     """
     m = len(rows)
-    rows, sparse = _split_sparse(rows)
     total = _Symmetric(m)
+    small = packed(rows)
+    if small is not None:
+        if exact:
+            total.add_dots(list(range(m)), small.matrix.unbind(0), exact)
+        else:
+            total.add_square(list(range(m)), small.matrix)
+        rows = small.rest
+    rows, sparse = _split_sparse(rows)
     for _, block in blocks(rows):
         present = [i for i, pieces in enumerate(block) if pieces]
         stacked = WORKSPACE.stack(ROWS, block, torch.float64)
@@ -82,8 +87,13 @@ def inner_update(
         Shape (m,), float64, CPU; and a number.
     """
     m = len(rows)
-    rows, sparse = _split_sparse(rows)
     inner, square = [0.0] * m, 0.0
+    small = packed(rows)
+    if small is not None:
+        inner, square = _inner_packed(small, before, after, signs, exact)
+        rows = small.rest
+        before, after, signs = ([values[k] for k in small.others] for values in (before, after, signs))
+    rows, sparse = _split_sparse(rows)
     for sign, block in blocks([before, after, *rows], tags=signs):
         assert isinstance(sign, float)
         old, new = WORKSPACE.stack(MOVEMENT, block[:2], torch.float64).unbind(0)
@@ -124,9 +134,9 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     result: list[Tensor | None] = [None] * len(like)
     grouped: dict[tuple[object, ...], list[int]] = {}
     everywhere = [i for i, weight in enumerate(weights) if weight != 0]
-    alike = not exact and everywhere and like[0].dtype in (torch.float32, torch.float64) and _alike([*rows, like])
+    plain = not exact and everywhere and like[0].dtype in (torch.float32, torch.float64) and alike([*rows, like])
     for k, parameter in enumerate(like):
-        if alike and parameter.numel() < COMBINED:
+        if plain and parameter.numel() < COMBINED:
             grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
             continue
         column = [row[k] for row in rows]
@@ -173,6 +183,11 @@ def correct_(
     """
     exact = exact or _too_large(coefficients)
     used = [i for i, c in enumerate(coefficients) if c != 0]
+    small = packed(rows)
+    if small is not None and used:
+        _correct_packed(small, used, coefficients, after, signs)
+        rows = small.rest
+        after, signs = ([values[k] for k in small.others] for values in (after, signs))
     for k, parameter in enumerate(after):
         present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
         present = [(g, c) for g, c in present if g is not None]
@@ -218,14 +233,6 @@ class _Symmetric:
         return (total + total.T) / 2
 
 
-def _alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Whether nothing is missing and all have one dtype and device and are dense, asked without a loop in Python."""
-    kinds = set(map(type, itertools.chain(*lists)))
-    if not kinds <= {Tensor, torch.nn.Parameter}:
-        return False
-    return all(len(set(map(attribute, itertools.chain(*lists)))) == 1 for attribute in (DTYPE, DEVICE, LAYOUT))
-
-
 def _use_matmul(m: int, device: torch.device) -> bool:
     return device.type != "cpu" or m >= MATMUL_FROM
 
@@ -237,6 +244,36 @@ def _inner(a: Tensor, b: Tensor, exact: bool) -> float:
     if not exact:
         return torch.dot(a, b).item()
     return torch.mul(a, b, out=WORKSPACE.buffer(PRODUCT, a.numel(), a.dtype, a.device)).sum().item()
+
+
+def _inner_packed(
+    small: Packed, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], exact: bool
+) -> tuple[list[float], float]:
+    old, new = small.together(before), small.together(after)
+    movement = WORKSPACE.buffer(MOVEMENT, old.numel(), torch.float64, old.device)
+    movement.copy_(old)
+    movement -= new
+    square = _inner(movement, movement, exact)
+    sign = small.per_number(signs)
+    if isinstance(sign, Tensor):
+        movement, sign = movement.mul_(sign), 1.0
+    if exact:
+        products = [_inner(movement, row, exact) for row in small.matrix.unbind(0)]
+    else:
+        products = torch.mv(small.matrix, movement).tolist()
+    return [sign * product for product in products], square
+
+
+def _correct_packed(
+    small: Packed, used: list[int], coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float]
+) -> None:
+    parameters = [after[k] for k in small.places]
+    change = small.matrix[used[0]] * -coefficients[used[0]]
+    for i in used[1:]:
+        change.add_(small.matrix[i], alpha=-coefficients[i])
+    change.mul_(small.per_number(signs)).add_(flat(parameters))
+    parts = [part.view(p.shape) for part, p in zip(change.split(small.sizes), parameters, strict=True)]
+    torch._foreach_copy_(parameters, parts)
 
 
 def _sum_blocks(

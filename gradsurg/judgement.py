@@ -14,6 +14,7 @@ from gradsurg.byparameter import ByParameter
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.guarantee import Movement, guard
 from gradsurg.margin import Margin, attainable
+from gradsurg.packed import Table
 from gradsurg.pipeline import ROUNDING_QUICK
 from gradsurg.rows import Row, TaskRows
 
@@ -34,6 +35,7 @@ class Judgement:
         allowed: Which tasks are protected, bool (m,); None is all.
         layout: What of rows and parameters this rank holds.
         margin: What is asked beyond no conflict.
+        tables: The rows of each block, as surgery read them; None makes them anew.
     """
 
     rows: TaskRows
@@ -42,6 +44,7 @@ class Judgement:
     allowed: Tensor | None
     layout: Layout = ALONE
     margin: Margin = 0.0
+    tables: Sequence[Table] | None = None
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the shared parameters that this optimizer trains."""
@@ -54,11 +57,13 @@ class Judgement:
             (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
         )
         movements = []
-        for block, G in zip(self.blocks, self.gramians, strict=True):
+        for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
             mine = [p for p in block if p in sign and p in before]
             if not mine:
                 continue
-            table, measure = self.rows.table(mine), self.layout.measure(mine)
+            whole = self.tables is not None and len(mine) == len(block)
+            table = self.tables[k] if self.tables is not None and whole else self.rows.table(mine)
+            measure = self.layout.measure(mine)
             if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
                 G = measure.gramian(table, exact=True)
             old = self.layout.held(mine, [before[p] for p in mine])

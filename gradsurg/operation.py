@@ -127,7 +127,7 @@ def _path(patient: Patient, shared: list[Tensor]) -> str:
 
 
 def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
-    tables: list[Rows] = [patient.rows.table(block) for block in blocks]
+    tables = [patient.rows.table(block) for block in blocks]
     problem = problem_of(patient, _gramians(patient, blocks, tables))
     finite = bool(torch.isfinite(problem.gramian).all())
     if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
@@ -145,7 +145,7 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
     margin = patient.settings.pipeline.margin
-    judgement = Judgement(patient.rows, blocks, problem.gramian, protected, patient.layout, margin)
+    judgement = Judgement(patient.rows, blocks, problem.gramian, protected, patient.layout, margin, tables)
     return Outcome(gradients, report, judgement, direction.state)
 
 

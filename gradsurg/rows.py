@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradsurg.byparameter import ByParameter
+from gradsurg.packed import Table
 
 __all__ = ["Row", "TaskRows", "added", "is_finite"]
 
-Row = ByParameter[Tensor]
+if TYPE_CHECKING:
+    Row = ByParameter[Tensor]
+else:
+    Row = ByParameter  # calling ByParameter[Tensor] takes as long again as the call itself, and a step makes thirty
 
 
 class TaskRows:
@@ -87,9 +92,9 @@ class TaskRows:
         """Return those of `parameters` that at least two tasks reached."""
         return [p for p, count in zip(parameters, self.reach(parameters), strict=True) if count >= 2]
 
-    def table(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    def table(self, parameters: Sequence[Tensor]) -> Table:
         """Return m lists of one gradient (or None) per parameter."""
-        return [row.at(parameters) for row in self._rows.values()]
+        return Table(row.at(parameters) for row in self._rows.values())
 
     def of(self, parameter: Tensor) -> list[Tensor]:
         """Return every gradient that a task has of a parameter."""
