@@ -216,12 +216,9 @@ class Capture:
         return standing
 
     def _lift(self) -> Row:
-        lifted = []
-        for p in self.parameters():
-            gradient = p.grad
-            if gradient is not None:
-                lifted.append((p, gradient))
-                p.grad = None
+        lifted = [(p, gradient) for p, _ in self._held if (gradient := p.grad) is not None]
+        for p, _ in lifted:
+            p.grad = None
         return Row(lifted)
 
     def _close(self) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.gramian import Rows, combine
-from gradsurg.pipeline import ROUNDING_EXACT, STATIONARY, Pipeline
+from gradsurg.pipeline import ROUNDING_EXACT, Pipeline
 from gradsurg.problem import Problem, State
+from gradsurg.quick import STATIONARY
 from gradsurg.solvers import nonnegative
 from gradsurg.surgery import Sum
 from gradsurg.surgery.elementwise import ElementwiseSurgery

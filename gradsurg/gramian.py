@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsurg.blocks import Workspace, blocks, flat, flat_column
-from gradsurg.packed import Packed, alike, packed
+from gradsurg import sparse
+from gradsurg.blocks import blocks, flat_column
+from gradsurg.packed import DTYPE, alike, packed
+from gradsurg.products import MOVEMENT, ROWS, SUM, WORKSPACE, inner_product
 
 __all__ = ["Rows", "combine", "correct_", "gramian", "inner_update"]
 
@@ -21,11 +23,13 @@ Rows = Sequence[Sequence["Tensor | None"]]
 # From here on a matrix product of a block beats m(m+1)/2 dot products: CPU ms on one core of an EPYC, 4.2 M numbers in
 # float64, dots against product, m = 2 3.7 : 4.0, m = 4 15 : 11, m = 8 52 : 37.
 MATMUL_FROM = 4
+# A product's lower half is computed in strips of so many rows, few up to 12 tasks: ms for 164 000 numbers, in strips of
+# 4, 8, 16 rows and whole: m = 8 1.33, 1.69 (whole); m = 16 5.0, 4.7, 4.7 (whole); m = 64 66, 47, 40, 47 (whole).
+FEW, MANY = 4, 16
 # Numbers of one parameter that are combined at a time: 4.2 M numbers, m = 4, in blocks of 32 768 7.7 ms, in these 6.1.
 COMBINED = 131_072
 
-WORKSPACE = Workspace()
-ROWS, MOVEMENT, PRODUCT, SUM = range(4)  # slots of the workspace
+QUICK = frozenset((torch.float32, torch.float64))  # dtypes of u that are summed as they are
 
 
 @torch.no_grad()
@@ -44,24 +48,21 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     total = _Symmetric(m)
     small = packed(rows)
     if small is not None:
-        if exact:
-            total.add_dots(list(range(m)), small.matrix.unbind(0), exact)
-        else:
-            total.add_square(list(range(m)), small.matrix)
         rows = small.rest
-    rows, sparse = _split_sparse(rows)
+        everybody = list(range(m))
+        for stacked in small.wide():
+            total.add(everybody, stacked, exact)
+    rows, columns = sparse.split(rows)
     for _, block in blocks(rows):
         present = [i for i, pieces in enumerate(block) if pieces]
         stacked = WORKSPACE.stack(ROWS, block, torch.float64)
-        if not exact and _use_matmul(len(present), stacked.device):
-            total.add_square(present, stacked)
-        else:
-            total.add_dots(present, stacked.unbind(0), exact)
-    for column in sparse:
+        total.add(present, stacked, exact)
+    for column in columns:
         for i, a in enumerate(column):
             for j, b in enumerate(column[: i + 1]):
                 if a is not None and b is not None:
-                    total.add(i, j, _sparse_dot(a, b))
+                    total.entries[i][j] += sparse.dot(a, b)
+                    total.mixed = True
     return total.result()
 
 
@@ -90,26 +91,27 @@ def inner_update(
     inner, square = [0.0] * m, 0.0
     small = packed(rows)
     if small is not None:
-        inner, square = _inner_packed(small, before, after, signs, exact)
+        inner, square = small.inner(before, after, signs, exact)
         rows = small.rest
-        before, after, signs = ([values[k] for k in small.others] for values in (before, after, signs))
-    rows, sparse = _split_sparse(rows)
+        before, after = ([tensors[k] for k in small.others] for tensors in (before, after))
+        signs = [signs[k] for k in small.others]
+    rows, columns = sparse.split(rows)
     for sign, block in blocks([before, after, *rows], tags=signs):
         assert isinstance(sign, float)
         old, new = WORKSPACE.stack(MOVEMENT, block[:2], torch.float64).unbind(0)
         movement = old.sub_(new)
-        square += _inner(movement, movement, exact)
+        square += inner_product(movement, movement, exact)
         present = [i for i, pieces in enumerate(block[2:]) if pieces]
         if not present:
             continue
         stacked = WORKSPACE.stack(ROWS, block[2:], torch.float64)
         if exact:
-            products = [_inner(movement, row, exact) for row in stacked.unbind(0)]
+            products = [inner_product(movement, row, exact) for row in stacked.unbind(0)]
         else:
             products = torch.mv(stacked, movement).tolist()
         for i, product in zip(present, products, strict=True):
             inner[i] += sign * product
-    for k, column in enumerate(sparse):
+    for k, column in enumerate(columns):
         if any(g is not None for g in column):
             d = _real((before[k].detach() - after[k].detach()).double()) * signs[k]
             for i, g in enumerate(column):
@@ -132,9 +134,19 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     """
     exact = exact or _too_large(weights)
     result: list[Tensor | None] = [None] * len(like)
+    small = packed(rows)
+    if small is not None and not exact and len(dtypes := set(map(DTYPE, like))) == 1 and dtypes <= QUICK:
+        u = small.sum(weights, *dtypes)
+        for k, part in zip(small.places, small.apart(u, like), strict=True):
+            result[k] = part
+        if small.others:
+            rest = combine(small.rest, weights, [like[k] for k in small.others])
+            for k, part in zip(small.others, rest, strict=True):
+                result[k] = part
+        return [u for u in result if u is not None]
     grouped: dict[tuple[object, ...], list[int]] = {}
     everywhere = [i for i, weight in enumerate(weights) if weight != 0]
-    plain = not exact and everywhere and like[0].dtype in (torch.float32, torch.float64) and alike([*rows, like])
+    plain = not exact and everywhere and like[0].dtype in QUICK and alike([*rows, like])
     for k, parameter in enumerate(like):
         if plain and parameter.numel() < COMBINED:
             grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
@@ -143,10 +155,10 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
         some = next(g for g in column if g is not None)
         used = [i for i, g in enumerate(column) if g is not None and weights[i] != 0]
         if any(g is not None and g.is_sparse for g in column):
-            result[k] = _combine_sparse([column[i] for i in used], [weights[i] for i in used], some)
+            result[k] = sparse.combine([column[i] for i in used], [weights[i] for i in used], some)
         elif not used:
             result[k] = torch.zeros_like(some, dtype=parameter.dtype)
-        elif exact or some.numel() >= COMBINED or parameter.dtype not in (torch.float32, torch.float64):
+        elif exact or some.numel() >= COMBINED or parameter.dtype not in QUICK:
             out = torch.empty_like(some, dtype=parameter.dtype)
             _sum_blocks([column[i] for i in used], [weights[i] for i in used], out, exact)
             result[k] = out
@@ -185,9 +197,9 @@ def correct_(
     used = [i for i, c in enumerate(coefficients) if c != 0]
     small = packed(rows)
     if small is not None and used:
-        _correct_packed(small, used, coefficients, after, signs)
+        small.correct_(coefficients, after, signs, exact)
         rows = small.rest
-        after, signs = ([values[k] for k in small.others] for values in (after, signs))
+        after, signs = [after[k] for k in small.others], [signs[k] for k in small.others]
     for k, parameter in enumerate(after):
         present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
         present = [(g, c) for g, c in present if g is not None]
@@ -200,80 +212,46 @@ def correct_(
 
 
 class _Symmetric:
-    """A symmetric m x m float64 accumulator: Python floats on the CPU, a tensor elsewhere."""
+    """The lower half of a symmetric m x m float64 matrix: dot products in Python floats, matrix products in one."""
 
     def __init__(self, m: int) -> None:
         self.m = m
         self.entries = [[0.0] * m for _ in range(m)]
         self.tensor: Tensor | None = None
+        self.mixed = False  # whether there is anything in the entries
 
-    def add(self, i: int, j: int, value: float) -> None:
-        self.entries[max(i, j)][min(i, j)] += value
-
-    def add_dots(self, present: list[int], rows: Sequence[Tensor], exact: bool) -> None:
+    def add(self, present: list[int], stacked: Tensor, exact: bool) -> None:
+        """Add the inner products of the rows of a float64 matrix, which belong to these tasks."""
+        if not exact and _use_matmul(len(present), stacked.device):
+            self._add_square(present, stacked)
+            return
+        self.mixed = True
+        rows = stacked.unbind(0)
         for a, i in enumerate(present):
             for b, j in enumerate(present[: a + 1]):
-                self.entries[i][j] += _inner(rows[a], rows[b], exact)
+                self.entries[i][j] += inner_product(rows[a], rows[b], exact)
 
-    def add_square(self, present: list[int], stacked: Tensor) -> None:
+    def _add_square(self, present: list[int], stacked: Tensor) -> None:
         if self.tensor is None:
             self.tensor = torch.zeros(self.m, self.m, dtype=torch.float64, device=stacked.device)
         if len(present) == self.m:
-            self.tensor.addmm_(stacked, stacked.T)
+            step = FEW if self.m <= 3 * FEW else MANY
+            for i in range(0, self.m, step):
+                self.tensor[i : i + step, : i + step].addmm_(stacked[i : i + step], stacked[: i + step].T)
         else:
             index = torch.tensor(present, device=stacked.device)
             self.tensor[index[:, None], index] += stacked @ stacked.T
 
     def result(self) -> Tensor:
-        lower = torch.tensor(self.entries, dtype=torch.float64).reshape(self.m, self.m)
-        full = lower + lower.tril(-1).T
-        if self.tensor is None:
-            return full
-        total = full.to(self.tensor.device) + self.tensor
-        return (total + total.T) / 2
+        lower = self.tensor
+        if lower is None or self.mixed:
+            entries = torch.tensor(self.entries, dtype=torch.float64).reshape(self.m, self.m)
+            lower = entries if lower is None else lower + entries.to(lower.device)
+        return lower.tril() + lower.tril(-1).T
 
 
 def _use_matmul(m: int, device: torch.device) -> bool:
     return device.type != "cpu" or m >= MATMUL_FROM
-
-
-def _inner(a: Tensor, b: Tensor, exact: bool) -> float:
-    # torch.dot is a running sum: over 131 072 float64, more than a block has, it is off by 1e-14 on Gaussian numbers
-    # and 5e-14 on constant ones; the pairwise sum by 1e-16. In float32 these would be 3e-7 and 7e-5, which nearly
-    # opposite tasks amplify beyond the promise of 1e-4.
-    if not exact:
-        return torch.dot(a, b).item()
-    return torch.mul(a, b, out=WORKSPACE.buffer(PRODUCT, a.numel(), a.dtype, a.device)).sum().item()
-
-
-def _inner_packed(
-    small: Packed, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], exact: bool
-) -> tuple[list[float], float]:
-    old, new = small.together(before), small.together(after)
-    movement = WORKSPACE.buffer(MOVEMENT, old.numel(), torch.float64, old.device)
-    movement.copy_(old)
-    movement -= new
-    square = _inner(movement, movement, exact)
-    sign = small.per_number(signs)
-    if isinstance(sign, Tensor):
-        movement, sign = movement.mul_(sign), 1.0
-    if exact:
-        products = [_inner(movement, row, exact) for row in small.matrix.unbind(0)]
-    else:
-        products = torch.mv(small.matrix, movement).tolist()
-    return [sign * product for product in products], square
-
-
-def _correct_packed(
-    small: Packed, used: list[int], coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float]
-) -> None:
-    parameters = [after[k] for k in small.places]
-    change = small.matrix[used[0]] * -coefficients[used[0]]
-    for i in used[1:]:
-        change.add_(small.matrix[i], alpha=-coefficients[i])
-    change.mul_(small.per_number(signs)).add_(flat(parameters))
-    parts = [part.view(p.shape) for part, p in zip(change.split(small.sizes), parameters, strict=True)]
-    torch._foreach_copy_(parameters, parts)
 
 
 def _sum_blocks(
@@ -314,35 +292,3 @@ def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
 
 def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _split_sparse(rows: Rows) -> tuple[Rows, list[list[Tensor | None]]]:
-    """Return the rows with sparse parameters blanked out, and one column per parameter holding only those."""
-    if not any(g is not None and g.is_sparse for row in rows for g in row):
-        return rows, []
-    count = len(rows[0])
-    is_sparse = [any(row[k] is not None and row[k].is_sparse for row in rows) for k in range(count)]  # type: ignore[union-attr]
-    dense = [[None if is_sparse[k] else g for k, g in enumerate(row)] for row in rows]
-    columns = [[row[k] if is_sparse[k] else None for row in rows] for k in range(count)]
-    return dense, columns
-
-
-def _sparse_dot(a: Tensor, b: Tensor) -> float:
-    if a.is_sparse and b.is_sparse:
-        product = a.double().coalesce() * b.double().coalesce()
-        return float(torch.sparse.sum(product).item())
-    return float((a.to_dense().double() * b.to_dense().double()).sum().item())
-
-
-def _combine_sparse(column: list[Tensor | None], weights: list[float], like: Tensor) -> Tensor:
-    total: Tensor | None = None
-    for g, weight in zip(column, weights, strict=True):
-        assert g is not None
-        term = g * weight
-        if total is None:
-            total = term
-        elif total.is_sparse == term.is_sparse:
-            total = total + term
-        else:
-            total = total.to_dense() + term.to_dense()
-    return torch.zeros_like(like) if total is None else total

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from gradsurg.distributed.layout import Measure
+from gradsurg.glance import glance
 from gradsurg.gramian import Rows, correct_
 from gradsurg.pipeline import (
     CANCELLATION_GRAMIAN,
     CANCELLATION_SUM,
     ROUNDING_EXACT,
     ROUNDING_QUICK,
-    STATIONARY,
 )
+from gradsurg.quick import STATIONARY
 from gradsurg.solvers import nonnegative
 
 __all__ = ["Movement", "guard"]
@@ -82,8 +84,13 @@ def guard(
     update and not of the gradient.
     """
     measure = Measure() if measure is None else measure
+    if asked is None and measure.alone:
+        seen = glance(rows, G.diagonal().clamp(min=0).sqrt().tolist(), before, after, signs)
+        if seen is not None:
+            return Movement(torch.tensor(seen[0], dtype=torch.float64), seen[1])
     inner, square = measure.inner_update(rows, before, after, signs)
-    if square == 0 or not torch.isfinite(inner).all():
+    products = inner.tolist()
+    if square == 0 or not all(map(isfinite, products)) or (asked is None and min(products) >= 0):
         return Movement(inner, square)
     least = _least(G, asked, square)
     coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)

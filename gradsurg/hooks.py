@@ -9,12 +9,18 @@ from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
 
-__all__ = ["refusing_steps_in_backward"]
+__all__ = ["hooked_among", "refusing_steps_in_backward"]
+
+
+def hooked_among(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters with a hook of register_post_accumulate_grad_hook."""
+    # The attribute is private, and None without hooks; without it, the error stays the one that torch has.
+    return [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
 @contextmanager
-def refusing_steps_in_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse hooks of register_post_accumulate_grad_hook that change their parameter inside this block.
+def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse hooks of register_post_accumulate_grad_hook that change their parameter, one of these, in this block.
 
     One that only looks is welcome: it runs once a task, and sees that task's gradient. One that steps has used up the
     first task's gradient before the second is there. torch notices only where the next task's graph still needs the
@@ -23,17 +29,16 @@ def refusing_steps_in_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
     Raises:
         MultiTaskError: A parameter with such a hook has changed.
     """
-    # The attribute is private, and None without hooks; without it, the error stays the one that torch has.
-    hooked = [(p, p._version) for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
     if not hooked:
         yield
         return
+    versions = [(p, p._version) for p in hooked]
     try:
         yield
     except BaseException as error:
-        _check(hooked, error)
+        _check(versions, error)
         raise
-    _check(hooked, None)
+    _check(versions, None)
 
 
 def _check(hooked: Sequence[tuple[Tensor, int]], cause: BaseException | None) -> None:

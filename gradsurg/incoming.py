@@ -14,7 +14,7 @@ from gradsurg.capture import Finish, at_once, pass_in_progress
 from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
-from gradsurg.hooks import refusing_steps_in_backward
+from gradsurg.hooks import hooked_among, refusing_steps_in_backward
 from gradsurg.losses import Compute, check_row, seed_of
 from gradsurg.priority import check_names
 from gradsurg.recompute import evaluate, explain
@@ -95,13 +95,13 @@ def _run(
             surgeon.traffic.start([which for which, _ in passes if which is not None], surgeon.deferring > 0)
         retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
         watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
-        parameters = surgeon.parameters()
+        hooked = hooked_among(surgeon.parameters())
         for i, (which, task) in enumerate(passes):
             if not isinstance(task, Tensor):
                 known.update(_run_function(surgeon, str(which), task, retain_graph))
             else:
                 keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                with surgeon.traffic.layout.quiet(), advise(), refusing_steps_in_backward(parameters):
+                with surgeon.traffic.layout.quiet(), advise(), refusing_steps_in_backward(hooked):
                     torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
                 if keep:
                     watch.check(task, "plain=" if which is None else repr(which))
@@ -163,7 +163,7 @@ def entering(surgeon: Surgeon, name: str) -> Iterator[None]:
             surgeon.traffic.layout.quiet(),
             advise(),
             noticing_kept_graphs(watched),
-            refusing_steps_in_backward(surgeon.parameters()),
+            refusing_steps_in_backward(hooked_among(surgeon.parameters())),
         ):
             yield
     except BaseException as error:

@@ -17,6 +17,8 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def version_of(tensor: Tensor) -> int:
     """Return a number that changes with every write; torch._foreach_mul_ (clipping) counts only the shard's own."""
+    if type(tensor) is Tensor:  # asked of every p.grad, every step
+        return tensor._version
     return tensor._version if not hasattr(tensor, "to_local") else tensor._version + local_of(tensor)._version
 
 

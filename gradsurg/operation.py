@@ -218,7 +218,7 @@ def problem_of(patient: Patient, G: Tensor) -> Problem:
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
     losses = None
     if all(name in patient.losses for name in tasks):
-        losses = torch.stack([patient.losses[name].double().cpu() for name in tasks])
+        losses = torch.tensor([float(patient.losses[name]) for name in tasks], dtype=torch.float64)
     return Problem(
         gramian=G,
         preferences=torch.tensor([settings.preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),

@@ -6,20 +6,20 @@ for the Gramian, for u, for the movement, for its correction.
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradsurg.blocks import SMALL, flat
+from gradsurg.blocks import BLOCK, SMALL, flat
+from gradsurg.products import MOVEMENT, ROWS, WORKSPACE, inner_product
 
 __all__ = ["Packed", "Table", "alike", "packed"]
 
-# Numbers of one row that are packed at most: with 8 bytes each, 1 MiB a task whatever the model's size.
+# Numbers of one row that are packed at most: half a MiB a task in float32, whatever the model's size.
 MOST = 131_072
 
 DTYPE, DEVICE, LAYOUT = map(attrgetter, ("dtype", "device", "layout"))
@@ -27,53 +27,40 @@ DENSE = frozenset((Tensor, Parameter))
 
 
 class Table(list[list["Tensor | None"]]):
-    """m lists of one gradient (or None) per parameter, that remember how they were packed.
+    """m lists of one gradient (or None) per parameter, that are packed once.
 
     The tensors must not be written to while the table is in use.
     """
 
     def __init__(self, rows: Iterable[list[Tensor | None]]) -> None:
         super().__init__(rows)
-        self._layout: tuple[list[int], list[int], list[int], list[list[Tensor | None]]] | None = None
+        self._packed: Packed | None = None
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether there is a dense, real tensor of one dtype at every place, on the CPU."""
+        if not (len(self) and len(self[0]) and alike(self)):
+            return False
+        some = self[0][0]
+        assert some is not None
+        return some.device.type == "cpu" and some.dtype.is_floating_point and some.layout is torch.strided
 
     def packed(self) -> Packed | None:
         """Return the small tensors as a matrix, and the others; None where nothing can be packed."""
-        if self._layout is None:
-            self._layout = self._lay_out()
-        places, others, sizes, rest = self._layout
-        if not places:
-            return None
-        return Packed(MATRIX.of(self, places, sum(sizes)), places, sizes, others, rest)
-
-    def _lay_out(self) -> tuple[list[int], list[int], list[int], list[list[Tensor | None]]]:
-        places: list[int] = []
-        others: list[int] = []
-        sizes: list[int] = []
-        if len(self) and len(self[0]) > 1 and alike(self):
-            some = self[0][0]
-            assert some is not None
-            if some.device.type == "cpu" and some.is_floating_point() and some.layout is torch.strided:
-                room = MOST
-                for k, size in enumerate(map(Tensor.numel, self[0])):  # type: ignore[arg-type]
-                    if size < SMALL and size <= room:
-                        places.append(k)
-                        sizes.append(size)
-                        room -= size
-                    else:
-                        others.append(k)
-        return places, others, sizes, [[row[k] for k in others] for row in self] if others else []
+        if self._packed is None and self.plain and len(self[0]) > 1:
+            self._packed = _pack(self)
+        return self._packed
 
 
 class Packed:
     """What a table holds, in two parts.
 
     Attributes:
-        matrix: The small tensors of each row one after the other, shape (m, numbers), float64. It is overwritten when
-            another table is packed: read it, and do not keep it.
+        matrix: The small tensors of each row one after the other, shape (m, numbers), in the rows' dtype.
         places: The positions of these in the rows.
         sizes: How many numbers each of them has.
         others: The positions of the rest.
-        rest: The rest, as rows; empty where there is none.
+        rest: The rest, as rows.
     """
 
     def __init__(
@@ -81,17 +68,68 @@ class Packed:
     ) -> None:
         self.matrix, self.places, self.sizes, self.others, self.rest = matrix, places, sizes, others, rest
 
-    def together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the packed positions of one more list, such as the parameters, as one vector."""
-        return flat(tensors if not self.others else [tensors[k] for k in self.places])
+    def at(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the packed ones of one more list, such as the parameters."""
+        return [tensors[k] for k in self.places]
+
+    def apart(self, vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return views of a vector in the shapes of the packed ones of a list."""
+        return torch._utils._unflatten_dense_tensors(vector, self.at(like))  # type: ignore[no-any-return]
 
     def per_number(self, values: Sequence[float]) -> Tensor | float:
         """Return one value per packed number from one per parameter; the value itself where all are equal."""
-        chosen = [values[k] for k in self.places] if self.others else values
-        first = chosen[0]
-        if all(value == first for value in chosen):
-            return first
+        chosen = [values[k] for k in self.places]
+        if chosen.count(chosen[0]) == len(chosen):
+            return chosen[0]
         return torch.repeat_interleave(torch.tensor(chosen, dtype=torch.float64), torch.tensor(self.sizes))
+
+    def wide(self) -> Iterator[Tensor]:
+        """Yield the columns of the matrix in blocks, in float64; each is overwritten by the next."""
+        for part in self.matrix.split(BLOCK, dim=1):
+            wide = WORKSPACE.buffer(ROWS, part.numel(), torch.float64, part.device).view(part.shape)
+            wide.copy_(part)
+            yield wide
+
+    def inner(
+        self, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], exact: bool
+    ) -> tuple[list[float], float]:
+        """Return what gramian.inner_update does, of the packed numbers."""
+        old, new = flat(self.at(before)), flat(self.at(after))
+        movement = WORKSPACE.buffer(MOVEMENT, 2 * old.numel(), torch.float64, old.device).view(2, -1)
+        movement[0].copy_(old)
+        movement[1].copy_(new)
+        d = movement[0].sub_(movement[1])
+        sign = self.per_number(signs)
+        if isinstance(sign, Tensor):
+            d, sign = d.mul_(sign), 1.0
+        inner, square = [0.0] * len(self.matrix), 0.0
+        for stacked, part in zip(self.wide(), d.split(BLOCK), strict=True):
+            square += inner_product(part, part, exact)
+            if exact:
+                products = [inner_product(part, row, exact) for row in stacked.unbind(0)]
+            else:
+                products = torch.mv(stacked, part).tolist()
+            inner = [x + sign * y for x, y in zip(inner, products, strict=True)]
+        return inner, square
+
+    def sum(self, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """Return Σ w_i g_i of the packed numbers, added up in a dtype; rows of weight 0 are not read."""
+        if all(weights):
+            return torch.mv(self.matrix.to(dtype).T, torch.tensor(weights, dtype=dtype))
+        total = torch.zeros(self.matrix.shape[1], dtype=dtype)
+        for weight, row in zip(weights, self.matrix.unbind(0), strict=True):
+            if weight:
+                total.add_(row.to(dtype), alpha=weight)
+        return total
+
+    def correct_(
+        self, coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float], exact: bool
+    ) -> None:
+        """Do what gramian.correct_ does, to the packed parameters."""
+        parameters = self.at(after)
+        dtype = torch.float64 if exact else torch.promote_types(parameters[0].dtype, torch.float32)
+        change = self.sum(coefficients, dtype).mul_(self.per_number(signs))
+        torch._foreach_copy_(parameters, self.apart(torch.sub(flat(parameters), change), after))
 
 
 def packed(rows: Sequence[Sequence[Tensor | None]]) -> Packed | None:
@@ -107,24 +145,23 @@ def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
     )
 
 
-class _Matrix(threading.local):
-    """The memory of the last matrix, one a thread, and whose rows are in it."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.float64)
-        self._holder: weakref.ref[Table] | None = None  # weak: rows go when their step is over
-
-    def of(self, table: Table, places: list[int], width: int) -> Tensor:
-        m = len(table)
-        if self._memory.numel() < m * width:
-            self._memory, self._holder = torch.empty(m * width, dtype=torch.float64), None
-        matrix = self._memory[: m * width].view(m, width)
-        if self._holder is None or self._holder() is not table:
-            whole = len(places) == len(table[0])
-            for goal, row in zip(matrix.unbind(0), table, strict=True):
-                goal.copy_(flat(row if whole else [row[k] for k in places]))  # type: ignore[arg-type]
-            self._holder = weakref.ref(table)
-        return matrix
-
-
-MATRIX = _Matrix()
+def _pack(rows: Table) -> Packed | None:
+    sizes = [t.numel() for t in rows[0] if t is not None]
+    places: list[int] = []
+    others: list[int] = []
+    room = MOST
+    for k, size in enumerate(sizes):
+        if size < SMALL and size <= room:
+            places.append(k)
+            room -= size
+        else:
+            others.append(k)
+    if not places:
+        return None
+    if others:
+        sizes = [sizes[k] for k in places]
+        together = [row[k] for row in rows for k in places]
+    else:
+        together = [t for row in rows for t in row]
+    matrix = flat(together).view(len(rows), -1)  # type: ignore[arg-type]
+    return Packed(matrix, places, sizes, others, [[row[k] for k in others] for row in rows])

@@ -15,6 +15,8 @@ from gradsurg.margin import Margin, attainable
 from gradsurg.normalize import Normalizer, Unscaled
 from gradsurg.priority import Levels, levels_of, order, protected
 from gradsurg.problem import Problem, State
+from gradsurg.quick import STATIONARY, applies
+from gradsurg.quick import solve as solve_quickly
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.shortcut import far_from_zero
 
@@ -29,9 +31,6 @@ GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
 # Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
 ROUNDING_QUICK = 4e-13
 ROUNDING_EXACT = 4e-16
-# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
-# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
-STATIONARY = 16.0
 # Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
 CANCELLATION_GRAMIAN = 1e4
 # Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
@@ -117,7 +116,29 @@ class Pipeline:
         return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
 
     def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
-        """Return the weights of u for one step, over the raw gradients, and what is known about them."""
+        """Return the weights of u for one step, over the raw gradients, and what is known about them.
+
+        The usual options are worked out in Python floats, one small Gramian at a time; see gradsurg.quick.
+        """
+        usual = self.levels is None and not self.margin
+        if usual and applies(problem.gramian, self.normalizer, self.surgery):
+            return self._quick(problem, state, rounding)
+        return self._general(problem, state, rounding)
+
+    def _quick(self, problem: Problem, state: State, rounding: float) -> Direction:
+        weights, scales, nothing, cancellation = solve_quickly(
+            problem.gramian[0].tolist(), problem.preferences.tolist(), self.normalizer, self.conflict_free, rounding
+        )
+        vectors = torch.tensor([weights, scales], dtype=torch.float64)
+        return Direction(
+            weights=vectors[:1],
+            scales=vectors[1:],
+            stationary=torch.tensor([nothing]),
+            cancellation=torch.tensor([cancellation], dtype=torch.float64),
+            state={"normalize": state.get("normalize", {}), "surgery": state.get("surgery", {})},
+        )
+
+    def _general(self, problem: Problem, state: State, rounding: float) -> Direction:
         scaled, weights, scales, kept, state = self.solve(problem, state, rounding)
         weights, stationary, cancellation = self._settle(scaled, weights, rounding)
         return Direction(

@@ -60,6 +60,11 @@ class Measure:
     ) -> None:
         self._cuts, self._total = cuts, total
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process has all of everything."""
+        return self._cuts is None and self._total is None
+
     def counted(self, rows: Rows) -> Rows:
         """Return what this rank counts of its rows."""
         return [self._counted(row) for row in rows] if self._cuts is not None else rows
@@ -78,7 +83,7 @@ class Measure:
         exact: bool = False,
     ) -> tuple[Tensor, float]:
         """Return what gramian.inner_update does, for the whole of rows and parameters."""
-        if self._cuts is None and self._total is None:
+        if self.alone:
             return inner_update(rows, before, after, signs, exact=exact)
         old, new = self._counted(before), self._counted(after)
         inner, square = inner_update(self.counted(rows), old, new, signs, exact=exact)  # type: ignore[arg-type]

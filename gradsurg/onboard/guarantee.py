@@ -16,7 +16,7 @@ from gradsurg.gramian import Rows
 from gradsurg.guarantee import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.judgement import Judgement
 from gradsurg.onboard.report import LaterMovement
-from gradsurg.pipeline import STATIONARY
+from gradsurg.quick import STATIONARY
 from gradsurg.rows import Row
 
 __all__ = ["ROUNDING", "OnboardJudgement", "guard"]

@@ -1,0 +1,51 @@
+"""The usual step in Python floats against the pipeline in torch, which does everything."""
+
+import pytest
+import torch
+from hostile import FAMILIES, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsurg.normalize import Norm, RandomWeights, Unscaled
+from gradsurg.pipeline import CANCELLATION_GRAMIAN, ROUNDING_EXACT, Pipeline
+from gradsurg.problem import Problem
+from gradsurg.quick import applies
+from gradsurg.surgery import Cone, Sum, UPGrad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("guarantee", ["none", "gradient"])
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    m=st.integers(1, 9),
+    normalizer=st.sampled_from([Norm(), Unscaled()]),
+    surgery=st.sampled_from([Cone(), Sum()]),
+)
+def test_is_the_pipeline(family, guarantee, seed, m, normalizer, surgery):
+    J = draw(family, m, 12, seed)
+    pipeline = Pipeline(normalizer, surgery, guarantee=guarantee)
+    preferences = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    problem = Problem((J @ J.T).unsqueeze(0), preferences, tuple(map(str, range(m))))
+    assert applies(problem.gramian, normalizer, surgery)
+    quick = pipeline.direction(problem, {})
+    slow = pipeline._general(problem, {}, ROUNDING_EXACT)
+    assert quick.weights.shape == slow.weights.shape
+    assert quick.state == slow.state
+    torch.testing.assert_close(quick.scales, slow.scales, rtol=1e-12, atol=0)
+    if bool(slow.cancellation < CANCELLATION_GRAMIAN):  # beyond, rounding decides, and the two round differently
+        u, v = (each.weights @ J for each in (quick, slow))
+        assert bool(quick.stationary) == bool(slow.stationary)
+        torch.testing.assert_close(u, v, rtol=0, atol=1e-8 * float(v.norm()))
+        torch.testing.assert_close(quick.cancellation, slow.cancellation, rtol=1e-6, atol=0)
+
+
+def test_does_only_what_it_knows():
+    one = torch.eye(2, dtype=torch.float64).unsqueeze(0)
+    assert applies(one, Norm(), Cone())
+    assert not applies(one.expand(3, 2, 2), Norm(), Cone())
+    assert not applies(one[0], Norm(), Cone())
+    assert not applies(one, Norm(smoothing=0.5), Cone())
+    assert not applies(one, RandomWeights(), Cone())
+    assert not applies(one, Norm(), UPGrad())
+    assert not applies(torch.eye(40, dtype=torch.float64).unsqueeze(0), Norm(), Cone())
