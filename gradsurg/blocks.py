@@ -12,11 +12,15 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "SMALL", "Block", "Pieces", "Workspace", "blocks", "flat", "flat_column"]
+__all__ = ["BLOCK", "SMALL", "Block", "Pieces", "Workspace", "block_for", "blocks", "flat", "flat_column"]
 
 # CPU time on one core of an EPYC (512 KiB of L2), 4.2 M float32 a row, ms to convert + to multiply m rows in blocks of
 # 4 096, 16 384, 32 768, 131 072: m = 4 24, 17, 18, 18; m = 8 63, 53, 50, 59.
 BLOCK = 32_768
+# With few tasks the calls count more than the cache, until the blocks of all rows have so many numbers: 20 M numbers a
+# row, against the time of reading the rows twice and writing u once, in blocks of 32 768, 65 536, 131 072, 262 144:
+# m = 2 1.9, 1.6, 1.6, 1.4; m = 4 2.1, 2.0, 1.8, 2.0; m = 8 3.1, 3.7, 4.1, 4.3.
+TOGETHER, LARGEST = 262_144, 131_072
 # Tensors below this are packed: copying 32 768 floats costs about as much as the Python calls it saves.
 SMALL = 32_768
 
@@ -45,13 +49,14 @@ def flat_column(column: Sequence[Tensor | None]) -> Block:
 
 
 def blocks(
-    lists: Sequence[Sequence[Tensor | None]], tags: Sequence[Hashable] | None = None
+    lists: Sequence[Sequence[Tensor | None]], tags: Sequence[Hashable] | None = None, *, size: int = BLOCK
 ) -> Iterator[tuple[Hashable, list[Pieces]]]:
-    """Yield the tensors of several parallel lists in blocks of at most about BLOCK elements.
+    """Yield the tensors of several parallel lists in blocks of at most about `size` elements.
 
     Args:
         lists: n lists of one tensor (or None) per parameter; lists[i][k] and lists[j][k] have equal shapes.
         tags: One value per parameter; parameters of different tags never share a block.
+        size: What large tensors are cut into; small ones are packed until there are BLOCK.
 
     Yields:
         (tag, block): block[i] holds the 1-D pieces of list i, one of a large tensor or several small ones; it is empty
@@ -68,21 +73,21 @@ def blocks(
                 packable = packable and t.is_contiguous()
         if some is None:
             continue
-        size = some.numel()
-        if size == 0:
+        count = some.numel()
+        if count == 0:
             continue
         if not packable or some.is_complex():
             columns[k] = column = flat_column(column)
-            size = next(t.numel() for t in column if t is not None)
+            count = next(t.numel() for t in column if t is not None)
         tag = None if tags is None else tags[k]
-        if size >= SMALL:
-            yield from ((tag, block) for block in _split(column, -(-size // BLOCK)))
+        if count >= SMALL:
+            yield from ((tag, block) for block in _split(column, size, -(-count // size)))
             continue
         key: Hashable = (tag, some.device, *[None if t is None else t.dtype for t in column])
         if key not in pending:
             pending[key], sizes[key] = [], 0
         pending[key].append(k)
-        sizes[key] += size
+        sizes[key] += count
         if sizes[key] >= BLOCK:
             yield tag, _packed(columns, pending.pop(key))
     for key, positions in pending.items():
@@ -90,8 +95,13 @@ def blocks(
         yield key[0], _packed(columns, positions)
 
 
-def _split(column: Sequence[Tensor | None], count: int) -> Iterator[list[Pieces]]:
-    views = [None if t is None else t.view(-1).split(BLOCK) for t in column]
+def block_for(m: int) -> int:
+    """Return the size of blocks that m rows are multiplied in."""
+    return max(BLOCK, min(TOGETHER // max(m, 1), LARGEST))
+
+
+def _split(column: Sequence[Tensor | None], size: int, count: int) -> Iterator[list[Pieces]]:
+    views = [None if t is None else t.view(-1).split(size) for t in column]
     for part in range(count):
         yield [[] if view is None else [view[part]] for view in views]
 

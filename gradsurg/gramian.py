@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsurg import sparse
-from gradsurg.blocks import blocks, flat_column
+from gradsurg.blocks import block_for, blocks, flat_column
 from gradsurg.packed import DTYPE, alike, packed
 from gradsurg.products import MOVEMENT, ROWS, SUM, WORKSPACE, inner_product
 
@@ -53,7 +53,7 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
         for stacked in small.wide():
             total.add(everybody, stacked, exact)
     rows, columns = sparse.split(rows)
-    for _, block in blocks(rows):
+    for _, block in blocks(rows, size=block_for(m)):
         present = [i for i, pieces in enumerate(block) if pieces]
         stacked = WORKSPACE.stack(ROWS, block, torch.float64)
         total.add(present, stacked, exact)
@@ -120,14 +120,22 @@ def inner_update(
     return torch.tensor(inner, dtype=torch.float64), square
 
 
-def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
-    """Return u = Σ w_i g_i, one new tensor per parameter.
+def combine(
+    rows: Rows,
+    weights: Sequence[float],
+    like: Sequence[Tensor],
+    *,
+    exact: bool = False,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Return u = Σ w_i g_i, one tensor per parameter.
 
     Args:
         rows: m lists of gradients; at least one of each parameter is not None.
         weights: m numbers. A row of weight 0 is not read, so a row of NaN with weight 0 is harmless.
         like: The parameters: u has their dtypes.
         exact: Add up in float64 and round once: needed where the rows nearly cancel.
+        into: Tensors like the parameters that large ones may be written to; None makes new ones.
 
     Returns:
         u; sparse where all rows of the parameter are sparse.
@@ -135,12 +143,15 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
     exact = exact or _too_large(weights)
     result: list[Tensor | None] = [None] * len(like)
     small = packed(rows)
-    if small is not None and not exact and len(dtypes := set(map(DTYPE, like))) == 1 and dtypes <= QUICK:
+    dtypes = set(map(DTYPE, like))
+    quick = small is not None and not exact and len(dtypes) == 1 and dtypes <= QUICK
+    if small is not None and quick and all(p.is_contiguous() for p in small.at(like)):
         u = small.sum(weights, *dtypes)
         for k, part in zip(small.places, small.apart(u, like), strict=True):
             result[k] = part
         if small.others:
-            rest = combine(small.rest, weights, [like[k] for k in small.others])
+            room = None if into is None else [into[k] for k in small.others]
+            rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
             for k, part in zip(small.others, rest, strict=True):
                 result[k] = part
         return [u for u in result if u is not None]
@@ -159,7 +170,8 @@ def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor], *, exa
         elif not used:
             result[k] = torch.zeros_like(some, dtype=parameter.dtype)
         elif exact or some.numel() >= COMBINED or parameter.dtype not in QUICK:
-            out = torch.empty_like(some, dtype=parameter.dtype)
+            spare = None if into is None else into[k]
+            out = torch.empty_like(some, dtype=parameter.dtype) if spare is None else spare
             _sum_blocks([column[i] for i in used], [weights[i] for i in used], out, exact)
             result[k] = out
         else:

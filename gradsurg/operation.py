@@ -26,6 +26,7 @@ from gradsurg.problem import Problem, State
 from gradsurg.report import Report
 from gradsurg.rows import Row, TaskRows, added
 from gradsurg.settings import Settings
+from gradsurg.spare import Spare
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Patient:
         skipped: Tasks left out of this step because of NaN or infinity.
         names: id of a parameter -> what the report calls it, for granularity="tensor".
         layout: What of rows and parameters this rank holds.
+        spare: Memory of the last direction.
     """
 
     rows: TaskRows
@@ -61,6 +63,7 @@ class Patient:
     skipped: tuple[str, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     layout: Layout = ALONE
+    spare: Spare = field(default_factory=Spare)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     exact = (direction.cancellation > CANCELLATION_SUM).tolist()
     gradients = Row()
     for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
-        gradients.update(Row(zip(block, combine(table, weights, block, exact=precise), strict=True)))
+        u = combine(table, weights, block, exact=precise, into=patient.spare.take(block))
+        gradients.update(Row(zip(block, u, strict=True)))
+    patient.spare.keep(gradients.items())
     report = report_of(patient, block_names(patient, blocks), problem, direction)
     if not finite:
         return Outcome(gradients, report)

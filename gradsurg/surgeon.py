@@ -31,6 +31,7 @@ from gradsurg.rotation import Rotation
 from gradsurg.rows import TaskRows
 from gradsurg.settings import Settings
 from gradsurg.snapshot import Snapshot
+from gradsurg.spare import Spare
 
 __all__ = ["Surgeon"]
 
@@ -50,6 +51,7 @@ class Surgeon:
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
         self.computing: str | None = None  # the task whose function is being called
+        self.spare = Spare()
         self.pending = False  # rows that no surgery has seen yet
         self.entered: set[str] = set()  # of the declared tasks, those that left task() since the last surgery
         self.unrun = 0  # totals built since the last step whose backward never came
@@ -171,6 +173,7 @@ class Surgeon:
                 skipped=self.skipped,
                 names=parameter_names(self.optimizers) if self.settings.granularity == "tensor" else {},
                 layout=self.traffic.layout,
+                spare=self.spare,
             )
         )
         self.capture.write(self.traffic.layout.whole(outcome.gradients))
