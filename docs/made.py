@@ -13,6 +13,7 @@ import gradsurg
 __all__ = ["make_pages"]
 
 MEASURED = {
+    "demo": "The main job: plain sum against gradsurg",
     "conflicts": "Conflicts of the update, by optimizer",
     "parts": "What each part does",
     "solvers": "The small solver against TorchJD's",
