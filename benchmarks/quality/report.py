@@ -95,15 +95,21 @@ def _overview(summaries: Sequence[Summary]) -> str:
     for name in names:
         here = [summary for summary in summaries if name in summary.rows]
         row = here[0].rows[name]
-        cells = [
-            f"{_difference(s.rows[name], s.rows[SUM])} ({len(s.rows[name].outcomes)})" if s in here else ""
-            for s in summaries
-        ]
+        cells = [_difference(s.rows[name], s.rows[SUM]) + _fewer(s, name) if s in here else "" for s in summaries]
         ranks = [s.ranks[name] for s in here if name in s.ranks]
         rank = f"{fmean(ranks):.1f}" if len(ranks) == len(summaries) else ""
         lines.append([row.method.title, row.method.group, *cells, rank])
     head = ["method", "kind", *(s.problem.name for s in summaries), "mean rank"]
-    return "## Against the plain sum: Δm by task, in points (number of seeds)\n\n" + _table(head, lines)
+    seeds = max(len(s.rows[SUM].outcomes) for s in summaries)
+    return f"## Against the plain sum: Δm by task, in points\n\nSeeds, where not said: {seeds}.\n\n" + _table(
+        head, lines
+    )
+
+
+def _fewer(summary: Summary, name: str) -> str:
+    """Return the number of seeds in brackets where it is less than the plain sum's."""
+    count = len(summary.rows[name].outcomes)
+    return f" ({count})" if count < len(summary.rows[SUM].outcomes) else ""
 
 
 def _one_problem(summary: Summary) -> str:
