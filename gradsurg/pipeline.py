@@ -17,6 +17,7 @@ from gradsurg.priority import Levels, levels_of, order, protected
 from gradsurg.problem import Problem, State
 from gradsurg.quick import STATIONARY, applies
 from gradsurg.quick import solve as solve_quickly
+from gradsurg.solvers import HOST
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.shortcut import far_from_zero
 
@@ -120,7 +121,8 @@ class Pipeline:
 
         The usual options are worked out in Python floats, one small Gramian at a time; see gradsurg.quick.
         """
-        usual = self.levels is None and not self.margin
+        # Where a device has its own solvers, nothing is read back (nor in the interpreter, which does as a device does).
+        usual = self.levels is None and not self.margin and problem.solvers is HOST
         if usual and applies(problem.gramian, self.normalizer, self.surgery):
             return self._quick(problem, state, rounding)
         return self._general(problem, state, rounding)

@@ -55,6 +55,7 @@ ALLOWED = {
     "pipeline.py": {
         "weights": "the functional form, not a step",
         "_plainly_settled": "the functional form, not a step",
+        "_quick": "where the solvers are the host's",
     },
     "capture.py": {"_is_zero": "surgery that is deferred: accumulate(), declared tasks"},
     "rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'"},
