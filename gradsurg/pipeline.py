@@ -121,7 +121,7 @@ class Pipeline:
 
         The usual options are worked out in Python floats, one small Gramian at a time; see gradsurg.quick.
         """
-        # Where a device has its own solvers, nothing is read back (nor in the interpreter, which does as a device does).
+        # Where a device has solvers of its own nothing is read back, nor in the interpreter, which does as it does.
         usual = self.levels is None and not self.margin and problem.solvers is HOST
         if usual and applies(problem.gramian, self.normalizer, self.surgery):
             return self._quick(problem, state, rounding)
