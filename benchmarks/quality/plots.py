@@ -45,7 +45,9 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     import matplotlib.pyplot as plt
 
     across, down = min(count, 2), -(-count // 2)
-    figure, axes = plt.subplots(down, across, figsize=(4.4 * across, 3.9 * down + 0.9), layout="constrained")
+    figure, axes = plt.subplots(
+        down, across, figsize=(4.4 * across if count > 1 else 6.6, 3.9 * down + 0.9), layout="constrained"
+    )
     panels = list(axes.flat) if count > 1 else [axes]
     for spare in panels[count:]:
         spare.remove()
