@@ -63,17 +63,17 @@ class Averaged:
 
     def complete(self) -> None:
         """Average what stood in p.grad, what was added, and what the rest of the enclosing pass left there."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is None:
+        if self._exchange is None:
             return
         together = self.aside.standing()
         for p, gradient in (pair for row in (*self._results, self.aside.lift()) for pair in row.items()):
             together[p] = added(together[p], gradient) if p in together else gradient
         try:
-            delivery = exchange.finish(together, {})
-        except BaseException:
-            self.aside.restore()
+            delivery = self._exchange.finish(together, {})
+        except BaseException as error:
+            self.drop(error)
             raise
+        self._exchange = None
         for p in self._parameters:
             p.grad = delivery.foreign.get(p)
 

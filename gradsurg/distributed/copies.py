@@ -53,6 +53,9 @@ class Copies(Slices):
         """Return what the first rank measured of its rows, which are those of all."""
         return self.group.first(numbers)
 
+    def added(self, numbers: Tensor) -> Tensor:  # noqa: D102
+        return self.group.total(numbers)
+
     def whole(self, result: Row) -> Row:  # noqa: D102
         return result
 

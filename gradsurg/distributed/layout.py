@@ -156,12 +156,16 @@ class Layout:
 
     def on_any_rank(self, names: Iterable[str], mine: Sequence[str]) -> list[str]:
         """Return those of `names`, which all ranks have in one order, that are in some rank's `mine`."""
-        flags = self.total(torch.tensor([name in mine for name in names], dtype=torch.float64))
+        flags = self.added(torch.tensor([name in mine for name in names], dtype=torch.float64))
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 
     def total(self, numbers: Tensor) -> Tensor:
-        """Add up over ranks."""
+        """Add up what the ranks measured, each of what it counts."""
         return numbers
+
+    def added(self, numbers: Tensor) -> Tensor:
+        """Add up over ranks."""
+        return self.total(numbers)
 
     def anywhere(self, flags: Tensor) -> Tensor:
         """Return which flags are set on any rank, where all ranks ask at this point; else those of this rank."""

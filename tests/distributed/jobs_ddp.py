@@ -114,16 +114,16 @@ def uneven(form: str) -> tuple[dict[str, Tensor], Any, Any]:
     return nets.state_of(model), optimizer.report, optimizer.state_dict()["param_groups"][0]["gradsurg"]
 
 
-def skipping() -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """Rank 1 lacks the second task, which is infinite in the first micro-batch."""
+def skipping(options: dict[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Rank 0 lacks the second task, which is infinite in the first micro-batch of rank 1."""
     model = ddp_of(nets.build())
-    optimizer = nets.optimizer_of(model, nonfinite="skip_task")
+    optimizer = nets.optimizer_of(model, nonfinite="skip_task", **options)
     for step in range(2):
         optimizer.zero_grad()
         for micro in range(2):
             with optimizer.accumulate() if micro == 0 else nullcontext():
                 losses = model(*nets.mine(nets.batch(10 * step + micro)))
-                if dist.get_rank() == 1:
+                if dist.get_rank() == 0:
                     losses.pop("task1")
                 elif micro == 0:
                     losses["task1"] = losses["task1"] * float("inf")

@@ -96,8 +96,9 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks, overflow):
     nets.assert_close(results[0][0], jobs_ddp.scaled_alone(overflow))
 
 
-def test_a_task_that_is_not_finite_where_others_lack_it(ranks):
-    results = ranks(2).run(jobs_ddp.skipping)
+@pytest.mark.parametrize("options", [{}, {"rotate": 3}], ids=str)
+def test_a_task_that_is_not_finite_where_others_lack_it(ranks, options):
+    results = ranks(2).run(jobs_ddp.skipping, options)
     nets.equal_everywhere([state for state, _, _ in results])
     for state, tasks, skipped in results:
         assert set(tasks) == {"task0", "task1", "task2"}  # of the second micro-batch, which is finite
