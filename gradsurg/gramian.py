@@ -147,7 +147,8 @@ def combine(
     quick = small is not None and not exact and len(dtypes) == 1 and dtypes <= QUICK
     if small is not None and quick and all(p.is_contiguous() for p in small.at(like)):
         u = small.sum(weights, *dtypes)
-        for k, part in zip(small.places, small.apart(u, like), strict=True):
+        # In the rows' shapes: over several ranks they are slices of the parameters.
+        for k, part in zip(small.places, small.apart(u, rows[0]), strict=True):
             result[k] = part
         if small.others:
             room = None if into is None else [into[k] for k in small.others]

@@ -144,7 +144,8 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
         u = combine(table, weights, block, exact=precise, into=patient.spare.take(block))
         gradients.update(Row(zip(block, u, strict=True)))
-    patient.spare.keep(gradients.items())
+    if not patient.layout.several:  # else these are slices, of which nobody has a use
+        patient.spare.keep(gradients.items())
     report = report_of(patient, block_names(patient, blocks), problem, direction)
     if not finite:
         return Outcome(gradients, report)

@@ -68,11 +68,11 @@ class Packed:
     ) -> None:
         self.matrix, self.places, self.sizes, self.others, self.rest = matrix, places, sizes, others, rest
 
-    def at(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def at(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the packed ones of one more list, such as the parameters."""
-        return [tensors[k] for k in self.places]
+        return [tensors[k] for k in self.places]  # type: ignore[misc]
 
-    def apart(self, vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    def apart(self, vector: Tensor, like: Sequence[Tensor | None]) -> list[Tensor]:
         """Return views of a vector in the shapes of the packed ones of a list."""
         return torch._utils._unflatten_dense_tensors(vector, self.at(like))  # type: ignore[no-any-return]
 
