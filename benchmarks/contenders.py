@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from torch.optim import Optimizer
 import gradsurg
 from benchmarks.workloads import Workload
 
-__all__ = ["CONTENDERS", "OURS", "PEERS", "PLAIN", "SUMMED", "Step", "build"]
+__all__ = ["CONTENDERS", "NARROW", "OURS", "PEERS", "PLAIN", "SUMMED", "Step", "build"]
 
 Step = Callable[[], None]
 PLAIN, SUMMED = "m plain backward passes", "one backward pass of the sum"
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "gradsurg, guarantee gradient": {"guarantee": "gradient"},
     "gradsurg, guarantee update": {},
+}
+NARROW: dict[str, dict[str, Any]] = {  # of interest for their memory alone
+    "gradsurg, guarantee gradient, rows in bfloat16": {"guarantee": "gradient", "row_dtype": torch.bfloat16},
 }
 
 
@@ -45,7 +49,7 @@ def summed(work: Workload, optimizer: Optimizer) -> Step:
     return step
 
 
-def ours(work: Workload, optimizer: Optimizer, **options: str) -> Step:
+def ours(work: Workload, optimizer: Optimizer, **options: Any) -> Step:
     wrapped = gradsurg.wrap(optimizer, **options)
 
     def step() -> None:
@@ -136,8 +140,8 @@ def build(contender: str, work: Workload) -> Step:
     warnings.simplefilter("ignore")  # of the peers
     # At 1e-2 the perceptron of two tasks diverges within ten steps, and NaN takes shorter ways.
     optimizer = torch.optim.SGD(work.model.parameters(), lr=1e-3)
-    if contender in OURS:
-        return ours(work, optimizer, **OURS[contender])
+    if contender in OURS or contender in NARROW:
+        return ours(work, optimizer, **(OURS | NARROW)[contender])
     if contender in PEERS:
         return PEERS[contender](work, optimizer)
     return {PLAIN: plain, SUMMED: summed}[contender](work, optimizer)

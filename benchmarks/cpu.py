@@ -1,12 +1,13 @@
 """Time and memory of a step on the CPU, beside every peer: `python -m benchmarks.cpu [PART ...]`.
 
-Parts: steps (a transformer of 5 M and a small perceptron, m = 2, 4, 8), surgery (rows read for the Gramian and for u,
+Parts: mlp and transformer (whole steps of a small perceptron and of 5 M parameters, m = 2, 4, 8), surgery (rows read for the Gramian and for u,
 against the time of copying as much), memory (peak of a process of its own, above that of the plain step), growth (the
 surgery's cost over m, numbers and tensors, with the slope in log-log scale). The cheap modes: benchmarks.cheap.
 
 Times are processor time of one thread, so that other work on the machine counts little; contenders take turns, and
 the median over the rounds is printed, with the quartiles where it is a ratio to the m plain backward passes of the same
-round. Everything goes into one dated file of benchmarks/results.
+round. Everything goes into one dated file of benchmarks/results; the documentation's tables and its plot are made from
+that. Parts that are named are added to the file of the day, without names it is begun anew.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, OURS, PEERS, PLAIN, Step, build
-from benchmarks.record import conditions, record
+from benchmarks.contenders import CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
+from benchmarks.record import conditions, record, result_file
 from benchmarks.workloads import WORKLOADS
 from gradsurg.gramian import combine, gramian
+from gradsurg.packed import Table
 
 ALLOWED = {"transformer": 1.08, "mlp": 1.5}
 SURGERY_ALLOWED = 3.0
@@ -42,54 +44,53 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def steps(rounds: int) -> str:
-    """Return a table of whole steps per workload and number of tasks."""
-    texts = []
-    for name, workload in WORKLOADS.items():
-        for m in (2, 4, 8):
-            turns = rounds if name == "transformer" else 20 * rounds
-            contenders = {title: build(title, workload(m)) for title in CONTENDERS}
-            times: dict[str, list[float]] = {title: [] for title in contenders}
-            for turn in range(turns + 1):
-                for title, step in contenders.items():
-                    once = seconds(step)
-                    if turn:  # the first warms up
-                        times[title].append(once)
-            rows = []
-            for title, spent in times.items():
-                ratios = [a / b for a, b in zip(spent, times[PLAIN], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
-                rows.append(
-                    [title, f"{1e3 * statistics.median(spent):.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
-                )
-            medians = {title: statistics.median(spent) for title, spent in times.items()}
-            fastest = min(PEERS, key=medians.__getitem__)
-            verdicts = [
-                f"{ours}: {medians[ours] / medians[PLAIN]:.2f} × plain (allowed {ALLOWED[name]}), the fastest peer "
-                f"({fastest}) takes {medians[fastest] / medians[ours]:.2f} × as long"
-                for ours in OURS
-            ]
-            heading = f"{name}, m = {m}: zero_grad, forward, backward, surgery and SGD's step, {turns} rounds"
-            titles = ["", "ms", "× m plain backward passes", "quartiles"]
-            texts.append("\n\n".join([heading, table(titles, rows), *verdicts]))
-            print(texts[-1], flush=True)
+def steps(name: str, tasks: Sequence[int], rounds: int) -> str:
+    """Return a table of whole steps of a workload per number of tasks."""
+    texts, workload = [], WORKLOADS[name]
+    for m in tasks:
+        contenders = {title: build(title, workload(m)) for title in CONTENDERS}
+        times: dict[str, list[float]] = {title: [] for title in contenders}
+        for turn in range(rounds + 1):
+            for title, step in contenders.items():
+                once = seconds(step)
+                if turn:  # the first warms up
+                    times[title].append(once)
+        rows = []
+        for title, spent in times.items():
+            ratios = [a / b for a, b in zip(spent, times[PLAIN], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            rows.append([title, f"{1e3 * statistics.median(spent):.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"])
+        medians = {title: statistics.median(spent) for title, spent in times.items()}
+        fastest = min(PEERS, key=medians.__getitem__)
+        verdicts = [
+            f"{ours}: {medians[ours] / medians[PLAIN]:.2f} × plain (allowed {ALLOWED[name]}), the fastest peer "
+            f"({fastest}) takes {medians[fastest] / medians[ours]:.2f} × as long"
+            for ours in OURS
+        ]
+        heading = f"{name}, m = {m}: zero_grad, forward, backward, surgery and SGD's step, {rounds} rounds"
+        titles = ["", "ms", "× m plain backward passes", "quartiles"]
+        texts.append("\n\n".join([heading, table(titles, rows), *verdicts]))
+        print(texts[-1], flush=True)
     return "\n\n".join(texts)
 
 
 def surgery_times(m: int, numbers: int, tensors: int, rounds: int) -> tuple[float, float]:
-    """Return seconds of the Gramian and the combination together, and of reading the rows twice and writing u once."""
+    """Return seconds of the Gramian and the combination together, and of reading the rows twice and writing u once.
+
+    As in training, u is written to the memory that the last one was in (gradsurg.spare), and so is the copy.
+    """
     shapes = [numbers // tensors] * tensors
-    rows = [[torch.randn(size) for size in shapes] for _ in range(m)]
-    like, weights = rows[0], [1.0 / (i + 1) for i in range(m)]
-    target = [torch.empty(size) for size in shapes]
+    rows = Table([torch.randn(size) for size in shapes] for _ in range(m))
+    like, weights = [torch.zeros(size) for size in shapes], [1.0 / (i + 1) for i in range(m)]
+    target = like
 
     def operate() -> None:
-        gramian(rows)
-        combine(rows, weights, like)
+        table = Table(rows)  # packed anew, as in every step
+        gramian(table)
+        combine(table, weights, like, into=list(target))
 
     def copy() -> None:
-        for a, b in zip(target, rows[0], strict=True):
-            a.copy_(b)
+        torch._foreach_copy_(target, [g for g in rows[0] if g is not None])
 
     operate()
     copy()
@@ -163,7 +164,9 @@ def memory() -> str:
     rows = []
     for m in (2, 4):
         base = peak(PLAIN, m)
-        rows += [[f"m = {m}, {title}", f"{(peak(title, m) - base) / size:.2f}"] for title in [*OURS, *PEERS]]
+        for title in [*OURS, *NARROW, *PEERS]:
+            if title != "TorchJD, autogram":  # at this size it takes longer than all the others together
+                rows.append([f"m = {m}, {title}", f"{(peak(title, m) - base) / size:.2f}"])
     text = f"Peak memory above m plain backward passes, P = {size / 4e6:.0f} M\n\n{table(['', 'P'], rows)}"
     print(text, flush=True)
     return text
@@ -173,17 +176,20 @@ def main() -> None:
     """Measure the parts that were asked for and append them to today's file."""
     parts: dict[str, Callable[[int], str]] = {
         "surgery": surgery,
-        "steps": steps,
+        "mlp": lambda rounds: steps("mlp", (2, 4, 8), 20 * rounds),
+        "transformer": lambda rounds: steps("transformer", (2, 4, 8), rounds),
         "memory": lambda _: memory(),
         "growth": growth,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *parts], default=list(parts))
+    parser.add_argument("parts", nargs="*", choices=[[], *parts], default=[])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{conditions()}, 1 thread\n")
-    for part in options.parts:
+    if not options.parts:
+        result_file("cpu").unlink(missing_ok=True)
+    for part in options.parts or parts:
         text = parts[part](options.rounds)
         record("cpu", f"1 thread, processor time. {text}")
     print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")

@@ -23,9 +23,14 @@ def conditions() -> str:
     )
 
 
+def result_file(name: str) -> Path:
+    """Return where today's results of a benchmark are."""
+    return RESULTS / f"{name}-{dt.date.today()}.md"
+
+
 def record(name: str, text: str) -> Path:
     """Append an entry to today's results of a benchmark; return the file."""
-    path = RESULTS / f"{name}-{dt.date.today()}.md"
+    path = result_file(name)
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{conditions()}\n\n{text}\n\n")
