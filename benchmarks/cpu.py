@@ -1,8 +1,9 @@
 """Time and memory of a step on the CPU, beside every peer: `python -m benchmarks.cpu [PART ...]`.
 
-Parts: mlp and transformer (whole steps of a small perceptron and of 5 M parameters, m = 2, 4, 8), surgery (rows read for the Gramian and for u,
-against the time of copying as much), memory (peak of a process of its own, above that of the plain step), growth (the
-surgery's cost over m, numbers and tensors, with the slope in log-log scale). The cheap modes: benchmarks.cheap.
+Parts: mlp and transformer (whole steps of a small perceptron and of 5 M parameters, m = 2, 4, 8), surgery (rows read
+for the Gramian and for u, against the time of copying as much), memory (peak of a process of its own, above that of the
+plain step), growth (the surgery's cost over m, numbers and tensors, with the slope in log-log scale). The cheap modes:
+benchmarks.cheap.
 
 Times are processor time of one thread, so that other work on the machine counts little; contenders take turns, and
 the median over the rounds is printed, with the quartiles where it is a ratio to the m plain backward passes of the same
@@ -164,9 +165,9 @@ def memory() -> str:
     rows = []
     for m in (2, 4):
         base = peak(PLAIN, m)
-        for title in [*OURS, *NARROW, *PEERS]:
-            if title != "TorchJD, autogram":  # at this size it takes longer than all the others together
-                rows.append([f"m = {m}, {title}", f"{(peak(title, m) - base) / size:.2f}"])
+        # At this size autogram takes longer than all the others together.
+        titles = [title for title in [*OURS, *NARROW, *PEERS] if title != "TorchJD, autogram"]
+        rows += [[f"m = {m}, {title}", f"{(peak(title, m) - base) / size:.2f}"] for title in titles]
     text = f"Peak memory above m plain backward passes, P = {size / 4e6:.0f} M\n\n{table(['', 'P'], rows)}"
     print(text, flush=True)
     return text

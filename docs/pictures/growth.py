@@ -20,7 +20,7 @@ Curve = tuple[str, str, str, list[tuple[float, float]]]
 
 
 def curves(text: str) -> list[Curve]:
-    """Return (what grows, what stays, slope, points) for each curve of a result file; of one measured twice the last."""
+    """Return (what grows, what stays, slope, points) for each curve of a result file, as it was measured last."""
     found: dict[str, Curve] = {}
     for variable, fixed, slope, rows in CURVE.findall(text):
         cells = [row.strip("| ").split("|") for row in rows.strip().splitlines()]
