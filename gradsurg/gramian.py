@@ -15,21 +15,15 @@ from gradsurg import sparse
 from gradsurg.blocks import block_for, blocks, flat_column
 from gradsurg.packed import DTYPE, alike, packed
 from gradsurg.products import MOVEMENT, ROWS, SUM, WORKSPACE, inner_product
+from gradsurg.symmetric import Symmetric
 
 __all__ = ["Rows", "combine", "correct_", "gramian", "inner_update"]
 
 Rows = Sequence[Sequence["Tensor | None"]]
 
-# From here on a matrix product of a block beats m(m+1)/2 dot products: CPU ms on one core of an EPYC, 4.2 M numbers in
-# float64, dots against product, m = 2 3.7 : 4.0, m = 4 15 : 11, m = 8 52 : 37.
-MATMUL_FROM = 4
-# A product's lower half is computed in strips of so many rows, few up to 12 tasks: ms for 164 000 numbers, in strips of
-# 4, 8, 16 rows and whole: m = 8 1.33, 1.69 (whole); m = 16 5.0, 4.7, 4.7 (whole); m = 64 66, 47, 40, 47 (whole).
-FEW, MANY = 4, 16
 # Numbers of one parameter that are combined at a time: 4.2 M numbers, m = 4, in blocks of 32 768 7.7 ms, in these 6.1.
 COMBINED = 131_072
-# And where u is written as it is, without a buffer in between: 40 M numbers, m = 4, in blocks of 131 072 78 ms, in these
-# 65 ms.
+# And where u is written without a buffer in between: 40 M numbers, m = 4, in blocks of 131 072 78 ms, in these 65.
 DIRECT = 524_288
 
 QUICK = frozenset((torch.float32, torch.float64))  # dtypes of u that are summed as they are
@@ -48,7 +42,7 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
         Shape (m, m), float64, symmetric, on the CPU for CPU rows and on the rows' device otherwise.
     """
     m = len(rows)
-    total = _Symmetric(m)
+    total = Symmetric(m)
     small = packed(rows)
     if small is not None:
         rows = small.rest
@@ -225,49 +219,6 @@ def correct_(
                 parameter.add_(g.to(parameter.dtype), alpha=c)
         elif present:
             _sum_blocks([g for g, _ in present], [c for _, c in present], parameter, exact, add=True)
-
-
-class _Symmetric:
-    """The lower half of a symmetric m x m float64 matrix: dot products in Python floats, matrix products in one."""
-
-    def __init__(self, m: int) -> None:
-        self.m = m
-        self.entries = [[0.0] * m for _ in range(m)]
-        self.tensor: Tensor | None = None
-        self.mixed = False  # whether there is anything in the entries
-
-    def add(self, present: list[int], stacked: Tensor, exact: bool) -> None:
-        """Add the inner products of the rows of a float64 matrix, which belong to these tasks."""
-        if not exact and _use_matmul(len(present), stacked.device):
-            self._add_square(present, stacked)
-            return
-        self.mixed = True
-        rows = stacked.unbind(0)
-        for a, i in enumerate(present):
-            for b, j in enumerate(present[: a + 1]):
-                self.entries[i][j] += inner_product(rows[a], rows[b], exact)
-
-    def _add_square(self, present: list[int], stacked: Tensor) -> None:
-        if self.tensor is None:
-            self.tensor = torch.zeros(self.m, self.m, dtype=torch.float64, device=stacked.device)
-        if len(present) == self.m:
-            step = FEW if self.m <= 3 * FEW else MANY
-            for i in range(0, self.m, step):
-                self.tensor[i : i + step, : i + step].addmm_(stacked[i : i + step], stacked[: i + step].T)
-        else:
-            index = torch.tensor(present, device=stacked.device)
-            self.tensor[index[:, None], index] += stacked @ stacked.T
-
-    def result(self) -> Tensor:
-        lower = self.tensor
-        if lower is None or self.mixed:
-            entries = torch.tensor(self.entries, dtype=torch.float64).reshape(self.m, self.m)
-            lower = entries if lower is None else lower + entries.to(lower.device)
-        return lower.tril() + lower.tril(-1).T
-
-
-def _use_matmul(m: int, device: torch.device) -> bool:
-    return device.type != "cpu" or m >= MATMUL_FROM
 
 
 def _sum_blocks(

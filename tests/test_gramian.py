@@ -8,7 +8,7 @@ import torch
 from gradsurg import gramian as fast
 from gradsurg import reference
 from gradsurg.blocks import BLOCK, SMALL, Workspace, blocks, flat_column
-from gradsurg.gramian import MATMUL_FROM
+from gradsurg.symmetric import MATMUL_FROM
 
 # Of |g_i| |g_j|: running float64 sums over blocks of 131 072 (1.1e-13 on constant rows), and pairwise ones.
 QUICK, EXACT = 4e-13, 1e-15
