@@ -144,15 +144,18 @@ def growth(rounds: int) -> str:
     return "\n\n".join(texts)
 
 
-def peak(contender: str, m: int) -> int:
-    """Return the peak resident bytes of a process that does three steps of a contender."""
+def peak(contender: str, m: int) -> int | None:
+    """Return the peak resident bytes of a process that does three steps of a contender; None where it fails."""
     code = (
         "import torch, resource; torch.set_num_threads(1);"
         "from benchmarks.contenders import build; from benchmarks.workloads import transformer;"
         f"step = build({contender!r}, transformer({m}, width=512, layers=10, sequences=1, length=16));"
         "[step() for _ in range(3)]; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        print(f"{contender}, m = {m}: {done.stderr.strip().splitlines()[-1]}")
+        return None
     return 1024 * int(done.stdout.split()[-1])
 
 
@@ -164,10 +167,12 @@ def memory() -> str:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     rows = []
     for m in (2, 4):
-        base = peak(PLAIN, m)
+        base = peak(PLAIN, m) or 0
         # At this size autogram takes longer than all the others together.
         titles = [title for title in [*OURS, *NARROW, *PEERS] if title != "TorchJD, autogram"]
-        rows += [[f"m = {m}, {title}", f"{(peak(title, m) - base) / size:.2f}"] for title in titles]
+        for title, bytes_used in [(title, peak(title, m)) for title in titles]:
+            above = "fails" if bytes_used is None else f"{(bytes_used - base) / size:.2f}"
+            rows.append([f"m = {m}, {title}", above])
     text = f"Peak memory above m plain backward passes, P = {size / 4e6:.0f} M\n\n{table(['', 'P'], rows)}"
     print(text, flush=True)
     return text

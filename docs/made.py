@@ -29,7 +29,7 @@ MEASURED = {
 # Caption -> pages in order; patterns stand for pages of people who add one by adding a file.
 TREES = {
     "Learn": ["start", "concepts", "choosing", "when-it-helps", "faq"],
-    "Guides": ["compatibility", "many-gpus", "cheap-modes", "monitoring", "migrating", "guides/*"],
+    "Guides": ["compatibility", "many-gpus", "cost", "cheap-modes", "monitoring", "migrating", "guides/*"],
     "Gallery": ["gallery", "gallery/*", "examples/*"],
     "Reference": ["generated/methods", "api", "generated/benchmarks", "kernels"],
 }
