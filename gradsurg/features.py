@@ -43,6 +43,11 @@ def check_features(features: Tensor | Sequence[Tensor], settings: Settings) -> l
         raise ValueError(f"features= and wrap(..., {option}=...) both save backward passes: choose one")
     if settings.granularity != "model":
         raise ValueError(f"features= needs granularity='model', and it is {settings.granularity!r}")
+    if settings.pipeline.surgery.measures_excess:
+        raise ValueError(
+            f"features= are new tensors in every step, and surgery={settings.pipeline.surgery!r} remembers numbers of "
+            "each parameter: use curvature='task'"
+        )
     given: object = [features] if isinstance(features, Tensor) else features
     if not isinstance(given, Sequence) or not given or not all(isinstance(h, Tensor) for h in given):
         raise ValueError(f"features={features!r}: pass the tensor that the heads read, or a list of such tensors")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradsurg.curvature import measured
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.elementwise import blend, scales_of
 from gradsurg.gramian import Rows, combine, gramian
@@ -115,7 +116,8 @@ def operate(patient: Patient) -> Outcome:
 
 def _path(patient: Patient, shared: list[Tensor]) -> str:
     settings = patient.settings
-    if isinstance(settings.pipeline.surgery, ElementwiseSurgery) or settings.pipeline.margin:
+    surgery = settings.pipeline.surgery
+    if isinstance(surgery, ElementwiseSurgery) or surgery.measures_excess or settings.pipeline.margin:
         return "torch"
     if settings.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
         return "torch"  # before anything is asked of every gradient
@@ -136,7 +138,9 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
         return _blend(patient, blocks, tables, problem)
     if finite:
+        problem, curvature = measured(patient, problem, blocks, tables)
         problem, direction = _direction(patient, problem, blocks, tables)
+        direction = replace(direction, state={**direction.state, **curvature}) if curvature else direction
     else:
         direction = plain_sum(problem)
     exact = (direction.cancellation > CANCELLATION_SUM).tolist()
@@ -170,7 +174,8 @@ def _direction(
     direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_QUICK)
     delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
     if pipeline.conflict_free and bool(delicate.any()):
-        problem = problem_of(patient, _gramians(patient, blocks, tables, exact=True))
+        exact = problem_of(patient, _gramians(patient, blocks, tables, exact=True))
+        problem = replace(exact, excess=problem.excess)
         direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
     return problem, direction
 

@@ -166,6 +166,10 @@ class Pipeline:
         """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
         return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
 
+    def scales(self, problem: Problem, state: State) -> Tensor:
+        """Return what normalisation multiplies the rows by, shape (..., m), given the state of the last step."""
+        return self._scales(problem, state.get("normalize", {}))[0]
+
     def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         scales, state = self.normalizer.scales(problem, state)
         if isinstance(self.normalizer, Unscaled):
@@ -201,6 +205,7 @@ class Pipeline:
                 preferences=problem.preferences[index],
                 tasks=tuple(problem.tasks[i] for i in level),
                 losses=None if problem.losses is None else problem.losses[index],
+                excess=None if problem.excess is None else problem.excess[..., index],
             )
             weights, states[key] = self.surgery.weights(part, states.get(key, {}))
             return weights

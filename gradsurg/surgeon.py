@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from gradsurg.capture import Capture, pass_in_progress
 from gradsurg.distributed import Ranks, Traffic
+from gradsurg.distributed.layout import ALONE
 from gradsurg.errors import MultiTaskError
 from gradsurg.judgement import Judgement, trained
 from gradsurg.margin import named
@@ -95,6 +96,12 @@ class Surgeon:
                 "rotate= does not go with sharded parameters: its averages of all tasks' gradients are part of the "
                 "state dict, which no rank could hold whole. Use refresh_every=; docs/many-gpus.md says what a full "
                 "step costs."
+            )
+        surgery = self.settings.pipeline.surgery
+        if surgery.measures_excess and self.traffic.layout is not ALONE:
+            raise MultiTaskError(
+                f"surgery={surgery!r} needs whole rows, and over several ranks each holds a part of them: use "
+                "curvature='task'"
             )
 
     def turns(self, names: list[str]) -> list[str]:

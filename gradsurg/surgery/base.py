@@ -28,6 +28,11 @@ class Surgery(ABC):
     # `weights` launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
 
+    @property
+    def measures_excess(self) -> bool:
+        """Whether `weights` wants problem.excess, for which wrap() hands the rows to gradsurg.curvature."""
+        return False
+
     @abstractmethod
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         """Return the weights and the next state.
