@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ __all__ = ["CLEAR", "glance"]
 # A float32 sum of n products errs by n · 6e-8 of ‖d‖ ‖g‖ at worst, in whatever order it is done: 2e-3 for a block.
 # Cosines from here on are positive whatever rounding did.
 CLEAR = 1e-2
+# Products below 1e-38 are lost in float32: n of them are at most n · 1e-38, a hundredth of what is asked of each sum.
+LEAST = 1e-36
 
 WORKSPACE = Workspace()
 
@@ -64,6 +67,8 @@ def glance(
             d = torch.sub(old, new, out=WORKSPACE.buffer(0, old.numel(), torch.float32, old.device))
             square += torch.dot(d, d).item()
             inner = [x + signs[k] * torch.dot(d, g).item() for x, g in zip(inner, parts, strict=True)]
-    enough = CLEAR * square**0.5
-    clear = square > 0 and all(x >= enough * norm for x, norm in zip(inner, norms, strict=True))
+    enough, least = CLEAR * square**0.5, LEAST * sum(t.numel() for t in before)
+    clear = least <= square < inf and all(
+        max(enough * norm, least) <= x < inf or norm == 0 for x, norm in zip(inner, norms, strict=True)
+    )
     return (inner, square) if clear else None

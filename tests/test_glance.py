@@ -68,3 +68,19 @@ def test_constant_rows_do_not_fool_it():
     assert seen is not None
     assert seen[0][0] == pytest.approx(float(want), rel=2e-3)
     assert seen[1] == pytest.approx(square, rel=2e-3)
+
+
+@pytest.mark.parametrize(("d", "g"), [(1e-30, 1.0), (1e-12, 1e-30), (1e25, 1.0), (1e15, 1e30)])
+def test_says_nothing_of_numbers_that_single_precision_has_no_products_for(d, g):
+    rows = Table([[torch.full((50,), g), torch.full((5,), g)]])
+    before = [torch.full((50,), d), torch.full((5,), d)]
+    norms = [float(reference.gramian(rows, before).sqrt())]
+    assert glance(rows, norms, before, [torch.zeros_like(b) for b in before], [1.0, 1.0]) is None
+
+
+def test_a_task_that_wants_nothing_is_clear():
+    rows, norms, before, after = case(1.0, 0)
+    rows = Table([*rows, [torch.zeros_like(b) for b in before]])
+    seen = glance(rows, [*norms, 0.0], before, after, [1.0] * 3)
+    assert seen is not None
+    assert seen[0][-1] == 0
