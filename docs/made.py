@@ -42,6 +42,9 @@ def make_pages(docs: Path) -> None:
     _write(folder / "methods.md", _methods(docs / "methods"))
     _write(folder / "benchmarks.md", _benchmarks(docs.parent / "benchmarks" / "results"))
     _write(folder / "toctrees.md", _toctrees(docs))
+    newest = max((docs.parent / "benchmarks" / "results").glob("cpu-*.md")).read_text(encoding="utf-8")
+    _write(folder / "cost-of-steps.md", _cost_of_steps(newest))
+    _write(folder / "cost-in-memory.md", _cost_in_memory(newest))
 
 
 def _toctrees(docs: Path) -> str:
@@ -106,3 +109,33 @@ def _benchmarks(results: Path) -> str:
         text = re.sub(r"^#+ ", "### ", path.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
         lines += ["", f"## {title}" + (f" ({date})" if date else ""), "", f"`python -m benchmarks.{name}`", "", text]
     return "\n".join(lines) + "\n"
+
+
+def _cost_of_steps(text: str) -> str:
+    """Return the table of whole steps, as multiples of plain passes, of the last measurement of each workload."""
+    found: dict[tuple[str, str], tuple[list[str], str]] = {}
+    for workload, m, part in re.findall(r"(\w+), m = (\d+): zero_grad(.*?)(?=\w+, m = \d+: |\Z)", text, re.M | re.S):
+        ratios = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| ([\d.]+) \|", part, re.M))
+        ours = re.findall(r"^gradsurg, guarantee (\w+): ([\d.]+) × plain \(allowed ([\d.]+)\)", part, re.M)
+        peer = re.search(r"the fastest peer \((.*)\) takes", part)
+        if not peer or [guarantee for guarantee, *_ in ours] != ["gradient", "update"]:
+            raise ValueError(f"{workload}, m = {m}: no verdicts in the newest result file of benchmarks.cpu")
+        cells = [*(ratio for _, ratio, _ in ours), ours[0][2], ratios[peer[1]]]
+        found[workload, m] = (cells, peer[1])
+    lines = [
+        '| | m | `guarantee="gradient"` | `guarantee="update"` | aim | fastest peer | which |',
+        "| --- | --: | --: | --: | --: | --: | --- |",
+    ]
+    lines += [f"| {w} | {m} | {' | '.join(cells)} | {peer} |" for (w, m), (cells, peer) in found.items()]
+    return "\n".join([*lines, ""])
+
+
+def _cost_in_memory(text: str) -> str:
+    """Return the table of peak memory, in copies of the parameters, one column per number of tasks."""
+    found: dict[str, dict[str, str]] = {}
+    for m, contender, copies in re.findall(r"^\| m = (\d+), (.+?) \| (.+?) \|$", text, re.M):
+        found.setdefault(contender, {})[m] = copies
+    columns = list(dict.fromkeys(m for row in found.values() for m in row))
+    lines = [f"| | {' | '.join(f'{m} tasks' for m in columns)} |", f"| --- |{' --: |' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(row.get(m, '') for m in columns)} |" for name, row in found.items()]
+    return "\n".join([*lines, ""])
