@@ -12,13 +12,9 @@ is computed from byte and instruction counts and not measured is called "model".
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import functools
 import json
-import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,24 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gradsurg
 from benchmarks.gpu_model import DTYPES, TASKS, combine_work, gramian_work, print_model
+from benchmarks.gpu_report import judge, machine, number, save
 from gradsurg import gramian as plain
 from gradsurg import reference, solvers
 
 HERE = Path(__file__).parent
 BUDGET = HERE / "kernel_budget.json"
-RESULTS = HERE / "results"
 
 Losses = Callable[[], dict[str, Tensor]]
 
 SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000, "1 G": 1_000_000_000}
-PEERS = ("TorchJD", "pytorch_optimizer")
-TARGETS = {
-    "share of copy bandwidth, Gramian and combination, from 25 M parameters": 0.85,
-    "share of a training step": 0.05,
-    "times less surgery time than the best peer": 3.0,
-}
 
 
 # -- what the kernels are made of ------------------------------------------------------------------------------------
@@ -146,7 +135,7 @@ class Bench:
 
     def keep(self, what: str, **row: Any) -> None:
         self.results.append({"what": what, **row})
-        print(f"{what:24}" + "  ".join(f"{key} {_number(value)}" for key, value in row.items()), flush=True)
+        print(f"{what:24}" + "  ".join(f"{key} {number(value)}" for key, value in row.items()), flush=True)
 
     def rows(self, m: int, parameters: int, dtype: torch.dtype, tensors: int = 1) -> list[list[Tensor]]:
         size = max(1, parameters // tensors)
@@ -363,69 +352,7 @@ def peers(rows: list[list[Tensor]], parameters: list[nn.Parameter]) -> Iterator[
         yield "pytorch_optimizer PCGrad", lambda: wrapper.project_conflicting([g.clone() for g in flat], reached)
 
 
-# -- against the targets ---------------------------------------------------------------------------------------------
-
-
-def judge(bench: Bench) -> None:
-    """Hold what was measured against TARGETS, the worst case of each."""
-    print("\nagainst the targets, the worst case of each")
-    found: dict[str, list[float]] = {name: [] for name in TARGETS}
-    share, step, times = found
-    for row in bench.results:
-        if row["what"] in ("gramian", "combine") and row["P"] != "1 M":
-            found[share].append(row["share_of_copy"])
-        if row["what"] == "step" and row["by"].startswith("gradsurg"):
-            found[step].append(-row["surgery_share"])
-    for m in sorted({row["m"] for row in bench.results if row["what"] == "surgery"}):
-        seconds = {row["by"]: row["seconds"] for row in bench.results if row["what"] == "surgery" and row["m"] == m}
-        best = min(value for by, value in seconds.items() if by.startswith(PEERS))
-        found[times].append(best / seconds["gradsurg cone"])
-    for name, target in TARGETS.items():
-        worst = abs(min(found[name]))
-        met = worst <= target if name == step else worst >= target
-        verdict = "met" if met else "not measured" if math.isnan(worst) else "missed"
-        bench.keep("target", name=name, wanted=target, worst=worst, verdict=verdict)
-
-
 # -- the run ---------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    import triton
-
-    about = {
-        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "gradsurg": gradsurg.__version__,
-        "card": None,
-    }
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        properties = torch.cuda.get_device_properties(0)
-        about |= {
-            "card": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "processors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "cuda": torch.version.cuda,
-            "driver and clocks": driver,
-        }
-    return about
-
-
-def save(about: dict[str, Any], results: list[dict[str, Any]]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    card = str(about["card"]).replace(" ", "-")
-    path = RESULTS / f"gpu-{about['date'].replace(':', '')[:15]}-{card}.json"
-    path.write_text(json.dumps({"machine": about, "targets": TARGETS, "results": results}, indent=1) + "\n")
-    return path
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -460,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.rehearse:
         print("\nA rehearsal: every section ran, nothing was timed.")
     else:
-        print(f"\nwritten: {save(about, bench.results)}")
+        print(f"\nwritten: {', '.join(map(str, save(about, bench.results)))}")
     return 0
 
 

@@ -23,6 +23,7 @@ MEASURED = {
     "conflict_table": "Conflicts left by each method",
     "toy": "The toy problem of the CAGrad and Nash-MTL papers",
     "cpu": "Cost of a step on the CPU",
+    "gpu": "The CUDA path",
 }
 
 
