@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradsurg.blocks import real_of
 from gradsurg.gramian import Rows
 from gradsurg.problem import Problem, State
 
@@ -72,5 +73,5 @@ def excess_of(
 def _real(gradient: Tensor) -> Tensor:
     """Return real numbers in one piece, of float32 at least."""
     dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    real = real_of(dense)
     return real.to(torch.promote_types(real.dtype, torch.float32))

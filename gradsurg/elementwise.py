@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradsurg.blocks import real_of
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.gramian import Rows, combine
 from gradsurg.pipeline import ROUNDING_EXACT, Pipeline
@@ -115,7 +116,7 @@ def _column(
 ) -> Tensor:
     if not present:
         return torch.zeros_like(parameter)
-    flat = [scales[i] * _real(g.to_dense() if g.is_sparse else g).reshape(-1) for i, g in present]
+    flat = [scales[i] * real_of((g.to_dense() if g.is_sparse else g).detach()).reshape(-1) for i, g in present]
     columns = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in flat])
     pull = preferences[[i for i, _ in present]].to(columns)
     u = surgery.combine(columns, pull, generator)
@@ -124,7 +125,3 @@ def _column(
     u = u.reshape(parameter.shape).to(parameter.dtype)
     sparse = [g.sparse_dim() for _, g in present if g.is_sparse]
     return u.to_sparse(sparse[0]) if len(sparse) == len(present) else u  # SparseAdam takes nothing else
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsurg import sparse
-from gradsurg.blocks import block_for, blocks, flat_column
+from gradsurg.blocks import block_for, blocks, flat_column, real_of
 from gradsurg.packed import DTYPE, alike, packed
 from gradsurg.products import MOVEMENT, ROWS, SUM, WORKSPACE, inner_product
 from gradsurg.symmetric import Symmetric
@@ -110,10 +110,10 @@ def inner_update(
             inner[i] += sign * product
     for k, column in enumerate(columns):
         if any(g is not None for g in column):
-            d = _real((before[k].detach() - after[k].detach()).double()) * signs[k]
+            d = real_of((before[k].detach() - after[k].detach()).double()) * signs[k]
             for i, g in enumerate(column):
                 if g is not None:
-                    inner[i] += torch.dot(d.reshape(-1), _real(g.to_dense().double()).reshape(-1)).item()
+                    inner[i] += torch.dot(d.reshape(-1), real_of(g.to_dense().double()).reshape(-1)).item()
     return torch.tensor(inner, dtype=torch.float64), square
 
 
@@ -256,7 +256,3 @@ def _too_large(weights: Sequence[float]) -> bool:
 
 def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]
-
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

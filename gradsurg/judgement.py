@@ -21,7 +21,7 @@ from gradsurg.rows import Row, TaskRows
 if TYPE_CHECKING:
     from gradsurg.onboard.report import LaterMovement
 
-__all__ = ["Judgement", "joined", "trained"]
+__all__ = ["Judgement", "joined", "signs_of", "trained"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class Judgement:
 
     def hold(self, optimizer: Optimizer, before: Row) -> Movement | LaterMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
-        sign = ByParameter(
-            (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
-        )
+        sign = signs_of(optimizer)
         movements = []
         for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
             mine = [p for p in block if p in sign and p in before]
@@ -87,6 +85,13 @@ def joined(movements: Sequence[Movement]) -> Movement | None:
         square=sum(movement.square for movement in movements),
         corrected=any(movement.corrected for movement in movements),
         held=any(movement.held for movement in movements),
+    )
+
+
+def signs_of(optimizer: Optimizer) -> ByParameter[float]:
+    """Return what turns the movement of each parameter into a descent: −1 where the optimizer maximises, else 1."""
+    return ByParameter(
+        (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsurg.blocks import real_of
 from gradsurg.rows import Row
 
 __all__ = ["Bucket", "cut", "flat_reals", "pack", "plan", "share", "unpack"]
@@ -104,5 +105,4 @@ def cut(tensor: Tensor, ranks: int, rank: int) -> Tensor:
 
 def flat_reals(tensor: Tensor) -> Tensor:
     """Return a tensor's real numbers in their logical order, flat."""
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+    return real_of(tensor.detach()).reshape(-1)

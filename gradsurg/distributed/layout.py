@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradsurg.blocks import real_of
 from gradsurg.distributed.talk import fingerprint
 from gradsurg.gramian import Rows, gramian, inner_update
 from gradsurg.rows import Row
@@ -97,7 +98,7 @@ class Measure:
 
     def norm(self, tensors: Sequence[Tensor]) -> float:
         """Return the length of the whole of the tensors."""
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in self._counted(tensors) if t is not None]
+        real = [real_of(t) for t in self._counted(tensors) if t is not None]
         square = torch.stack([n.double() for n in torch._foreach_norm(real)]).square().sum()
         return float(self._sum(square).sqrt())
 

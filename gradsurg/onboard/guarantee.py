@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.byparameter import ByParameter
+from gradsurg.blocks import real_of
 from gradsurg.constants import constant
 from gradsurg.gramian import Rows
 from gradsurg.guarantee import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
-from gradsurg.judgement import Judgement
+from gradsurg.judgement import Judgement, signs_of
 from gradsurg.onboard.report import LaterMovement
 from gradsurg.quick import STATIONARY
 from gradsurg.rows import Row
@@ -40,9 +40,7 @@ class OnboardJudgement(Judgement):
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         from gradsurg.kernels.gramian import gramian
 
-        sign = ByParameter(
-            (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
-        )
+        sign = signs_of(optimizer)
         mine = [[p for p in block if p in sign and p in before] for block in self.blocks]
         chosen = [p for block in mine for p in block]
         if not chosen:
@@ -171,8 +169,7 @@ def _precision(after: Sequence[Tensor], blocks: Sequence[int]) -> tuple[Tensor, 
 
 def _norms(parameters: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
     """Return ‖θ‖ of every block, float64."""
-    real = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
-    squares = torch.stack([norm.double() for norm in torch._foreach_norm(real)]).square()
+    squares = torch.stack([norm.double() for norm in torch._foreach_norm(list(map(real_of, parameters)))]).square()
     place = constant(blocks, squares.device, torch.int64)
     return torch.zeros(blocks[-1] + 1, dtype=torch.float64, device=squares.device).index_add(0, place, squares).sqrt()
 
