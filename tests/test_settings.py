@@ -12,7 +12,7 @@ from gradsurg import settings as module
 from gradsurg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.settings import settings_from
-from gradsurg.surgery import SURGERIES, Cone
+from gradsurg.surgery import SURGERIES, Cone, ExcessMTL
 
 
 def optimizer_of(model):
@@ -130,6 +130,7 @@ def test_names_are_checked_against_the_declared_ones(options, match):
         (True, "1", "meta", {}, "the gradients are on meta, not on a CUDA device"),
         (True, "1", "cpu", {"surgery": "graddrop"}, "surgery='graddrop' decides number by number"),
         (True, "1", "cpu", {"surgery": "trimmed_mean"}, "surgery='trimmed_mean' decides number by number"),
+        (True, "1", "cpu", {"surgery": ExcessMTL(curvature="parameter")}, "ExcessMTL.* measures the rows"),
         (True, "1", "cpu", {"margin": 0.1}, "margin= is kept on the host"),
         (True, "1", "cpu", {"margin": {"left": 0.1}}, "margin= is kept on the host"),
     ],
