@@ -17,7 +17,7 @@ import gradsurg
 from benchmarks.record import RESULTS, record
 
 if TYPE_CHECKING:
-    from benchmarks.gpu import Bench
+    from benchmarks.gpu_bench import Bench
 
 __all__ = ["judge", "machine", "number", "save", "tables"]
 

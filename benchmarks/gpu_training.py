@@ -12,7 +12,7 @@ import gradsurg
 from benchmarks.gpu_model import combine_work, gramian_work
 
 if TYPE_CHECKING:
-    from benchmarks.gpu import Bench
+    from benchmarks.gpu_bench import Bench
 
 __all__ = ["measure_training"]
 

@@ -10,7 +10,8 @@
     inner.py      ⟨d, g_i⟩ and ‖d‖² for the update guarantee
     combine.py    u = Σ w_i g_i into p.grad, and the correction of an update
     cone.py       the nonnegative and the simplex program, batched
-    shipped.py    every specialisation that these launch, and its machine code's facts, without a GPU
+    shipped.py    every specialisation that these launch
+    machine_code.py  what each is compiled to: registers, spills, loads; without a GPU
 
 Importing this package imports none of them: Triton is loaded when the first kernel is dispatched to.
 """

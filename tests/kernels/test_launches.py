@@ -13,7 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from gradsurg.kernels import combine, cone, gramian, inner
 from gradsurg.kernels.dispatch import DTYPES
-from gradsurg.kernels.shipped import compile_for, shipped
+from gradsurg.kernels.machine_code import compile_for
+from gradsurg.kernels.shipped import shipped
 
 OPTIONS = {"num_warps", "maxnreg", "enable_fp_fusion"}
 

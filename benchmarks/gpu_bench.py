@@ -1,0 +1,89 @@
+"""The clock of benchmarks.gpu: times, launches and memory of a call on one device, and the rows that it keeps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_report import number
+
+__all__ = ["Bench", "count_launches"]
+
+
+class Bench:
+    """Times things on one device; on a rehearsal, only runs them."""
+
+    def __init__(self, rehearse: bool) -> None:
+        self.rehearse = rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.results: list[dict[str, Any]] = []
+        self.copy_bandwidth = float("nan")
+        # Twice the largest second-level cache there is: what is timed starts with nothing of its own in it.
+        self.flush = torch.empty(1 if rehearse else 256 << 20, dtype=torch.int8, device=self.device)
+
+    def time(self, run: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+        """Return median, 20th and 80th percentile of the device's time, and the host's, in seconds."""
+        run()
+        if self.rehearse:
+            return dict.fromkeys(("seconds", "p20", "p80", "host"), float("nan"))
+        for _ in range(3):
+            run()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        host = []
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            before = time.perf_counter()
+            run()
+            host.append(time.perf_counter() - before)
+            end.record()
+        torch.cuda.synchronize()
+        times = sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+        return {
+            "seconds": statistics.median(times),
+            "p20": times[len(times) // 5],
+            "p80": times[4 * len(times) // 5],
+            "host": statistics.median(host),
+        }
+
+    def watch(self, run: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+        """Return `time`'s numbers, how many kernels and copies one call launches, and the most memory it takes."""
+        times = self.time(run, repeats)
+        if self.rehearse:
+            return {**times, "launches": float("nan"), "extra_bytes": float("nan")}
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - base
+        return {**times, "launches": count_launches(run), "extra_bytes": extra}
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes can be had, with a tenth to spare."""
+        return self.rehearse or size * 1.1 < torch.cuda.mem_get_info()[0]
+
+    def keep(self, what: str, **row: Any) -> None:
+        self.results.append({"what": what, **row})
+        print(f"{what:24}" + "  ".join(f"{key} {number(value)}" for key, value in row.items()), flush=True)
+
+    def rows(self, m: int, parameters: int, dtype: torch.dtype, tensors: int = 1) -> list[list[Tensor]]:
+        size = max(1, parameters // tensors)
+        return [
+            [torch.randn(size, device=self.device, dtype=dtype) for _ in range(tensors)]
+            for _ in range(m)
+        ]  # fmt: skip
+
+
+def count_launches(run: Callable[[], object]) -> int:
+    """Return how many kernels and copies one call puts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in recorded.key_averages() if event.device_type.name == "CUDA")

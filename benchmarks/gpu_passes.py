@@ -1,0 +1,111 @@
+"""The kernels by themselves, for benchmarks/gpu.py: held against float64, then each pass and each solver timed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_model import DTYPES, TASKS, combine_work, gramian_work
+from gradsurg import reference, solvers
+
+__all__ = ["check_correctness", "measure_copy", "measure_passes", "measure_solver"]
+
+SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000, "1 G": 1_000_000_000}
+
+
+def check_correctness(bench: Bench) -> None:
+    """Every kernel against float64 before anything is timed; an assertion that fails ends the run."""
+    from gradsurg.kernels import combine, cone, gramian, inner
+
+    sizes = [1, 3, 130] if bench.rehearse else [1, 3, 0, 4097, 1_000_003]
+    for m in (2, 3, 8, 9) if bench.rehearse else (1, 2, 3, 5, 8, 9, 16, 32, 40):
+        for dtype in DTYPES:
+            rows = [[torch.randn(n, device=bench.device).to(dtype) for n in sizes] for _ in range(m)]
+            like = [torch.randn(n, device=bench.device).to(dtype) for n in sizes]
+            after = [p * 0.99 for p in like]
+            exact = reference.gramian(rows, like)
+            lengths = exact.diagonal().sqrt()
+            error = ((gramian.gramian(rows) - exact).abs() / (lengths[:, None] * lengths)).max().item()
+            assert error <= 1e-13, (m, dtype, error)
+            weights = torch.randn(m, dtype=torch.float64, device=bench.device)
+            out = [torch.empty_like(p) for p in like]
+            combine.combine(rows, weights, out)
+            wanted = reference.combine(rows, weights.tolist(), like)
+            off = ((reference.flat(out, like) - wanted).abs() / wanted.abs().clamp(min=1e-6)).max().item()
+            assert off <= torch.finfo(dtype).eps, (m, dtype, off)
+            products, square = inner.inner(rows, like, after)
+            moved, length = reference.inner_update(rows, like, after, [1.0] * len(like))
+            assert ((products - moved).abs() <= 1e-13 * lengths * length**0.5).all()
+            assert abs(square.item() - length) <= 1e-13 * length
+            if m <= 32:
+                lam, mine = cone.nonnegative(exact, exact.sum(-1)), cone.simplex(exact)
+                wanted_lam = solvers.nonnegative(exact.cpu(), exact.sum(-1).cpu())
+                J = reference.matrix(rows, like)
+                assert ((lam.cpu() - wanted_lam) @ J.cpu()).abs().max() <= 1e-8 * lengths.max()
+                assert ((mine.cpu() - solvers.simplex(exact.cpu())) @ J.cpu()).abs().max() <= 1e-6 * lengths.max()
+            bench.keep("correct", m=m, dtype=str(dtype), gramian_error=error, combine_error=off)
+
+
+def measure_copy(bench: Bench) -> None:
+    n = 1000 if bench.rehearse else 1 << 28
+    source, target = (torch.empty(n, dtype=torch.float32, device=bench.device) for _ in range(2))
+    times = bench.time(lambda: target.copy_(source))
+    bench.copy_bandwidth = 8 * n / times["seconds"]
+    bench.keep("copy", bytes_per_second=bench.copy_bandwidth, **times)
+
+
+def measure_passes(bench: Bench) -> None:
+    from gradsurg.kernels import combine, gramian, inner
+
+    for label, parameters in {"tiny": 300}.items() if bench.rehearse else SIZES.items():
+        for dtype in DTYPES:
+            for m in (2, 9) if bench.rehearse else TASKS:
+                if not bench.fits((m + 2) * parameters * dtype.itemsize):
+                    print(f"{label} x {m} x {dtype}: does not fit")
+                    continue
+                rows = bench.rows(m, parameters, dtype)
+                out = [torch.empty_like(rows[0][0])]
+                before = [torch.zeros_like(rows[0][0])]
+                weights = torch.ones(m, dtype=torch.float64, device=bench.device)
+                passes: list[tuple[str, Callable[[], object], dict[str, float]]] = [
+                    ("gramian", functools.partial(gramian.gramian, rows), gramian_work(m, dtype)),
+                    ("combine", functools.partial(combine.combine, rows, weights, out), combine_work(m, dtype)),
+                    (
+                        "inner",
+                        functools.partial(inner.inner, rows, before, out),
+                        {"bytes": (m + 2) * dtype.itemsize, "fma": m + 1},
+                    ),
+                ]
+                for what, run, work in passes:
+                    times = bench.time(run)
+                    moved = work["bytes"] * parameters / times["seconds"]
+                    bench.keep(
+                        what,
+                        P=label,
+                        m=m,
+                        dtype=str(dtype),
+                        share_of_copy=moved / bench.copy_bandwidth,
+                        model_bytes=work["bytes"] * parameters,
+                        model_fma=work["fma"] * parameters,
+                        **times,
+                    )
+                del rows, out, before, passes
+
+
+def measure_solver(bench: Bench) -> None:
+    from gradsurg.kernels import cone
+
+    for m in (2, 5) if bench.rehearse else TASKS:
+        J = torch.randn(m, 4 * m, dtype=torch.float64, device=bench.device)
+        J = J - J.mean(0)
+        G, ones = J @ J.T, torch.ones(m, dtype=torch.float64, device=bench.device)
+        b = G @ ones - 0.1 * G.diagonal()
+        for what, run in (
+            ("cone", lambda G=G, b=b: cone.nonnegative(G, b)),
+            ("upgrad", lambda G=G, r=ones: cone.upgrad(G, r)),
+            ("mgda", lambda G=G: cone.simplex(G)),
+        ):
+            bench.keep(f"solver {what}", m=m, model_bytes=8 * (m * m + 2 * m), **bench.watch(run))
