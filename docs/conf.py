@@ -21,7 +21,7 @@ release = version = gradsurg.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build", "generated/toctrees.md", "generated/cost-*.md"]
+exclude_patterns = ["_build", "generated/toctrees.md", "generated/cost-*.md", "generated/last-*.md"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 autodoc_member_order = "bysource"

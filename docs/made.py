@@ -43,9 +43,16 @@ def make_pages(docs: Path) -> None:
     _write(folder / "methods.md", _methods(docs / "methods"))
     _write(folder / "benchmarks.md", _benchmarks(docs.parent / "benchmarks" / "results"))
     _write(folder / "toctrees.md", _toctrees(docs))
-    newest = max((docs.parent / "benchmarks" / "results").glob("cpu-*.md")).read_text(encoding="utf-8")
-    _write(folder / "cost-of-steps.md", _cost_of_steps(newest))
-    _write(folder / "cost-in-memory.md", _cost_in_memory(newest))
+    _write(folder / "cost-of-steps.md", _cost_of_steps(_newest(docs, "cpu")))
+    _write(folder / "cost-in-memory.md", _cost_in_memory(_newest(docs, "cpu")))
+    for name in ("parts", "conflicts"):
+        *_, last = re.split(r"^(?=\d{4}-\d\d-\d\d, commit )", _newest(docs, name), flags=re.MULTILINE)
+        _write(folder / f"last-{name}.md", last)
+
+
+def _newest(docs: Path, name: str) -> str:
+    """Return the text of a benchmark's newest result file."""
+    return max((docs.parent / "benchmarks" / "results").glob(f"{name}-*.md")).read_text(encoding="utf-8")
 
 
 def _toctrees(docs: Path) -> str:

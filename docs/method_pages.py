@@ -109,20 +109,19 @@ def _example(text: str) -> Iterator[str]:
 
 def _training(method: Any, cls: Any, argument: str) -> Iterator[str]:
     required = [field for field in dataclasses.fields(cls) if field.default is field.default_factory]
-    if method.name == "prior_loss":
-        value = 'PriorLoss({"left": 2.3, "right": 0.07})'
-    else:
-        assert not required, method.name
-        value = f'"{method.name}"'
-    if "(" in value:
-        yield f"from gradsurg.{argument} import {cls.__name__}"
+    own = method.name == "prior_loss"
+    assert own or not required, method.name
+    value = f"{cls.__name__}(values)" if own else f'"{method.name}"'
     yield from (
         "import torch",
         "import gradsurg",
+        *([f"from gradsurg.{argument} import {cls.__name__}"] if own else []),
         "",
+        *(['values = {"left": 2.3, "right": 0.07}'] if own else []),
         "w = torch.nn.Parameter(torch.tensor([1.0, -1.0]))",
         f"optimizer = gradsurg.wrap(torch.optim.Adam([w], lr=0.01), {argument}={value})",
-        'optimizer.total({"left": (w - 2).square().sum(), "right": (3 * w[0] - w[1]).square()}).backward()',
+        'losses = {"left": (w - 2).square().sum(), "right": (3 * w[0] - w[1]).square()}',
+        "optimizer.total(losses).backward()",
         "optimizer.step()",
     )
 

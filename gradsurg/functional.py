@@ -67,7 +67,7 @@ def weights(
     Example:
         >>> import torch, gradsurg
         >>> G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
-        >>> gradsurg.weights(G, surgery="cone").tolist()         # row 0 is protected from the louder row 1
+        >>> gradsurg.weights(G, surgery="cone").tolist()  # row 0 is protected from the louder row 1
         [2.0, 1.0]
         >>> gradsurg.weights(G, surgery="sum").tolist()
         [1.0, 1.0]
@@ -125,7 +125,7 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
     Example:
         >>> import torch, gradsurg
         >>> J = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
-        >>> gradsurg.combine(J, surgery="cone").tolist()         # the plain sum is (-1, 1) and hurts row 0
+        >>> gradsurg.combine(J, surgery="cone").tolist()  # the plain sum is (-1, 1) and hurts row 0
         [0.0, 1.0]
         >>> gradsurg.combine(J, surgery="sum", guarantee="gradient").tolist()
         [0.0, 1.0]

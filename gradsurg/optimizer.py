@@ -104,11 +104,12 @@ class MultiTaskOptimizer(Optimizer):
 
         Example:
             >>> import torch, gradsurg
-            >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(2))
-            >>> optimizer = gradsurg.wrap(torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1))
+            >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+            >>> parameters = [*trunk.parameters(), *heads.parameters()]
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD(parameters, lr=0.1))
             >>> x = torch.ones(5, 3)
             >>> def loss(task):
-            ...     return (heads[task](torch.tanh(trunk(x))) - task).square().mean()
+            ...     return (heads(torch.tanh(trunk(x)))[:, task] - task).square().mean()
             >>> optimizer.backward({"zero": lambda: loss(0), "one": lambda: loss(1)})
             >>> optimizer.step()
         """
@@ -165,7 +166,8 @@ class MultiTaskOptimizer(Optimizer):
             >>> import torch, gradsurg
             >>> w = torch.nn.Parameter(torch.zeros(2))
             >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=1.0), normalize="none")
-            >>> optimizer.set_gradients({"a": [torch.tensor([1.0, 0.0])], "b": [torch.tensor([-2.0, 1.0])]})
+            >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 1.0])
+            >>> optimizer.set_gradients({"a": [a], "b": [b]})
             >>> w.grad.tolist()
             [0.0, 1.0]
         """

@@ -100,7 +100,8 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 
     Example:
         >>> import torch, gradsurg
-        >>> optimizer = gradsurg.wrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
         >>> type(gradsurg.unwrap(optimizer)) is torch.optim.SGD
         True
     """

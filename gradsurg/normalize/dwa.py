@@ -34,7 +34,8 @@ class DWA(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="dwa", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="dwa", losses=losses).tolist()
         [1.0, 1.0]
     """
 

@@ -38,7 +38,8 @@ class FAMO(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="famo", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="famo", losses=losses).tolist()
         [1.5, 0.5]
     """
 

@@ -32,9 +32,9 @@ class GeneralizedMean(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> losses = torch.tensor([1.0, 3.0])
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
         >>> harmonic = gradsurg.normalize.GeneralizedMean(gamma=-1)
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize=harmonic, losses=losses).tolist()      # 9 : 1
+        >>> gradsurg.weights(G, "sum", normalize=harmonic, losses=losses).tolist()      # 9 : 1
         [1.7999999523162842, 0.20000000298023224]
     """
 

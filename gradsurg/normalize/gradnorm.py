@@ -42,7 +42,8 @@ class GradNorm(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="gradnorm", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="gradnorm", losses=losses).tolist()
         [1.0, 1.0]
     """
 

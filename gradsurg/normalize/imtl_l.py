@@ -36,7 +36,8 @@ class IMTLL(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="imtl_l", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="imtl_l", losses=losses).tolist()
         [1.0, 1.0]
     """
 

@@ -30,7 +30,8 @@ class CurrentLoss(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="loss", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="loss", losses=losses).tolist()
         [1.5, 0.5]
     """
 
@@ -58,7 +59,8 @@ class InitialLoss(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="initial_loss", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="initial_loss", losses=losses).tolist()
         [1.5, 0.5]
     """
 
@@ -102,7 +104,8 @@ class PriorLoss(Normalizer):
     Example:
         >>> import torch, gradsurg
         >>> from gradsurg.normalize import PriorLoss, class_entropy, target_variance
-        >>> values = {"0": class_entropy([0.5, 0.5]), "1": target_variance(torch.tensor([-2.0, 2.0]))}
+        >>> targets = torch.tensor([-2.0, 2.0])
+        >>> values = {"0": class_entropy([0.5, 0.5]), "1": target_variance(targets)}
         >>> scales = gradsurg.weights(torch.eye(2), "sum", normalize=PriorLoss(values))
         >>> round(float(scales[0] / scales[1]), 3)      # 4 / log 2
         5.771

@@ -22,7 +22,8 @@ class Unscaled(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 100.0]]), normalize="none").tolist()
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 100.0]])
+        >>> gradsurg.weights(G, normalize="none").tolist()
         [1.0, 1.0]
     """
 

@@ -38,7 +38,8 @@ class Norm(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]).double(), normalize="norm").tolist()
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 9.0]]).double()
+        >>> gradsurg.weights(G, normalize="norm").tolist()
         [2.0, 0.6666666666666666]
     """
 

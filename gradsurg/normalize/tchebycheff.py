@@ -34,8 +34,9 @@ class Tchebycheff(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> losses = torch.tensor([1.0, 3.0])
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="tchebycheff", losses=losses).round().tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> weights = gradsurg.weights(G, "sum", normalize="tchebycheff", losses=losses)
+        >>> weights.round().tolist()
         [0.0, 2.0]
     """
 
@@ -70,7 +71,8 @@ class STCH(Normalizer):
     Example:
         >>> import torch, gradsurg
         >>> losses = torch.tensor([1.0, 1.0 + 0.1 * torch.log(torch.tensor(3.0))])
-        >>> [round(w, 3) for w in gradsurg.weights(torch.eye(2), "sum", normalize="stch", losses=losses).tolist()]
+        >>> weights = gradsurg.weights(torch.eye(2), "sum", normalize="stch", losses=losses)
+        >>> [round(w, 3) for w in weights.tolist()]
         [0.5, 1.5]
     """
 

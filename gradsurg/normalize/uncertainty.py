@@ -38,7 +38,8 @@ class Uncertainty(Normalizer):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.eye(2), "sum", normalize="uncertainty", losses=torch.tensor([1.0, 3.0])).tolist()
+        >>> G, losses = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> gradsurg.weights(G, "sum", normalize="uncertainty", losses=losses).tolist()
         [1.0, 1.0]
     """
 
@@ -78,11 +79,14 @@ class LogVariances(nn.Module):
     Example:
         >>> import torch, gradsurg
         >>> model = torch.nn.Linear(3, 2)
-        >>> variances = gradsurg.normalize.LogVariances(["size", "kind"], classification=["kind"])
+        >>> variances = gradsurg.normalize.LogVariances(
+        ...     ["size", "kind"], classification=["kind"]
+        ... )
         >>> parameters = [*model.parameters(), *variances.parameters()]
         >>> optimizer = gradsurg.wrap(torch.optim.Adam(parameters), normalize="none")
         >>> y = model(torch.ones(4, 3))
-        >>> optimizer.total(variances({"size": y[:, 0].square().mean(), "kind": y[:, 1].exp().mean()})).backward()
+        >>> losses = {"size": y[:, 0].square().mean(), "kind": y[:, 1].exp().mean()}
+        >>> optimizer.total(variances(losses)).backward()
         >>> optimizer.step()
     """
 

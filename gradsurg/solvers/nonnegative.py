@@ -62,7 +62,7 @@ def nonnegative(
     Example:
         >>> import torch
         >>> G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
-        >>> nonnegative(G, G @ torch.ones(2)).tolist()      # the sum hurts row 0: one unit of it is added
+        >>> nonnegative(G, G @ torch.ones(2)).tolist()  # the sum hurts row 0: one unit of it is added
         [1.0, 0.0]
     """
     device, m = gramian.device, gramian.shape[-1]

@@ -41,7 +41,7 @@ def least_squares(gramian: Tensor, right: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> A = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)     # opposite rows
+        >>> A = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)  # opposite rows
         >>> least_squares(A, torch.tensor([1.0, 1.0], dtype=torch.float64)).tolist()
         [0.0, 0.0]
     """

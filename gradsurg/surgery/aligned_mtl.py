@@ -38,7 +38,8 @@ class AlignedMTL(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), surgery="aligned_mtl").tolist()
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+        >>> gradsurg.weights(G, surgery="aligned_mtl").tolist()
         [1.0, 0.5]
     """
 

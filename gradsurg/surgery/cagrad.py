@@ -39,7 +39,8 @@ class CAGrad(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.combine(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), surgery="cagrad").tolist()
+        >>> J = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="cagrad").tolist()
         [0.75, 0.75]
     """
 

@@ -32,7 +32,8 @@ class ConFIG(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.combine(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), surgery="config").tolist()
+        >>> J = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="config").tolist()
         [2.0, 2.0]
     """
 

@@ -31,7 +31,8 @@ class GradDrop(ElementwiseSurgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.combine(torch.tensor([[1.0, -2.0], [3.0, -1.0]]), surgery="graddrop").tolist()
+        >>> J = torch.tensor([[1.0, -2.0], [3.0, -1.0]])
+        >>> gradsurg.combine(J, surgery="graddrop").tolist()
         [4.0, -3.0]
     """
 

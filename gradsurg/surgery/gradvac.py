@@ -40,7 +40,8 @@ class GradVac(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), surgery="gradvac").tolist()
+        >>> G = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> gradsurg.weights(G, surgery="gradvac").tolist()
         [1.5, 1.5]
     """
 

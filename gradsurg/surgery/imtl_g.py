@@ -31,7 +31,8 @@ class IMTLG(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), surgery="imtl_g").tolist()
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 9.0]])
+        >>> gradsurg.weights(G, surgery="imtl_g").tolist()
         [0.75, 0.25]
     """
 

@@ -40,7 +40,8 @@ class MGDA(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), surgery="mgda").tolist()
+        >>> G = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> gradsurg.weights(G, surgery="mgda").tolist()
         [0.75, 0.25]
     """
 

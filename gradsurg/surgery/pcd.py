@@ -42,7 +42,8 @@ class PCD(Surgery):
     Example:
         >>> import torch, gradsurg
         >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
-        >>> gradsurg.combine(J, surgery=gradsurg.surgery.PCD(tau=0.0)).tolist()      # ‖u‖ = ‖g_p‖, u ⊥ g_1
+        >>> pcd = gradsurg.surgery.PCD(tau=0.0)
+        >>> gradsurg.combine(J, surgery=pcd).tolist()      # ‖u‖ = ‖g_p‖, u ⊥ g_1
         [0.7071067690849304, 0.7071067690849304]
     """
 

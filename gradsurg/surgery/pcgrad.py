@@ -29,7 +29,8 @@ class PCGrad(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), surgery="pcgrad").tolist()
+        >>> G = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> gradsurg.weights(G, surgery="pcgrad").tolist()
         [1.5, 1.5]
     """
 

@@ -33,7 +33,8 @@ class TrimmedMean(ElementwiseSurgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.combine(torch.tensor([[1.0, 5.0], [2.0, 4.0], [900.0, -900.0]]), surgery="trimmed_mean").tolist()
+        >>> J = torch.tensor([[1.0, 5.0], [2.0, 4.0], [900.0, -900.0]])
+        >>> gradsurg.combine(J, surgery="trimmed_mean").tolist()
         [2.0, 4.0]
     """
 

@@ -30,7 +30,8 @@ class UPGrad(Surgery):
 
     Example:
         >>> import torch, gradsurg
-        >>> gradsurg.weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), surgery="upgrad").tolist()
+        >>> G = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> gradsurg.weights(G, surgery="upgrad").tolist()
         [1.5, 1.5]
     """
 

@@ -100,7 +100,7 @@ def test_gradients_of_16_bits_are_measured_in_more(dtype):
     torch.testing.assert_close(optimizer.report.gramian, exact @ exact.T, rtol=1e-6, atol=0)  # of numbers up to 1e7
     optimizer.step()
     assert model.w.isfinite().all()
-    assert (optimizer.report.update_cosines >= -1e-2).all()  # what README promises of parameters of 16 bits
+    assert (optimizer.report.update_cosines >= -1e-2).all()
 
 
 def test_a_scaler_says_of_float16_gradients_what_it_always_says():
