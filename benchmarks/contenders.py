@@ -23,6 +23,8 @@ PLAIN, SUMMED = "m plain backward passes", "one backward pass of the sum"
 OURS: dict[str, dict[str, Any]] = {
     "gradsurg, guarantee gradient": {"guarantee": "gradient"},
     "gradsurg, guarantee update": {},
+    "gradsurg, guarantee gradient, batched": {"guarantee": "gradient", "batched": True},
+    "gradsurg, guarantee update, batched": {"batched": True},
 }
 NARROW: dict[str, dict[str, Any]] = {  # of interest for their memory alone
     "gradsurg, guarantee gradient, rows in bfloat16": {"guarantee": "gradient", "row_dtype": torch.bfloat16},

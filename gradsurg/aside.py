@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.rows import Row, added
 
-__all__ = ["Aside"]
+__all__ = ["Aside", "deposit"]
 
 
 class Aside:
@@ -48,7 +48,7 @@ class Aside:
             if id(leaf) in mine:
                 row[leaf] = gradient.clone()
             else:
-                leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
+                deposit(leaf, gradient)
         return row
 
     def restore(self) -> None:
@@ -67,3 +67,9 @@ class Aside:
                 p.grad = added(p.grad, gradient)
             else:
                 p.grad.add_(gradient)
+
+
+@torch.no_grad()
+def deposit(leaf: Tensor, gradient: Tensor) -> None:
+    """Add a gradient to what stands in a leaf's own .grad; the gradient itself is left alone."""
+    leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient

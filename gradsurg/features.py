@@ -22,7 +22,7 @@ from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise, anything_compiled
 from gradsurg.distributed import Layout, RanksError, fingerprint
 from gradsurg.errors import MultiTaskError, warn
-from gradsurg.graph import Edge, edge_of, leaves_past
+from gradsurg.graph import blocking, edge_of, leaves_past
 from gradsurg.losses import seed_of
 from gradsurg.onboard.report import settled
 from gradsurg.operation import Patient, operate
@@ -168,7 +168,7 @@ def _heads(
     edges = [edge_of(h) for h in features]
     # Leaves before the features may also be reached past them, and one feature may be made from another: what a task
     # wants of these is then only what does not pass a feature on the way.
-    blocks = [_block(edge) for edge in edges]
+    blocks = [blocking(edge) for edge in edges]
     try:
         for name, loss in losses.items():
             leaves = leaves_past(loss, edges)
@@ -204,16 +204,6 @@ def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> S
             f"the head of {name!r} uses torch.utils.checkpoint with use_reentrant=True, which cannot be run up to the "
             "features alone: checkpoint it with use_reentrant=False"
         ) from error
-
-
-def _block(edge: Edge) -> torch.utils.hooks.RemovableHandle:
-    """Let no gradient pass one output of a node; torch captures it before this hook."""
-    node, output = edge
-
-    def blocked(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(None if k == output else g for k, g in enumerate(gradients))
-
-    return node.register_prehook(blocked)
 
 
 def _weights(report: Report, settings: Settings) -> dict[str, float]:

@@ -1,17 +1,32 @@
 """Reading the graph that a forward pass left: which leaves a loss reaches by which way, and where tasks meet.
 
-Nothing here changes the graph. A node is visited once or twice per step, about a microsecond each.
+A node is visited once or twice per step, about a microsecond each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Border", "Edge", "Map", "edge_of", "leaf_of", "leaves_past", "map_of", "past_sink", "root_of"]
+__all__ = [
+    "REENTRANT",
+    "SINK",
+    "Border",
+    "Edge",
+    "Map",
+    "blocking",
+    "edge_of",
+    "leaf_of",
+    "leaves_after",
+    "leaves_past",
+    "map_of",
+    "past_sink",
+    "root_of",
+]
 
 Edge = tuple[Node, int]  # a node, and which of its outputs
 
@@ -82,6 +97,22 @@ def leaves_past(loss: Tensor, stops: Iterable[Edge]) -> list[Tensor]:
     return leaves
 
 
+def leaves_after(nodes: Iterable[Node]) -> list[Tensor]:
+    """Return the leaves that gradients at these nodes reach."""
+    seen = set(nodes)
+    waiting, leaves = list(seen), []
+    while waiting:
+        node = waiting.pop()
+        leaf = leaf_of(node)
+        if leaf is not None:
+            leaves.append(leaf)
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return leaves
+
+
 @dataclass(frozen=True)
 class Map:
     """Who reaches what.
@@ -89,41 +120,82 @@ class Map:
     Attributes:
         borders: Where each loss's own nodes lead into those that several losses reach.
         common: The nodes that several losses reach.
+        own: The leaves that each loss reaches alone.
+        kinds: The names of all kinds of nodes.
+        nested: Whether a border leads to a node that is also reached past another border.
         hidden: Whether a loss's own nodes include one that hides what it reaches.
     """
 
     borders: list[Border]
     common: set[Node]
+    own: list[list[Tensor]]
+    kinds: set[str]
+    nested: bool
     hidden: bool
 
 
 def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     """Return what one loss reaches alone and what several reach; `declared` are leaves that count as the latter."""
-    owner: dict[Node, int] = {}
+    roots = [root_of(loss) for loss in losses]
     common = {edge_of(leaf)[0] for leaf in declared}
-    for task, loss in enumerate(losses):
-        waiting = [root_of(loss)]
-        while waiting:
-            node = waiting.pop()
-            if node not in owner:
-                owner[node] = task
-                waiting += [after for after, _ in _after(node) if after is not None]
-            elif owner[node] != task:
-                common.add(node)
+    owner, after, met = _owners(roots, _following)
+    kinds = {type(node).__name__ for node in owner}
+    if SINK in kinds:  # looked for once, and not at every edge
+        owner, after, met = _owners(roots, lambda node: [other for other, _ in _after(node)])
+    common |= met
     waiting = list(common)
     while waiting:  # whatever comes after a node that several losses reach is reached by several too
-        new = {after for after, _ in _after(waiting.pop()) if after is not None and after not in common}
+        new = {other for other in after.get(waiting.pop(), ()) if other is not None and other not in common}
         common |= new
         waiting += new
     borders, hidden = [], False
+    own: list[list[Tensor]] = [[] for _ in losses]
     for node, task in owner.items():
         if node not in common:
-            across = tuple(k for k, (after, _) in enumerate(_after(node)) if after in common)
+            across = tuple(k for k, other in enumerate(after[node]) if other in common)
             borders += [Border(node, task, across)] if across else []
             hidden = hidden or type(node).__name__ == REENTRANT
-    return Map(borders, common, hidden)
+            leaf = leaf_of(node)
+            own[task] += [] if leaf is None else [leaf]
+    entered = {after[border.node][k] for border in borders for k in border.edges}
+    nested = any(not entered.isdisjoint(after.get(node, ())) for node in common)
+    return Map(borders, common, own, kinds, nested, hidden)
+
+
+def _owners(
+    roots: Sequence[Node], following: Callable[[Node], list[Node | None]]
+) -> tuple[dict[Node, int], dict[Node, list[Node | None]], set[Node]]:
+    """Return the first task to reach each node, what follows each, and the nodes where another task came upon one."""
+    owner: dict[Node, int] = {}
+    after: dict[Node, list[Node | None]] = {}
+    met = set()
+    for task, root in enumerate(roots):
+        waiting = [root]
+        while waiting:
+            node = waiting.pop()
+            have = owner.setdefault(node, task)
+            if have != task:
+                met.add(node)
+            elif node not in after:
+                after[node] = following(node)
+                waiting += [other for other in after[node] if other is not None]
+    return owner, after, met
+
+
+def _following(node: Node) -> list[Node | None]:
+    return [other for other, _ in node.next_functions]
 
 
 def leaf_of(node: Node) -> Tensor | None:
     """Return the leaf whose gradient a node accumulates; None for every other node."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None  # type: ignore[attr-defined]
+
+
+def blocking(edge: Edge) -> RemovableHandle:
+    """Let no gradient pass one output of a node; torch captures it before this hook."""
+    node, output = edge
+
+    def blocked(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if k == output else g for k, g in enumerate(gradients))
+
+    return node.register_prehook(blocked)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradsurg.batched import run_batched
 from gradsurg.capture import Finish, at_once, pass_in_progress
 from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.errors import MultiTaskError, unknown_name
@@ -93,6 +94,8 @@ def _run(
     try:
         if not joining:
             surgeon.traffic.start([which for which, _ in passes if which is not None], surgeon.deferring > 0)
+            if surgeon.settings.batched and _run_batched(surgeon, passes, gradient, retain_graph):
+                passes = [(which, task) for which, task in passes if which is None]
         retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
         watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
         hooked = hooked_among(surgeon.parameters())
@@ -119,6 +122,18 @@ def _run(
     surgeon.losses = known
     if not joining:
         (finish or at_once)(surgeon.finish, functools.partial(surgeon.abort, None, surgeon.capture.opened))
+
+
+def _run_batched(
+    surgeon: Surgeon, passes: Sequence[tuple[str | None, Tensor | Compute]], gradient: Tensor | None, retain_graph: bool
+) -> bool:
+    """Run the passes of all tasks as one where that can be done, and say whether it was."""
+    losses = {which: task for which, task in passes if which is not None and isinstance(task, Tensor)}
+    tasks = sum(which is not None for which, _ in passes)
+    if len(losses) < tasks:
+        surgeon.batched.give_up("functions are computed and run one by one")
+        return False
+    return run_batched(surgeon, losses, gradient, retain_graph or len(passes) > tasks)
 
 
 def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class Settings:
     seed: int = 0
     refresh_every: int = 1
     rotate: int | None = None
+    batched: bool = False
     asked: frozenset[str] = frozenset()  # the options that were given, as against left at their defaults
 
 
@@ -80,6 +81,7 @@ def _settings(
     seed: int = 0,
     refresh_every: int = 1,
     rotate: int | None = None,
+    batched: bool = False,
 ) -> Settings:
     guarantee = choose("guarantee", guarantee, GUARANTEES)
     names = _names(tasks)
@@ -94,8 +96,9 @@ def _settings(
         check_names((tuple(named(margins)),), names, "margin")
     if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
         raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
-    if not isinstance(atomic, bool):
-        raise ValueError(f"atomic={atomic!r}: pass True or False")
+    for option, flag in (("atomic", atomic), ("batched", batched)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{option}={flag!r}: pass True or False")
     settings = Settings(
         pipeline=Pipeline(
             normalizer=resolve_normalizer(normalize),
@@ -117,6 +120,7 @@ def _settings(
         seed=_seed(seed),
         refresh_every=_count("refresh_every", refresh_every),
         rotate=None if rotate is None else _count("rotate", rotate),
+        batched=batched,
     )
     _check_cheap(settings)
     return settings

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradsurg.batched import Batched
 from gradsurg.capture import Capture, pass_in_progress
 from gradsurg.distributed import Ranks, Traffic
 from gradsurg.distributed.layout import ALONE
@@ -46,6 +47,7 @@ class Surgeon:
         self.memory = Memory(self.optimizers)
         self.capture = Capture(self.parameters, settings.row_dtype)
         self.refresh = Refresh(settings.refresh_every, self.memory)
+        self.batched = Batched(settings.batched)
         self.rotation = Rotation(settings.rotate, self.memory, settings.row_dtype)
         self.traffic = Traffic(self.capture, Ranks(model, whole_rows=settings.rotate is not None))
         self.latest: Report | LaterReport | None = None  # as the device left it

@@ -65,6 +65,9 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
                 the last ones, without a guarantee. 1 by default.
             rotate: k: run the backward passes of k tasks a step, those that waited longest; the others take part
                 with moving averages of their gradients. Costs m more copies of the shared parameters. None by default.
+            batched: True: run all tasks' backward passes through the shared part as one (torch's vmap). Faster where
+                starting operations is what takes time: small models, small batches. Costs m times the memory of a pass.
+                Where it cannot be done, one warning says why, and the passes run one by one.
 
     Returns:
         The same object (or a list of the same objects), now also a MultiTaskOptimizer.
