@@ -92,6 +92,11 @@ class Capture:
         return list(self.unsent) if self._was_live else []
 
     @property
+    def held(self) -> list[Tensor]:
+        """The parameters whose p.grad is put aside, in the run that is open."""
+        return [p for p, _ in self._held]
+
+    @property
     def foreign(self) -> Row:
         """What others put into p.grad, in the run that is open."""
         return self._next_foreign

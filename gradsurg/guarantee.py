@@ -18,7 +18,7 @@ from gradsurg.pipeline import (
     ROUNDING_EXACT,
     ROUNDING_QUICK,
 )
-from gradsurg.quick import STATIONARY
+from gradsurg.quick import STATIONARY, norms_of
 from gradsurg.solvers import nonnegative
 
 __all__ = ["Movement", "guard"]
@@ -85,7 +85,7 @@ def guard(
     """
     measure = Measure() if measure is None else measure
     if asked is None and measure.alone:
-        seen = glance(rows, G.diagonal().clamp(min=0).sqrt().tolist(), before, after, signs)
+        seen = glance(rows, norms_of(G.tolist()), before, after, signs)
         if seen is not None:
             return Movement(torch.tensor(seen[0], dtype=torch.float64), seen[1])
     inner, square = measure.inner_update(rows, before, after, signs)

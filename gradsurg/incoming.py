@@ -98,7 +98,7 @@ def _run(
                 passes = [(which, task) for which, task in passes if which is None]
         retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
         watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
-        hooked = hooked_among(surgeon.parameters())
+        hooked = hooked_among(surgeon.capture.held)
         for i, (which, task) in enumerate(passes):
             if not isinstance(task, Tensor):
                 known.update(_run_function(surgeon, str(which), task, retain_graph))

@@ -78,8 +78,8 @@ class Judgement:
 
 def joined(movements: Sequence[Movement]) -> Movement | None:
     """Return the movement of several sets of parameters taken together, or None where there is none."""
-    if not movements:
-        return None
+    if len(movements) <= 1:
+        return movements[0] if movements else None
     return Movement(
         inner=torch.stack([movement.inner for movement in movements]).sum(0),
         square=sum(movement.square for movement in movements),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from gradsurg.elementwise import blend, scales_of
 from gradsurg.gramian import Rows, combine, gramian
 from gradsurg.judgement import Judgement
 from gradsurg.kernels.dispatch import is_interpreted, path_of
+from gradsurg.onboard.report import LaterReport
 from gradsurg.pipeline import (
     CANCELLATION_GRAMIAN,
     CANCELLATION_SUM,
@@ -24,14 +24,12 @@ from gradsurg.pipeline import (
     Direction,
 )
 from gradsurg.problem import Problem, State
+from gradsurg.quick import all_finite
 from gradsurg.report import Report
 from gradsurg.rows import Row, TaskRows, added
 from gradsurg.settings import Settings
 from gradsurg.spare import Spare
 from gradsurg.surgery.elementwise import ElementwiseSurgery
-
-if TYPE_CHECKING:
-    from gradsurg.onboard.report import LaterReport
 
 __all__ = ["Outcome", "Patient", "block_names", "operate", "plain_sum", "problem_of", "report_of"]
 
@@ -134,7 +132,7 @@ def _path(patient: Patient, shared: list[Tensor]) -> str:
 def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     tables = [patient.rows.table(block) for block in blocks]
     problem = problem_of(patient, _gramians(patient, blocks, tables))
-    finite = bool(torch.isfinite(problem.gramian).all())
+    finite = all_finite(problem.gramian)
     if finite and isinstance(patient.settings.pipeline.surgery, ElementwiseSurgery):
         return _blend(patient, blocks, tables, problem)
     if finite:
@@ -143,14 +141,15 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
         direction = replace(direction, state={**direction.state, **curvature}) if curvature else direction
     else:
         direction = plain_sum(problem)
-    exact = (direction.cancellation > CANCELLATION_SUM).tolist()
     gradients = Row()
-    for block, table, weights, precise in zip(blocks, tables, direction.weights.tolist(), exact, strict=True):
-        u = combine(table, weights, block, exact=precise, into=patient.spare.take(block))
+    for block, table, weights, cancelled in zip(
+        blocks, tables, direction.weights.tolist(), direction.cancellation.tolist(), strict=True
+    ):
+        u = combine(table, weights, block, exact=cancelled > CANCELLATION_SUM, into=patient.spare.take(block))
         gradients.update(Row(zip(block, u, strict=True)))
     if not patient.layout.several:  # else these are slices, of which nobody has a use
         patient.spare.keep(gradients.items())
-    report = report_of(patient, block_names(patient, blocks), problem, direction)
+    report = _later(patient, blocks, problem, direction)
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
@@ -163,7 +162,7 @@ def _gramians(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Row
     """Return one Gramian a block, over all ranks, in one message."""
     measures = map(patient.layout.measure, blocks)
     here = [gramian(measure.counted(rows), exact=exact) for measure, rows in zip(measures, tables, strict=True)]
-    return patient.layout.total(torch.stack(here))
+    return patient.layout.total(torch.stack(here) if len(here) > 1 else here[0].unsqueeze(0))
 
 
 def _direction(
@@ -172,8 +171,11 @@ def _direction(
     """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
     pipeline = patient.settings.pipeline
     direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_QUICK)
-    delicate = direction.stationary | ~(direction.cancellation <= CANCELLATION_GRAMIAN)
-    if pipeline.conflict_free and bool(delicate.any()):
+    delicate = pipeline.conflict_free and any(
+        stationary or not cancelled <= CANCELLATION_GRAMIAN
+        for stationary, cancelled in zip(direction.stationary.tolist(), direction.cancellation.tolist(), strict=True)
+    )
+    if delicate:
         exact = problem_of(patient, _gramians(patient, blocks, tables, exact=True))
         problem = replace(exact, excess=problem.excess)
         direction = pipeline.direction(problem, patient.state, rounding=ROUNDING_EXACT)
@@ -205,7 +207,7 @@ def _blend(patient: Patient, blocks: list[list[Tensor]], tables: Sequence[Rows],
     stationary = torch.tensor([each.stationary for each in blends])
     direction = Direction(unknown, scales, stationary, unknown[..., 0], state, kept)
     report = replace(
-        report_of(patient, block_names(patient, blocks), problem, direction),
+        report_of(patient.step, patient.losses, patient.skipped, block_names(patient, blocks), problem, direction),
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
@@ -270,15 +272,32 @@ def block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]
     return tuple(group[id(block[0])] for block in blocks)
 
 
-def report_of(patient: Patient, blocks: tuple[str, ...], problem: Problem, direction: Direction) -> Report:
-    """Return what was found and done."""
+def _later(patient: Patient, blocks: list[list[Tensor]], problem: Problem, direction: Direction) -> LaterReport:
+    """Return a report that is made when it is read: few are, and ten operations on m x m numbers take 0.1 ms.
+
+    What it remembers has neither rows nor parameters in it, nor a state, which may be as large.
+    """
+    names, losses, direction = block_names(patient, blocks), dict(patient.losses), replace(direction, state={})
+    make = functools.partial(report_of, patient.step, losses, patient.skipped, names, problem, direction)
+    return LaterReport(patient.step, make)
+
+
+def report_of(
+    step: int,
+    losses: Mapping[str, Tensor],
+    skipped: tuple[str, ...],
+    blocks: tuple[str, ...],
+    problem: Problem,
+    direction: Direction,
+) -> Report:
+    """Return what was found and done; the arguments are a Patient's, but for the names of the blocks."""
     G, w = problem.gramian, direction.weights
     products = (G @ w.unsqueeze(-1)).squeeze(-1)
     finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
     return Report(
-        step=patient.step,
+        step=step,
         tasks=problem.tasks,
-        losses=dict(patient.losses),
+        losses=dict(losses),
         gramian=G.sum(0),
         scales=direction.scales,
         weights=w,
@@ -286,7 +305,7 @@ def report_of(patient: Patient, blocks: tuple[str, ...], problem: Problem, direc
         square=(products * w).sum(),
         stationary=bool(direction.stationary.all()),
         margin_kept=direction.margin_kept,
-        nonfinite=patient.skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
+        nonfinite=skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
         preferences=problem.preferences,
         gramians=G,
         blocks=blocks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from gradsurg.operation import Outcome, Patient, block_names, plain_sum, problem
 from gradsurg.pipeline import Direction
 from gradsurg.problem import Problem, State
 from gradsurg.report import Report
-from gradsurg.rows import Row, TaskRows
+from gradsurg.rows import Row
 from gradsurg.solvers import Solvers
 
 __all__ = ["operate_onboard"]
@@ -50,10 +50,10 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     protected = pipeline.protected(replace(problem, gramian=G))
     # Neither rows nor parameters: a report that nobody reads must not keep them.
     names = block_names(patient, blocks)
-    told = replace(patient, rows=TaskRows(), parameters=[], groups=[])
+    told = patient.step, dict(patient.losses), patient.skipped
     return Outcome(
         gradients=Row(zip(parameters, gradients, strict=True)),
-        report=LaterReport(patient.step, lambda: _report(told, names, problem, direction)),
+        report=LaterReport(patient.step, lambda: _report(*told, names, problem, direction)),
         judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
         state=state,
     )
@@ -83,7 +83,14 @@ def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
     return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
 
 
-def _report(patient: Patient, blocks: tuple[str, ...], problem: Problem, direction: Direction) -> Report:
+def _report(
+    step: int,
+    losses: Mapping[str, Tensor],
+    skipped: tuple[str, ...],
+    blocks: tuple[str, ...],
+    problem: Problem,
+    direction: Direction,
+) -> Report:
     """Return the report, for which this waits."""
     problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
     if bool(torch.isfinite(problem.gramian).all()):
@@ -96,4 +103,4 @@ def _report(patient: Patient, blocks: tuple[str, ...], problem: Problem, directi
         )
     else:
         direction = plain_sum(problem)
-    return replace(report_of(patient, blocks, problem, direction), path="triton")
+    return replace(report_of(step, losses, skipped, blocks, problem, direction), path="triton")

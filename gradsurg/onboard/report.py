@@ -1,4 +1,4 @@
-"""What a step on a device did: tensors that stay there until somebody reads them."""
+"""What a step did, left as it is until somebody reads it: on a device, its tensors stay there till then."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.guarantee import Movement
+from gradsurg.judgement import joined
 from gradsurg.report import Report
 
 __all__ = ["LaterMovement", "LaterReport", "settled"]
@@ -33,7 +34,7 @@ class LaterMovement:
 
 @dataclass(frozen=True)
 class LaterReport:
-    """A report that is made when it is read, which then waits for the device.
+    """A report that is made when it is read, which then waits for the device, if there is one.
 
     Attributes:
         step: As in the report.
@@ -43,11 +44,11 @@ class LaterReport:
 
     step: int
     make: Callable[[], Report]
-    movements: tuple[LaterMovement, ...] = ()
+    movements: tuple[LaterMovement | Movement, ...] = ()
 
     def with_movement(self, movement: object) -> LaterReport:
         """Return the report of a step that has also done this."""
-        assert isinstance(movement, LaterMovement)
+        assert isinstance(movement, (LaterMovement, Movement))
         return replace(self, movements=(*self.movements, movement))
 
     def read(self) -> Report:
@@ -61,10 +62,13 @@ def settled(report: Report | LaterReport) -> Report:
     return report.read() if isinstance(report, LaterReport) else report
 
 
-def _joined(movements: Sequence[LaterMovement]) -> Movement:
+def _joined(movements: Sequence[LaterMovement | Movement]) -> Movement | None:
+    there = [movement for movement in movements if isinstance(movement, LaterMovement)]
+    if not there:  # one judgement makes all of them, on a device or not
+        return joined([movement for movement in movements if isinstance(movement, Movement)])
     return Movement(
-        inner=torch.cat([movement.inner for movement in movements]).sum(0).cpu(),
-        square=float(torch.cat([movement.square for movement in movements]).sum()),
-        corrected=bool(torch.cat([movement.corrected for movement in movements]).any()),
-        held=bool(torch.cat([movement.held for movement in movements]).any()),
+        inner=torch.cat([movement.inner for movement in there]).sum(0).cpu(),
+        square=float(torch.cat([movement.square for movement in there]).sum()),
+        corrected=bool(torch.cat([movement.corrected for movement in there]).any()),
+        held=bool(torch.cat([movement.held for movement in there]).any()),
     )
