@@ -8,6 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from gradsurg.before import Part
 from gradsurg.blocks import BLOCK, Workspace, flat
 from gradsurg.packed import DTYPE, Table
 
@@ -44,21 +45,26 @@ def glance(
     Returns:
         m numbers and a number; None where some cosine is lower, or nothing can be said.
     """
-    if not isinstance(rows, Table) or not rows.plain or set(map(DTYPE, (*rows[0], *before, *after))) != {torch.float32}:
+    if not isinstance(rows, Table) or not rows.plain:
         return None
-    if not all(t.is_contiguous() for t in (*before, *after)):
+    small = rows.packed()
+    others = range(len(signs)) if small is None else small.others
+    vector = before.before.vector_of(small) if isinstance(before, Part) else None
+    old = before if vector is None else [vector, *(before[k] for k in others)]
+    if set(map(DTYPE, (*rows[0], *old, *after))) != {torch.float32}:
+        return None
+    if not all(t.is_contiguous() for t in (*old, *after)):
         return None
     inner, square = [0.0] * len(rows), 0.0
-    small = rows.packed()
     if small is not None:
         sign = small.per_number(signs)
         if isinstance(sign, Tensor):
             return None
-        d = flat(small.at(before)).sub_(flat(small.at(after)))
+        d = torch.sub(flat(small.at(before)) if vector is None else vector, flat(small.at(after)))
         for part, block in zip(d.split(BLOCK), small.matrix.split(BLOCK, dim=1), strict=True):
             square += torch.dot(part, part).item()
             inner = [x + sign * y for x, y in zip(inner, torch.mv(block, part).tolist(), strict=True)]
-    for k in range(len(signs)) if small is None else small.others:
+    for k in others:
         columns = [row[k] for row in rows]
         if not all(g is not None and g.is_contiguous() for g in columns):
             return None

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradsurg.before import Before, Part
 from gradsurg.byparameter import ByParameter
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.guarantee import Movement, guard
 from gradsurg.margin import Margin, attainable
-from gradsurg.packed import Table
+from gradsurg.packed import Packed, Table
 from gradsurg.pipeline import ROUNDING_QUICK
-from gradsurg.rows import Row, TaskRows
+from gradsurg.rows import TaskRows
 
 if TYPE_CHECKING:
     from gradsurg.onboard.report import LaterMovement
@@ -51,12 +52,20 @@ class Judgement:
         mine = set(map(id, trained(optimizer)))
         return [p for block in self.blocks for p in block if id(p) in mine]
 
-    def hold(self, optimizer: Optimizer, before: Row) -> Movement | LaterMovement | None:
+    def packs(self) -> list[tuple[Packed, list[Tensor]]]:
+        """Return what is packed of the rows of each block, with the block; nothing where ranks hold parts of them."""
+        if self.tables is None or self.layout is not ALONE:
+            return []
+        pairs = ((table.packed(), block) for table, block in zip(self.tables, self.blocks, strict=True))
+        return [(small, block) for small, block in pairs if small is not None]
+
+    def hold(self, optimizer: Optimizer, before: Before) -> Movement | LaterMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         sign = signs_of(optimizer)
+        ours = before.ids().intersection(sign.ids())
         movements = []
         for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
-            mine = [p for p in block if p in sign and p in before]
+            mine = [p for p in block if id(p) in ours]
             if not mine:
                 continue
             whole = self.tables is not None and len(mine) == len(block)
@@ -64,7 +73,8 @@ class Judgement:
             measure = self.layout.measure(mine)
             if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
                 G = measure.gramian(table, exact=True)
-            old = self.layout.held(mine, [before[p] for p in mine])
+            alone = self.layout is ALONE
+            old = Part(before, mine) if alone else self.layout.held(mine, [before[p] for p in mine])
             new = self.layout.held(mine, [p.detach() for p in mine])
             asked = None
             if self.margin:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
+from gradsurg.before import Before
 from gradsurg.errors import MultiTaskError
 from gradsurg.judgement import trained
 from gradsurg.refusals import warn_of_unknown_names, warn_of_unrun_totals
-from gradsurg.rows import Row
 from gradsurg.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["after_step", "before_step", "take_back", "watch"]
 
 
-def before_step(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Row:
+def before_step(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Before:
     """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
     if surgeon.in_task:
         raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
@@ -31,18 +31,18 @@ def before_step(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Row:
     warn_of_unknown_names(surgeon)
     surgeon.first = None
     before = _copies(surgeon, optimizer, closure)
-    surgeon.snapshot = Snapshot(optimizer, before) if surgeon.settings.atomic else None
+    surgeon.snapshot = Snapshot(optimizer, before.row) if surgeon.settings.atomic else None
     return before
 
 
-def _copies(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Row:
+def _copies(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Before:
     if surgeon.settings.guarantee != "update":
-        return Row()
+        return Before()
     if closure:  # which parameters are shared is known only once the closure has run
-        return Row((p, p.detach().clone()) for p in trained(optimizer))
+        return Before(trained(optimizer))
     if surgeon.judgement is None or not any(map(surgeon.capture.still_ours, surgeon.judgement.parameters(optimizer))):
-        return Row()
-    return Row((p, p.detach().clone()) for p in trained(optimizer) if p.grad is not None)
+        return Before()
+    return Before([p for p in trained(optimizer) if p.grad is not None], surgeon.judgement.packs())
 
 
 def watch(surgeon: Surgeon, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -60,7 +60,7 @@ def watch(surgeon: Surgeon, closure: Callable[[], Any]) -> Callable[[], Any]:
     return watched
 
 
-def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Row) -> None:
+def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:
     """Project the movement, then let the rows go."""
     surgeon.snapshot = None
     warn_of_unrun_totals(surgeon)
@@ -76,14 +76,14 @@ def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Row) -> None:
         _end_of_step(surgeon)
 
 
-def take_back(surgeon: Surgeon, optimizer: Optimizer, before: Row) -> None:
+def take_back(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:
     """Undo what a failed step did to that of which there is a copy; rows stay for another try."""
     if surgeon.snapshot is not None:
         surgeon.snapshot.restore()
         surgeon.snapshot = surgeon.first = None
         return
     with torch.no_grad():
-        for p, old in before.items():
+        for p, old in before.row.items():
             p.copy_(old)
     if surgeon.first is not None and isinstance(optimizer, LBFGS):
         # It was in the middle of a line search, and its state half way to the next: torch's own cannot go on.

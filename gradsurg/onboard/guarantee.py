@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradsurg.before import Before
 from gradsurg.blocks import real_of
 from gradsurg.constants import constant
 from gradsurg.gramian import Rows
@@ -17,7 +18,6 @@ from gradsurg.guarantee import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.judgement import Judgement, signs_of
 from gradsurg.onboard.report import LaterMovement
 from gradsurg.quick import STATIONARY
-from gradsurg.rows import Row
 
 __all__ = ["ROUNDING", "OnboardJudgement", "guard"]
 
@@ -36,12 +36,13 @@ class OnboardJudgement(Judgement):
     finite: Tensor
 
     @torch.no_grad()
-    def hold(self, optimizer: Optimizer, before: Row) -> LaterMovement | None:
+    def hold(self, optimizer: Optimizer, before: Before) -> LaterMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         from gradsurg.kernels.gramian import gramian
 
         sign = signs_of(optimizer)
-        mine = [[p for p in block if p in sign and p in before] for block in self.blocks]
+        ours = before.ids().intersection(sign.ids())
+        mine = [[p for p in block if id(p) in ours] for block in self.blocks]
         chosen = [p for block in mine for p in block]
         if not chosen:
             return None

@@ -9,6 +9,7 @@ import gradsurg
 from gradsurg.distributed import Layout
 from gradsurg.kernels import dispatch
 from gradsurg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
+from gradsurg.onboard.report import settled
 from gradsurg.operation import Patient, operate
 from gradsurg.rows import Row, TaskRows
 from gradsurg.settings import settings_from
@@ -263,4 +264,4 @@ def test_several_ranks(interpreted):
 
     with pytest.raises(ValueError, match=r"several ranks.*backend='auto'"):
         outcome("triton")
-    assert outcome("auto").report.path == "torch"
+    assert settled(outcome("auto").report).path == "torch"
