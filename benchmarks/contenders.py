@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 import gradsurg
 from benchmarks.workloads import Workload
 
-__all__ = ["CONTENDERS", "NARROW", "OURS", "PEERS", "PLAIN", "SUMMED", "Step", "build"]
+__all__ = ["ALONE", "CONTENDERS", "NARROW", "OURS", "PEERS", "PLAIN", "SUMMED", "Step", "build"]
 
 Step = Callable[[], None]
 PLAIN, SUMMED = "m plain backward passes", "one backward pass of the sum"
+ALONE = "m backward passes, gradients kept apart, no surgery"  # less than this no exact method takes
 OURS: dict[str, dict[str, Any]] = {
     "gradsurg, guarantee gradient": {"guarantee": "gradient"},
     "gradsurg, guarantee update": {},
@@ -37,6 +38,22 @@ def plain(work: Workload, optimizer: Optimizer) -> Step:
         losses = work.losses()
         for i, loss in enumerate(losses):
             loss.backward(retain_graph=i < len(losses) - 1)
+        optimizer.step()
+
+    return step
+
+
+def alone(work: Workload, optimizer: Optimizer) -> Step:
+    parameters = list(work.model.parameters())
+
+    def step() -> None:
+        rows: list[list[Tensor | None]] = []
+        losses = work.losses()
+        for i, loss in enumerate(losses):
+            for p in parameters:
+                p.grad = None
+            loss.backward(retain_graph=i < len(losses) - 1)
+            rows.append([p.grad for p in parameters])
         optimizer.step()
 
     return step
@@ -134,7 +151,7 @@ PEERS: dict[str, Callable[[Workload, Optimizer], Step]] = {
     "pytorch_optimizer PCGrad": pcgrad,
     "conflictfree ConFIG": config,
 }
-CONTENDERS = [PLAIN, SUMMED, *OURS, *PEERS]
+CONTENDERS = [PLAIN, ALONE, SUMMED, *OURS, *PEERS]
 
 
 def build(contender: str, work: Workload) -> Step:
@@ -146,4 +163,4 @@ def build(contender: str, work: Workload) -> Step:
         return ours(work, optimizer, **(OURS | NARROW)[contender])
     if contender in PEERS:
         return PEERS[contender](work, optimizer)
-    return {PLAIN: plain, SUMMED: summed}[contender](work, optimizer)
+    return {PLAIN: plain, ALONE: alone, SUMMED: summed}[contender](work, optimizer)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
+from benchmarks.contenders import ALONE, CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
 from benchmarks.record import conditions, record, result_file
 from benchmarks.workloads import WORKLOADS
 from gradsurg.gramian import combine, gramian
@@ -68,6 +68,10 @@ def steps(name: str, tasks: Sequence[int], rounds: int) -> str:
             f"({fastest}) takes {medians[fastest] / medians[ours]:.2f} × as long"
             for ours in OURS
         ]
+        verdicts.append(
+            f"{ALONE}: {medians[ALONE] / medians[PLAIN]:.2f} × plain, the fastest peer takes "
+            f"{medians[fastest] / medians[ALONE]:.2f} × as long"
+        )
         heading = f"{name}, m = {m}: zero_grad, forward, backward, surgery and SGD's step, {rounds} rounds"
         titles = ["", "ms", "× m plain backward passes", "quartiles"]
         texts.append("\n\n".join([heading, table(titles, rows), *verdicts]))
