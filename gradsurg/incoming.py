@@ -16,7 +16,7 @@ from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_gr
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.hooks import hooked_among, refusing_steps_in_backward
-from gradsurg.losses import Compute, check_row, seed_of
+from gradsurg.losses import Compute, check_row, seed_of, task_name
 from gradsurg.priority import check_names
 from gradsurg.recompute import evaluate, explain
 from gradsurg.refresh import reusable, run_reused
@@ -164,6 +164,7 @@ def entering(surgeon: Surgeon, name: str) -> Iterator[None]:
     refuse_cheap(surgeon, "task()")
     surgeon.lay_out()
     refuse_scaled_mark(surgeon)
+    name = task_name("task()", name)
     declared = surgeon.settings.tasks
     if declared is not None and name not in declared:
         raise unknown_name("task()", name, declared)
@@ -201,6 +202,7 @@ def receive(surgeon: Surgeon, gradients: Mapping[str, Sequence[Tensor | None]]) 
     refuse_scaled_mark(surgeon)
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
+    gradients = {task_name("gradients", name): tensors for name, tensors in gradients.items()}
     if surgeon.settings.tasks is not None:
         check_names((tuple(gradients),), surgeon.settings.tasks, "gradients")
     parameters = surgeon.parameters() if surgeon.settings.shared is None else list(surgeon.settings.shared)

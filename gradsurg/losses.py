@@ -11,7 +11,17 @@ from torch import Tensor
 from gradsurg.errors import unknown_name
 from gradsurg.rows import Row
 
-__all__ = ["Computations", "Compute", "Losses", "check_row", "check_scalar", "parse_losses", "seed_of", "value_of"]
+__all__ = [
+    "Computations",
+    "Compute",
+    "Losses",
+    "check_row",
+    "check_scalar",
+    "parse_losses",
+    "seed_of",
+    "task_name",
+    "value_of",
+]
 
 Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
 Compute = Callable[[], "Tensor | None"]
@@ -41,7 +51,7 @@ def parse_losses(
             f"losses is a {type(losses).__name__}: pass the task losses apart, as a dict {{'name': loss, …}} or a list"
         )
     if isinstance(losses, Mapping):
-        pairs = [(str(name), loss) for name, loss in losses.items()]
+        pairs = [(task_name("losses", name), loss) for name, loss in losses.items()]
     else:
         if tasks is not None and len(tasks) != len(losses):
             raise ValueError(f"losses has {len(losses)} entries, but {len(tasks)} tasks are declared: {list(tasks)}")
@@ -61,6 +71,17 @@ def parse_losses(
             f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
         )
     return result
+
+
+def task_name(label: str, name: object) -> str:
+    """Return a task's name as text, as reports and state dicts keep it; the label begins the message where it is None.
+
+    Raises:
+        ValueError: The name is None.
+    """
+    if name is None:
+        raise ValueError(f"{label} has a task named None: name it by a string, such as 'depth'")
+    return str(name)
 
 
 def check_scalar(label: str, loss: object) -> Tensor:

@@ -76,7 +76,7 @@ class Report:
 
     @property
     def cosines(self) -> Tensor:
-        """cos(g_i, g_j), shape (m, m); 0 where a gradient is zero."""
+        """cos(g_i, g_j), shape (m, m); 0 where a gradient is zero, NaN where norms were not measured."""
         return _cosines(self.gramian)
 
     @property
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def direction_cosines(self) -> Tensor:
-        """cos(u, g_i), shape (m,), of the direction handed to the optimizer; 0 where either is zero."""
+        """cos(u, g_i), shape (m,), of the direction handed to the optimizer; 0 where either is zero, else as `cosines`."""
         return _over(self.products, self.norms * self.square.clamp(min=0).sqrt())
 
     @property
@@ -202,8 +202,8 @@ def _cosines(gramian: Tensor) -> Tensor:
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    safe = torch.where(denominator > 0, denominator, 1)
-    return torch.where(denominator > 0, numerator / safe, 0)
+    zero = denominator == 0  # and not "> 0": what was not measured, NaN, stays so
+    return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
 
 
 def _square(gramians: Tensor, weights: Tensor) -> float:

@@ -38,6 +38,20 @@ def test_numbers_are_those_of_the_gradients():
     assert torch.allclose(optimizer.report.update_cosines, unit @ d / d.norm(), atol=1e-5)
 
 
+def test_what_was_not_measured_is_nan_and_not_zero():
+    # The norm of a single task's gradient: nobody needs it. A zero gradient has been measured: its cosine is 0.
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1))
+    optimizer.total({"alone": p.square().sum()}).backward()
+    optimizer.step()
+    assert optimizer.report.norms.isnan().all()
+    assert optimizer.report.direction_cosines.isnan().all()
+    assert "+0.000" not in str(optimizer.report)
+    _, optimizer = two_tasks(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert optimizer.report.direction_cosines.tolist() == pytest.approx([1, 0])
+    assert optimizer.report.cosines.flatten().tolist() == pytest.approx([1, 0, 0, 0])
+
+
 def test_losses_and_text():
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1))

@@ -47,6 +47,19 @@ def test_who_fights_and_when():
     assert "a and b: more and more (0% of the first third of the run, 0%, 100%)" in text(reports, "When")
 
 
+def test_steps_without_cosines_do_not_count_as_peace():
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=1e-3), refresh_every=4)
+    history = gradsurg.History(optimizer, every=1)
+    for _ in range(8):
+        optimizer.zero_grad()
+        optimizer.total({"a": w[0] + 0.1 * w[1], "b": -w[0] + 0.1 * w[1]}).backward()
+        optimizer.step()
+    assert [report.level for report in history.reports].count("reused weights") == 6
+    (pair,) = pairs(history.reports)
+    assert (pair.steps, pair.share) == (2, 1.0)
+
+
 def test_change_is_that_of_the_sum():
     reports = run(lambda _: torch.tensor([[1.0, 0.0], [-2.0, 1.0]]), normalize="none", names="ab")
     t, u = torch.tensor([-1.0, 1.0]), torch.tensor([0.0, 1.0])
