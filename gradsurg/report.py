@@ -90,7 +90,7 @@ class Report:
 
     @property
     def direction_cosines(self) -> Tensor:
-        """cos(u, g_i), shape (m,), of the direction handed to the optimizer; 0 where either is zero, else as `cosines`."""
+        """cos(u, g_i), shape (m,), of the direction handed to the optimizer; 0 and NaN as in `cosines`."""
         return _over(self.products, self.norms * self.square.clamp(min=0).sqrt())
 
     @property
@@ -172,8 +172,8 @@ class Report:
             "loss": [f"{float(self.losses[t]):.4g}" if t in self.losses else "-" for t in self.tasks],
             "norm": [f"{x:.3g}" for x in self.norms.tolist()],
             "weight": [f"{x:.3g}" for x in self.weights.mean(0).tolist()],
-            "cos(u, g)": [f"{x:+.3f}" for x in self.direction_cosines.tolist()],
-            "cos(d, g)": ["-"] * len(self.tasks) if update is None else [f"{x:+.3f}" for x in update.tolist()],
+            "cos(u, g)": _signed(self.direction_cosines),
+            "cos(d, g)": ["-"] * len(self.tasks) if update is None else _signed(update),
         }
 
     def _remarks(self) -> list[str]:
@@ -194,6 +194,10 @@ class Report:
         if self.movement is not None and self.movement.held:
             lines.append("shared parameters held: no movement hurts nobody")
         return lines
+
+
+def _signed(cosines: Tensor) -> list[str]:
+    return [f"{x:+.3f}" if x == x else "-" for x in cosines.tolist()]
 
 
 def _cosines(gramian: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ def watch(surgeon: Surgeon, closure: Callable[[], Any]) -> Callable[[], Any]:
 def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:
     """Project the movement, then let the rows go."""
     surgeon.snapshot = None
+    if _only_builds_state(surgeon, optimizer):
+        return
     warn_of_unrun_totals(surgeon)
     if surgeon.first is not None:
         surgeon.judgement, surgeon.latest = surgeon.first
@@ -74,6 +76,24 @@ def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:
     surgeon.stepped.add(id(optimizer))
     if all(id(other) in surgeon.stepped for other in surgeon.optimizers):
         _end_of_step(surgeon)
+
+
+def _only_builds_state(surgeon: Surgeon, optimizer: Optimizer) -> bool:
+    """Tell whether a step had no task and no learning rate above 0.
+
+    torch.distributed.checkpoint makes such a step to have an optimizer's state built, with plain SGD at every
+    checkpoint. Were it counted, a run that is saved would draw other random numbers than one that is not.
+    """
+    if surgeon.latest is not None and surgeon.latest.step == surgeon.memory.step:
+        return False
+    return all(_is_zero(group.get("lr")) for group in optimizer.param_groups)
+
+
+def _is_zero(rate: object) -> bool:
+    # Where the rate was a tensor it puts one on the CPU; one on a device is not read, which would wait for it.
+    if isinstance(rate, torch.Tensor):
+        return rate.device.type == "cpu" and not rate.any()
+    return rate == 0
 
 
 def take_back(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:

@@ -486,6 +486,21 @@ def test_undeclared_names_are_refused_with_a_suggestion(way):
     good_step(optimizer, model)
 
 
+@pytest.mark.parametrize("way", ["total", "backward", "task", "set_gradients"])
+def test_names_are_text_whatever_they_were(way):
+    model = build()
+    optimizer = wrapped(model)
+    bring(way, optimizer, dict(enumerate(model.losses(0).values())))
+    optimizer.step()
+    assert optimizer.report.tasks == ("0", "1", "2")
+    assert len(str(optimizer.report).splitlines()) >= 4
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="a task named None: name it by a string"):
+        bring(way, optimizer, {None: model.losses(0)["left"]})
+    assert all(p.grad is None for p in model.parameters())
+    good_step(optimizer, model)
+
+
 @pytest.mark.parametrize("options", [{"primary": "lefd"}, {"preferences": {"lefd": 2.0}}])
 @pytest.mark.parametrize("way", ["total", "backward", "set_gradients"])
 def test_a_misspelt_option_is_found_at_the_first_losses(options, way):

@@ -598,6 +598,26 @@ def test_distributed_checkpoints_of_one_process():
     assert same(one.state_dict(), two.state_dict())
 
 
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
+def test_a_distributed_checkpoint_leaves_the_run_as_it_is(cls, rate):
+    # For it torch steps once with learning rates of 0 where there is no state, with SGD each time: no step of the run.
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, other = twins()
+    saved, plain = (
+        gradsurg.wrap(cls(m.parameters(), lr=copy.copy(rate)), surgery="pcgrad", refresh_every=2)
+        for m in (model, other)
+    )
+    for step in range(4):
+        get_optimizer_state_dict(model, saved)
+        train(saved, model, several, [step])
+        train(plain, other, several, [step])
+        assert saved.report.step == plain.report.step == step
+        saved.zero_grad()
+    assert cls is torch.optim.Adam or equal_weights(model, other)  # Adam itself counts that step, bare too
+
+
 @pytest.mark.parametrize(("name", "options", "kind"), ROWS)
 def test_checkpoints_go_to_and_from_the_bare_optimizer(name, options, kind):
     model, plain_model = models(kind)

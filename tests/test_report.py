@@ -46,7 +46,7 @@ def test_what_was_not_measured_is_nan_and_not_zero():
     optimizer.step()
     assert optimizer.report.norms.isnan().all()
     assert optimizer.report.direction_cosines.isnan().all()
-    assert "+0.000" not in str(optimizer.report)
+    assert str(optimizer.report).splitlines()[1].split()[-2:] == ["-", "-"]
     _, optimizer = two_tasks(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     assert optimizer.report.direction_cosines.tolist() == pytest.approx([1, 0])
     assert optimizer.report.cosines.flatten().tolist() == pytest.approx([1, 0, 0, 0])
