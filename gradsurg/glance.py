@@ -73,7 +73,7 @@ def glance(
             d = torch.sub(old, new, out=WORKSPACE.buffer(0, old.numel(), torch.float32, old.device))
             square += torch.dot(d, d).item()
             inner = [x + signs[k] * torch.dot(d, g).item() for x, g in zip(inner, parts, strict=True)]
-    enough, least = CLEAR * square**0.5, LEAST * sum(t.numel() for t in before)
+    enough, least = CLEAR * square**0.5, LEAST * sum(map(Tensor.numel, after))
     clear = least <= square < inf and all(
         max(enough * norm, least) <= x < inf or norm == 0 for x, norm in zip(inner, norms, strict=True)
     )
