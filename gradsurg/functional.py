@@ -45,7 +45,7 @@ def weights(
     """Return the weights w of u = Σ w_i g_i, from inner products alone.
 
     Args:
-        gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), any real dtype and device. The problem is solved in float64.
+        gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), any floating dtype and device. The problem is solved in float64.
         surgery: A name or a Surgery.
         normalize: A name or a Normalizer; "none" by default here, where the caller says what the rows are.
         primary: Index of the primary row, or levels of indices such as [[0], [1, 2], [3]].
@@ -62,7 +62,8 @@ def weights(
         Weights of shape (..., m), with the Gramian's dtype and device. No gradient flows through them.
 
     Raises:
-        ValueError: For a wrong name, shape or value; the message lists what is valid.
+        ValueError: For a wrong name, shape, dtype or value; the message lists what is valid.
+        TypeError: For a Gramian that is no tensor.
 
     Example:
         >>> import torch, gradsurg
@@ -72,7 +73,7 @@ def weights(
         >>> gradsurg.weights(G, surgery="sum").tolist()
         [1.0, 1.0]
     """
-    shape = gramian.shape
+    shape = _tensor("gramian", gramian, "(..., m, m)").shape
     if (  # 1 µs in all: some of what is asked here takes no more than 4
         normalize == "none"
         and guarantee == "none"
@@ -88,8 +89,10 @@ def weights(
         shortcut = (_by_name(surgery) if type(surgery) is str else _resolved(surgery)).shortcut(gramian, generator)
         if shortcut is not None:
             return shortcut
-    if len(shape) < 2 or shape[-1] != shape[-2] or gramian.is_complex():
-        raise ValueError(f"gramian has shape {tuple(shape)}, dtype {gramian.dtype}: it must be real (..., m, m)")
+    if len(shape) < 2 or shape[-1] != shape[-2] or not gramian.is_floating_point():
+        raise ValueError(
+            f"gramian has shape {tuple(shape)}, dtype {gramian.dtype}: it must be a floating (..., m, m) matrix"
+        )
     m = shape[-1]
     if m == 0:
         raise ValueError("gramian has no rows: at least one task is needed")
@@ -120,7 +123,7 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
         u, shape (P,), J's dtype. The Gramian and the sum are formed in float64.
 
     Raises:
-        ValueError: As for `weights`.
+        ValueError, TypeError: As for `weights`.
 
     Example:
         >>> import torch, gradsurg
@@ -130,7 +133,7 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
         >>> gradsurg.combine(J, surgery="sum", guarantee="gradient").tolist()
         [0.0, 1.0]
     """
-    if J.ndim != 2 or not J.is_floating_point():
+    if _tensor("J", J, "(m, P)").ndim != 2 or not J.is_floating_point():
         raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
     surgery = _by_name(surgery) if type(surgery) is str else _resolved(surgery)
     plain = J.dtype is torch.float64 and not J.requires_grad  # 3 µs of conversions to nothing
@@ -143,6 +146,12 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
         if isinstance(surgery, ElementwiseSurgery) and J.shape[0] > 0:
             return _combine_elementwise(exact, G, surgery, **options).to(J.dtype)
         return (weights(G.to(J.device), surgery, **options) @ exact).to(J.dtype)
+
+
+def _tensor(name: str, given: object, shape: str) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}: pass a tensor of shape {shape}")
+    return given
 
 
 def _combine_plainly(rows: Tensor, surgery: ElementwiseSurgery) -> Tensor:

@@ -40,6 +40,28 @@ def bring(
     finish: Finish | None = None,
 ) -> None:
     """Let gradients in by the way that the options and the step call for; arguments as for `_run`."""
+    refuse_nesting(surgeon, "total() or backward()")
+    if surgeon.bringing:
+        raise MultiTaskError(
+            "a loss that total() or backward() was given holds a total(losses) of the same optimizer: hand over the "
+            "losses that it was made of"
+        )
+    surgeon.bringing = True
+    try:
+        _bring(surgeon, losses, plain, features, gradient, retain_graph, finish)
+    finally:
+        surgeon.bringing = False
+
+
+def _bring(
+    surgeon: Surgeon,
+    losses: Mapping[str, Task],
+    plain: Tensor | None,
+    features: list[Tensor] | None,
+    gradient: Tensor | None,
+    retain_graph: bool,
+    finish: Finish | None,
+) -> None:
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
     if features is not None:
         run_on_features(surgeon, tensors, features, plain, gradient, retain_graph, finish)
@@ -68,7 +90,6 @@ def _run(
         retain_graph: Keep the graph for another run.
         finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
     """
-    refuse_nesting(surgeon, "total() or backward()")
     surgeon.lay_out()
     refuse_scaled_mark(surgeon)
     surgeon.introduce(losses)
@@ -145,7 +166,7 @@ def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: b
     finally:
         surgeon.computing = None
     if surgeon.capture.opened is not opened:
-        raise MultiTaskError(f"the function of {name!r} called zero_grad(): it must only compute a loss")
+        raise MultiTaskError(f"the function of {name!r} called zero_grad() or step(): it must only compute a loss")
     if loss is None:
         return {}
     try:

@@ -23,7 +23,6 @@ from gradsurg.graph import Border, Map, leaf_of, map_of, root_of
 from gradsurg.local import local_of
 from gradsurg.losses import seed_of
 from gradsurg.memory import Memory
-from gradsurg.refusals import refuse_nesting
 from gradsurg.report import Report
 from gradsurg.rows import Row, is_finite
 
@@ -90,7 +89,6 @@ def reusable(surgeon: Surgeon, losses: Mapping[str, Tensor]) -> Reuse | None:
     """
     if surgeon.refresh.every == 1:
         return None
-    refuse_nesting(surgeon, "total() or backward()")
     surgeon.lay_out()
     surgeon.introduce(losses)
     weights = None if surgeon.capture.is_live() else surgeon.refresh.weights(losses)

@@ -54,6 +54,7 @@ class Surgeon:
         self.deferring = 0  # depth of accumulate()
         self.in_task = False
         self.computing: str | None = None  # the task whose function is being called
+        self.bringing = False  # whether gradients are on their way in
         self.spare = Spare()
         self.pending = False  # rows that no surgery has seen yet
         self.entered: set[str] = set()  # of the declared tasks, those that left task() since the last surgery

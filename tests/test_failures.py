@@ -471,6 +471,26 @@ def test_backward_without_any_loss_that_requires_grad():
         optimizer.backward({"a": torch.ones(())})
 
 
+@pytest.mark.parametrize("options", [{}, {"refresh_every": 2}])
+@pytest.mark.parametrize("how", ["total", "backward", "hidden"])
+def test_a_total_is_no_task_of_its_own_optimizer(how, options):
+    # It would write its own direction in the middle of the outer one's passes, and the outer tasks would be lost.
+    model = build()
+    optimizer = wrapped(model, **options)
+    good_step(optimizer, model)  # with refresh_every=, the next step runs one backward pass alone
+    optimizer.zero_grad()
+    inner = optimizer.total(model.losses(0))
+    losses = {**model.losses(1), "left": 2 * inner + 1 if how == "hidden" else inner}
+    with pytest.raises(MultiTaskError, match="hand over the losses that it was made of"):
+        optimizer.backward(losses) if how == "backward" else optimizer.total(losses).backward()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.total(model.losses(1)).backward()
+    optimizer.step()
+    assert optimizer.report.step == 1
+    optimizer.zero_grad()
+    good_step(optimizer, model)
+
+
 # -- wrong names ----------------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,15 @@ def test_the_short_way_makes_every_check():
     assert gradsurg.weights(torch.eye(3), "random").all()
 
 
+@pytest.mark.parametrize("of", [gradsurg.weights, gradsurg.combine])
+def test_what_is_no_matrix_of_floats_is_refused(of):
+    # Weights go back in the dtype that came: 1.5 would have become 1.
+    with pytest.raises(TypeError, match=r"is a list: pass a tensor of shape \("):
+        of([[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match=r"dtype torch\.int64: it must be a .*floating"):
+        of(torch.tensor([[2, -1], [-1, 2]]))
+
+
 def test_preferences_are_the_weights_of_a_sum_without_conflict():
     assert gradsurg.weights(torch.eye(3), preferences=[1.0, 2.0, 0.5]).tolist() == [1.0, 2.0, 0.5]
     assert gradsurg.weights(torch.eye(3), preferences={1: 2.0}).tolist() == [1.0, 2.0, 1.0]
