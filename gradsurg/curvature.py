@@ -30,7 +30,7 @@ def measured(
         return problem, {}
     place = {id(p): k for k, p in enumerate(patient.parameters)}
     roots, found = patient.state.get("curvature", {}), []
-    for block, table, scales in zip(blocks, tables, pipeline.scales(problem, patient.state).tolist(), strict=True):
+    for block, table, scales in zip(blocks, tables, pipeline.scales(problem, patient.state)[0].tolist(), strict=True):
         excess, roots = excess_of(table, scales, problem.tasks, [place[id(p)] for p in block], roots)
         found.append(excess)
     return replace(problem, excess=torch.tensor(found, dtype=torch.float64)), {"curvature": roots}

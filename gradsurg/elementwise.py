@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from gradsurg.pipeline import ROUNDING_EXACT, Pipeline
 from gradsurg.problem import Problem, State
 from gradsurg.quick import STATIONARY
 from gradsurg.solvers import nonnegative
-from gradsurg.surgery import Sum
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
 __all__ = ["Blend", "blend", "scales_of"]
@@ -45,8 +44,7 @@ def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tenso
             f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
             "use one or the other"
         )
-    direction = replace(pipeline, surgery=Sum(), guarantee="none", margin=0.0).direction(problem, state)
-    return direction.scales, direction.state
+    return pipeline.scales(problem, state)
 
 
 def blend(

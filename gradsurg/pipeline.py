@@ -166,9 +166,10 @@ class Pipeline:
         """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
         return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
 
-    def scales(self, problem: Problem, state: State) -> Tensor:
-        """Return what normalisation multiplies the rows by, shape (..., m), given the state of the last step."""
-        return self._scales(problem, state.get("normalize", {}))[0]
+    def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Return what normalisation multiplies the rows by, shape (..., m), and the state after it."""
+        scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
+        return scales, {"normalize": normalizer_state, "surgery": state.get("surgery", {})}
 
     def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         scales, state = self.normalizer.scales(problem, state)
