@@ -19,7 +19,20 @@ _OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__fil
 
 
 class MultiTaskError(RuntimeError):
-    """A step of several losses that cannot be done; the message says why and what to change."""
+    """A step of several losses that cannot be done; the message says why and what to change.
+
+    Parameters, p.grad and the optimizer's state are as before the call that raised it, and the next step works.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), nonfinite="raise")
+        >>> try:
+        ...     optimizer.total({"a": w.sum(), "b": w.sum() * float("nan")}).backward()
+        ... except gradsurg.MultiTaskError as error:
+        ...     print(str(error).partition(".")[0])
+        the gradients of 'b' are not finite
+    """
 
 
 def choose(argument: str, value: object, choices: Mapping[str, T], otherwise: str = "") -> T:

@@ -100,6 +100,9 @@ class History:
     def record(self, report: Report | None = None) -> None:
         """Record a report now, whatever `every` says: this one, or the optimizer's last.
 
+        Args:
+            report: The report; None for the last one of the optimizer that the history is attached to.
+
         Raises:
             ValueError: There is no report: nothing is attached, or no step was done yet.
         """
@@ -142,7 +145,11 @@ class History:
         return [entry.report() for _, entry in self._fetched(self._entries)]
 
     def new(self, reader: Any) -> list[Report]:
-        """Return what this reader (any object; it is not called) has not got from here yet."""
+        """Return what this reader (any object; it is not called) has not got from here yet.
+
+        Raises:
+            TypeError: The reader cannot be referred to weakly, as None and numbers cannot.
+        """
         start = self._seen.get(reader, 0)
         self._seen[reader] = self._recorded
         return [entry.report() for _, entry in self._fetched([e for e in self._entries if e[0] >= start])]
@@ -155,8 +162,8 @@ class History:
 
     def __repr__(self) -> str:
         steps = [entry.step for _, entry in self._entries]
-        span = f", steps {steps[0]} to {steps[-1]}" if steps else ""
-        return f"History of {len(steps)} reports{span}, every={self.every}"
+        span = f", steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f", step {steps[0]}" if steps else ""
+        return f"History of {len(steps)} report{'s' * (len(steps) != 1)}{span}, every={self.every}"
 
     @staticmethod
     def _fetched(entries: Sequence[tuple[int, Packed]]) -> Sequence[tuple[int, Packed]]:
@@ -179,8 +186,24 @@ class History:
 
         The table has a row for each step and task, and the per-block numbers only as their sum or mean.
 
+        Args:
+            path: The file; one that is there is overwritten.
+
         Raises:
             ValueError: Another ending.
+
+        Example:
+            >>> import os, tempfile, torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> history = gradsurg.History(optimizer, every=1)
+            >>> optimizer.backward({"a": w[0] ** 2, "b": (w[0] - w[1] - 3) ** 2})
+            >>> optimizer.step()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     history.save(os.path.join(folder, "run.jsonl"))
+            ...     again = gradsurg.History.load(os.path.join(folder, "run.jsonl"))
+            >>> again
+            History of 1 report, step 0, every=1
         """
         path = _checked(path)
         if path.suffix == ".csv":
@@ -192,6 +215,9 @@ class History:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
         """Read what `save` wrote, into a history that is attached to nothing.
+
+        Args:
+            path: The file.
 
         Raises:
             ValueError: Another ending, or a line that is no report; the message has its number.

@@ -46,6 +46,11 @@ def wandb(history: History, run: Any, prefix: str = "gradsurg/") -> None:
         history: What was recorded.
         run: The run.
         prefix: Before each name; should end in "/".
+
+    Example:
+        >>> import gradsurg
+        >>> def after_each_epoch(history, run):
+        ...     gradsurg.loggers.wandb(history, run)
     """
     axis = f"{prefix}step"
     run.define_metric(axis)
@@ -61,6 +66,11 @@ def mlflow(history: History, client: Any, prefix: str = "gradsurg/") -> None:
         history: What was recorded.
         client: The module.
         prefix: Before each name. Characters that MLflow refuses in names become "_".
+
+    Example:
+        >>> import gradsurg
+        >>> def after_each_epoch(history, mlflow):
+        ...     gradsurg.loggers.mlflow(history, mlflow)
     """
     for step, scalars in _new(history, client):
         allowed = {re.sub(r"[^\w\-. /]", "_", prefix + name): value for name, value in scalars.items()}

@@ -179,6 +179,21 @@ class MultiTaskOptimizer(Optimizer):
 
         Without it every micro-batch redoes the surgery on the rows accumulated so far, which is never wrong but costs
         its time again.
+
+        Raises:
+            MultiTaskError: At the end of the next backward pass, or at step(), where p.grad was changed meanwhile.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), normalize="none")
+            >>> def losses():
+            ...     return {"a": w[0] ** 2, "b": (w[1] - 3) ** 2}
+            >>> with optimizer.accumulate():
+            ...     (optimizer.total(losses()) / 2).backward()
+            >>> (optimizer.total(losses()) / 2).backward()
+            >>> w.grad.tolist()
+            [2.0, -4.0]
         """
         surgeon = self._gradsurg
         surgeon.deferring += 1
@@ -189,7 +204,10 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def report(self) -> Report | None:
-        """What the last surgery and step did; None before the first."""
+        """What the last surgery and step did, a Report; None before the first.
+
+        Reading it waits for the device where a step on CUDA left it there.
+        """
         return self._gradsurg.report
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -208,17 +226,47 @@ class MultiTaskOptimizer(Optimizer):
 
 
 def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:
-    """Call optimizer.total(losses, ...), seeing through the proxies that trainers put around an optimizer."""
+    """Call optimizer.total(losses, ...), seeing through the proxies that trainers put around an optimizer.
+
+    Args:
+        optimizer: A wrapped optimizer, or what Accelerate, Lightning and the like made of it.
+        losses: As for `MultiTaskOptimizer.total`.
+        **options: As for `MultiTaskOptimizer.total`.
+
+    Raises:
+        TypeError: There is no wrapped optimizer behind it.
+        ValueError: As for `MultiTaskOptimizer.total`.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> class Proxy:
+        ...     def __init__(self, optimizer):
+        ...         self.optimizer = optimizer
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> proxy = Proxy(gradsurg.wrap(torch.optim.SGD([w], lr=0.1)))
+        >>> gradsurg.total(proxy, {"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
+        >>> gradsurg.report(proxy).tasks
+        ('a', 'b')
+    """
     return find_wrapped(optimizer).total(losses, **options)
 
 
 def backward(optimizer: Any, losses: Losses | Computations, **options: Any) -> None:
-    """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer."""
+    """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer.
+
+    Arguments, errors and example are those of `gradsurg.total`, but for the `.backward()` that it does itself.
+    """
     find_wrapped(optimizer).backward(losses, **options)
 
 
 def report(optimizer: Any) -> Report | None:
-    """Return optimizer.report, seeing through the proxies that trainers put around an optimizer."""
+    """Return optimizer.report, seeing through the proxies that trainers put around an optimizer.
+
+    Raises:
+        TypeError: There is no wrapped optimizer behind it.
+
+    Example: see `gradsurg.total`.
+    """
     return find_wrapped(optimizer).report
 
 

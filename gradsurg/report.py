@@ -43,6 +43,18 @@ class Report:
             of an earlier step, of refresh_every=; the rest is NaN. "moving averages": of rotate=, for the tasks that
             are not in `fresh`.
         fresh: The tasks whose gradient was computed in this step; None where that is all.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> w = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+        >>> optimizer.total({"a": 3 * w[0], "b": w[1] - w[0]}).backward()
+        >>> optimizer.step()
+        >>> report = optimizer.report
+        >>> report.conflicts, report.norms.round(decimals=2).tolist()
+        ([('a', 'b')], [3.0, 1.41])
+        >>> bool((report.update_cosines >= -1e-4).all())  # the step hurt neither
+        True
     """
 
     step: int

@@ -26,6 +26,19 @@ def verdict(reports: Sequence[Report]) -> dict[str, list[str]]:
 
     Raises:
         ValueError: No step of several tasks that share parameters is among them.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> from gradsurg.verdict import verdict
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.01))
+        >>> history = gradsurg.History(optimizer, every=1)
+        >>> for _ in range(9):
+        ...     optimizer.zero_grad()
+        ...     optimizer.backward({"a": w[0] + w[1], "b": w[1] - 2 * w[0]})
+        ...     optimizer.step()
+        >>> verdict(history.reports)["Which tasks fight"]
+        ['a and b fight: in conflict in 100% of the steps, at 108° on average.']
     """
     measured = [report for report in reports if len(report.tasks) > 1 and not report.norms.isnan().all()]
     if not measured:

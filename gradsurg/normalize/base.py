@@ -18,6 +18,18 @@ class Normalizer(ABC):
     Subclasses are frozen dataclasses whose fields are the options. `scales` is called once a step, before surgery,
     with the raw Gramian. It may return scales that are right up to a common factor: the caller multiplies them by the
     one that keeps the mean of the tasks' gradient norms, so that learning rates keep their meaning.
+
+    Example:
+        >>> import dataclasses, torch, gradsurg
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class RootOfNorm(gradsurg.Normalizer):
+        ...     name, paper = "root_of_norm", "-"
+        ...     def scales(self, problem, state):
+        ...         return problem.norms.clamp(min=1e-12) ** -0.5, state
+        >>> G = torch.diag(torch.tensor([1.0, 81.0]))  # norms 1 and 9 become as 1 to 3
+        >>> w = gradsurg.weights(G, "sum", normalize=RootOfNorm())
+        >>> (w * G.diagonal().sqrt()).tolist()
+        [2.5, 7.5]
     """
 
     name: ClassVar[str]

@@ -53,6 +53,10 @@ def layers(history: Reports, *, ax: Axes | None = None) -> Axes:
 
     Blocks are parameters with wrap(..., granularity="tensor"), parameter groups with "group".
 
+    Args:
+        history: A History, or reports.
+        ax: Where to draw.
+
     Raises:
         ValueError: Every report has a single block, or none has several tasks.
     """

@@ -31,6 +31,10 @@ __all__ = ["angles", "conflicts", "losses", "norms", "weights"]
 def conflicts(history: Reports, *, ax: Axes | None = None) -> Axes:
     """Draw when each pair of tasks conflicts: the share of steps, over time. At most six pairs, the worst.
 
+    Args:
+        history: A History, or reports.
+        ax: Where to draw.
+
     Raises:
         ValueError: No step of several tasks was recorded.
     """
@@ -80,6 +84,10 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
 def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
     """Draw each task's weight in the direction, mean over the blocks; 1 is its weight in a plain sum.
 
+    Args:
+        history: A History, or reports.
+        ax: Where to draw.
+
     Raises:
         ValueError: No step of several tasks was recorded.
     """
@@ -94,6 +102,10 @@ def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
 def norms(history: Reports, *, ax: Axes | None = None) -> Axes:
     """Draw the length of each task's gradient over the shared parameters, before normalisation.
 
+    Args:
+        history: A History, or reports.
+        ax: Where to draw.
+
     Raises:
         ValueError: No step of several tasks was recorded.
     """
@@ -106,6 +118,10 @@ def norms(history: Reports, *, ax: Axes | None = None) -> Axes:
 
 def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
     """Draw the losses as they were handed over.
+
+    Args:
+        history: A History, or reports.
+        ax: Where to draw.
 
     Raises:
         ValueError: No loss was recorded.

@@ -34,6 +34,13 @@ def trajectory(
 
     Raises:
         ValueError: There is no path, or one that is not of shape (T, 2).
+
+    Example:
+        >>> import torch, gradsurg.plot
+        >>> losses = {"a": lambda p: p[..., 0] ** 2, "b": lambda p: (p[..., 1] - 1) ** 2}
+        >>> path = torch.tensor([[2.0, 2.0], [1.0, 1.5], [0.5, 1.2]])
+        >>> gradsurg.plot.trajectory(losses, {"mine": path}, resolution=20).get_title()
+        'Paths over the summed loss'
     """
     if not paths or any(path.ndim != 2 or path.shape[1] != 2 or not len(path) for path in paths.values()):
         raise ValueError("paths must be name -> tensor of shape (T, 2), and at least one")

@@ -16,6 +16,20 @@ class Surgery(ABC):
     """Turns the Gramian of the (scaled) task gradients into one weight per task: u = Σ w_i g_i.
 
     Subclasses are frozen dataclasses whose fields are the options of the published method.
+
+    Example:
+        >>> import dataclasses, torch, gradsurg
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Loudest(gradsurg.Surgery):
+        ...     name, paper, promise = "loudest", "-", "nothing"
+        ...     def weights(self, problem, state):
+        ...         norms = problem.norms
+        ...         return (norms == norms.amax(-1, keepdim=True)).double(), state
+        >>> J = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
+        >>> gradsurg.combine(J, surgery=Loudest()).tolist()
+        [-2.0, 1.0]
+        >>> gradsurg.combine(J, surgery=Loudest(), guarantee="gradient").tolist()
+        [0.0, 1.0]
     """
 
     name: ClassVar[str]

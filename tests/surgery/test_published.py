@@ -14,12 +14,7 @@ from torchjd.linalg import QuadprogProjector
 
 import gradsurg
 from gradsurg.surgery import MGDA
-
-
-def matrix(m, seed, P=10):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(m, P, generator=generator, dtype=torch.float64)
-    return J - J.mean(0) * 0.7
+from tests.ordinary import matrix
 
 
 def project(t, J):

@@ -12,16 +12,7 @@ import gradsurg
 from gradsurg.solvers.bargain import _solve
 from gradsurg.surgery import MGDA, CAGrad, FairGrad, NashMTL
 from tests.hostile import FAMILIES, draw
-
-
-def matrix(m, seed, P=10):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(m, P, generator=generator, dtype=torch.float64)
-    return J - J.mean(0) * 0.7
-
-
-def preferences(m):
-    return torch.linspace(0.5, 2, m, dtype=torch.float64)
+from tests.ordinary import matrix, preferences
 
 
 def cosine(u, v):

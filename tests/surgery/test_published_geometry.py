@@ -15,17 +15,7 @@ from torchjd.aggregation import Mean as PeerMean
 import gradsurg
 from gradsurg.problem import Problem
 from gradsurg.surgery import AlignedMTL, GradVac, Random
-
-
-def matrix(m, seed, P=10, spread=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(m, P, generator=generator, dtype=torch.float64)
-    J = J - J.mean(0) * 0.7
-    return J * 10 ** (spread * torch.randn(m, 1, generator=generator, dtype=torch.float64))
-
-
-def preferences(m):
-    return torch.linspace(0.5, 2, m, dtype=torch.float64)
+from tests.ordinary import matrix, preferences
 
 
 def same_direction(u, v):

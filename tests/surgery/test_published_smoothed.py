@@ -15,19 +15,10 @@ import gradsurg
 from gradsurg.problem import Problem
 from gradsurg.surgery import CRMOGM, MGDA, PCD, ExcessMTL, Krum, MoDo, Random, SDMGrad
 from gradsurg.surgery.descent import onto_simplex
+from tests.ordinary import matrix, preferences
 
 cases = pytest.mark.parametrize(("m", "seed"), list(itertools.product([2, 3, 5, 8], range(5))))
 STATEFUL = [SDMGrad(), MoDo(), CRMOGM(), ExcessMTL(), PCD()]
-
-
-def matrix(m, seed, P=10):
-    generator = torch.Generator().manual_seed(seed)
-    J = torch.randn(m, P, generator=generator, dtype=torch.float64)
-    return J - J.mean(0) * 0.7
-
-
-def preferences(m):
-    return torch.linspace(0.5, 2, m, dtype=torch.float64)
 
 
 def names(m):
