@@ -7,18 +7,18 @@ goes through the rest in one batched pass. The rows are those of m passes up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from gradsurg.aside import deposit
 from gradsurg.compiled import in_compiled_autograd
-from gradsurg.distributed.layout import ALONE
+from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.errors import MultiTaskError, warn
-from gradsurg.graph import REENTRANT, SINK, Edge, Map, blocking, edge_of, leaf_of, leaves_after, map_of
+from gradsurg.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
 from gradsurg.hooks import hooked_among
 from gradsurg.losses import seed_of
 from gradsurg.rows import Row
@@ -68,9 +68,10 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
     state = surgeon.batched
     if state.works is False or len(losses) < 2:
         return False
+    parameters = surgeon.parameters()
     seeds = [seed_of(gradient, loss) for loss in losses.values()]
     graph = map_of(list(losses.values()))
-    obstacle = _obstacle(surgeon, graph)
+    obstacle = _obstacle(surgeon.traffic.layout, parameters, graph)
     if obstacle is not None:
         state.give_up(obstacle)
         return False
@@ -78,7 +79,7 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
     try:
         # Kept the first time: where the batched pass fails, the graph is still there for passes one by one.
         rows = _rows(list(losses.values()), seeds, graph, keep or tried)
-        if any(p.grad is not None for p in surgeon.parameters()):
+        if any(p.grad is not None for p in parameters):
             raise MultiTaskError("a backward pass within the backward pass wrote to p.grad")
     except Exception as error:
         if not tried:
@@ -86,12 +87,12 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
                 f"batched=True: the pass over all tasks failed where earlier ones went through ({_first_line(error)}). "
                 "p.grad is as before. Leave out batched= to run the tasks one by one."
             ) from error
-        for p in surgeon.parameters():
+        for p in parameters:
             p.grad = None
         state.give_up(_first_line(error))
         return False
     state.works = True
-    ours = set(map(id, surgeon.parameters()))
+    ours = set(map(id, parameters))
     for name, row in zip(losses, rows, strict=True):
         if not ours.issuperset(row.ids()):
             for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
@@ -101,10 +102,10 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
     return True
 
 
-def _obstacle(surgeon: Surgeon, graph: Map) -> str | None:
-    if surgeon.traffic.layout is not ALONE:
+def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str | None:
+    if layout is not ALONE:
         return "the model is trained by several ranks, which exchange rows as each pass ends"
-    if hooked_among(surgeon.parameters()):
+    if hooked_among(parameters):
         return "hooks of register_post_accumulate_grad_hook run once a task's pass"
     if in_compiled_autograd():
         return "compiled autograd traces passes one by one"
@@ -118,22 +119,22 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
         return rows
     edges = list(dict.fromkeys(edge for i in tasks for edge in crossing[i]))
     stacked = [_stacked([crossing[i].get(edge) for i in tasks]) for edge in edges]
-    reached = _reached([crossing[i].keys() for i in tasks])
-    leaves = list({id(leaf): leaf for each in reached for leaf in each}.values())
     found = torch.autograd.grad(
         [GradientEdge(*edge) for edge in edges],
-        leaves,
+        graph.leaves,
         stacked,
         retain_graph=keep,
         allow_unused=True,
         is_grads_batched=True,
     )
     gradients = [() if g is None else g.unbind(0) for g in _owned(found)]
+    entries = [frozenset(node for node, _ in crossing[i]) for i in tasks]
+    alike = len(set(entries)) == 1  # then every task reaches all of them
     for k, i in enumerate(tasks):
-        row = Row((leaf, each[k]) for leaf, each in zip(leaves, gradients, strict=True) if each)
-        if reached[k] is not reached[0] or len(leaves) > len(reached[0]):
-            members = set(map(id, reached[k]))
-            row = Row(pair for pair in row.items() if id(pair[0]) in members)
+        row = Row((leaf, each[k]) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
+        if not alike:
+            reached = set(map(id, leaves_after(entries[k])))
+            row = Row(pair for pair in row.items() if id(pair[0]) in reached)
         rows[i].update(row)
     return rows
 
@@ -158,9 +159,9 @@ def _heads(
     if graph.nested:  # what torch runs to reach one border would lead on through another
         hooks += [blocking(edge) for edge in edges if leaf_of(edge[0]) is None]
         keep = True
-    alone = [i for i, loss in enumerate(losses) if edge_of(loss)[0] not in graph.common]
-    own = [(i, leaf) for i in alone for leaf in graph.own[i]]
-    inputs = [*(edge_of(leaf) for _, leaf in own), *edges]
+    alone = [i for i, (node, _) in enumerate(graph.roots) if node not in graph.common]
+    own = [(i, node) for i in alone for node in graph.own[i]]
+    inputs = [*((node, 0) for _, node in own), *edges]
     try:
         found: Sequence[Tensor | None] = ()
         if inputs:
@@ -174,12 +175,13 @@ def _heads(
     finally:
         for hook in hooks:
             hook.remove()
-    for (i, leaf), g in zip(own, found, strict=False):
-        if g is not None:
+    for (i, node), g in zip(own, found, strict=False):
+        leaf = leaf_of(node)
+        if g is not None and leaf is not None:
             rows[i][leaf] = g.clone()  # may be expanded, or one tensor for several leaves
-    for i, loss in enumerate(losses):
+    for i, root in enumerate(graph.roots):
         if i not in alone:
-            crossing[i][edge_of(loss)] = seeds[i]
+            crossing[i][root] = seeds[i]
     for i, edge, slot in parts:
         for g in slot:
             have = crossing[i].get(edge)
@@ -213,18 +215,6 @@ def _owned(found: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
             g = g.clone() if g.data_ptr() in seen else g.contiguous()
             seen.add(g.data_ptr())
         yield g
-
-
-def _reached(entries: Sequence[Iterable[Edge]]) -> list[list[Tensor]]:
-    """Return the leaves that each task reaches through its edges; tasks mostly have the same ones."""
-    known: dict[frozenset[Node], list[Tensor]] = {}
-    reached = []
-    for edges in entries:
-        nodes = frozenset(node for node, _ in edges)
-        if nodes not in known:
-            known[nodes] = leaves_after(nodes)
-        reached.append(known[nodes])
-    return reached
 
 
 def _first_line(error: Exception) -> str:

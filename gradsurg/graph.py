@@ -25,7 +25,6 @@ __all__ = [
     "leaves_past",
     "map_of",
     "past_sink",
-    "root_of",
 ]
 
 Edge = tuple[Node, int]  # a node, and which of its outputs
@@ -67,11 +66,10 @@ def past_sink(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
     return node, output
 
 
-def root_of(tensor: Tensor) -> Node:
-    """Return the node that made a tensor inside of DDP's forward pass, or outside of any."""
-    node, _ = past_sink(edge_of(tensor))
+def _root_edge(tensor: Tensor) -> Edge:
+    node, output = past_sink(edge_of(tensor))
     assert node is not None
-    return node
+    return node, output
 
 
 def _after(node: Node) -> list[tuple[Node | None, int]]:
@@ -120,7 +118,9 @@ class Map:
     Attributes:
         borders: Where each loss's own nodes lead into those that several losses reach.
         common: The nodes that several losses reach.
-        own: The leaves that each loss reaches alone.
+        own: The accumulators of the leaves that each loss reaches alone.
+        leaves: The leaves that several losses reach.
+        roots: Where each loss's graph begins, inside of DDP's forward pass or outside of any.
         kinds: The names of all kinds of nodes.
         nested: Whether a border leads to a node that is also reached past another border.
         hidden: Whether a loss's own nodes include one that hides what it reaches.
@@ -128,7 +128,9 @@ class Map:
 
     borders: list[Border]
     common: set[Node]
-    own: list[list[Tensor]]
+    own: list[list[Node]]
+    leaves: list[Tensor]
+    roots: list[Edge]
     kinds: set[str]
     nested: bool
     hidden: bool
@@ -136,12 +138,13 @@ class Map:
 
 def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     """Return what one loss reaches alone and what several reach; `declared` are leaves that count as the latter."""
-    roots = [root_of(loss) for loss in losses]
+    roots = [_root_edge(loss) for loss in losses]
+    nodes = [node for node, _ in roots]
     common = {edge_of(leaf)[0] for leaf in declared}
-    owner, after, met = _owners(roots, _following)
+    owner, after, met = _owners(nodes, _following)
     kinds = {type(node).__name__ for node in owner}
     if SINK in kinds:  # looked for once, and not at every edge
-        owner, after, met = _owners(roots, lambda node: [other for other, _ in _after(node)])
+        owner, after, met = _owners(nodes, lambda node: [other for other, _ in _after(node)])
     common |= met
     waiting = list(common)
     while waiting:  # whatever comes after a node that several losses reach is reached by several too
@@ -149,17 +152,20 @@ def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
         common |= new
         waiting += new
     borders, hidden = [], False
-    own: list[list[Tensor]] = [[] for _ in losses]
+    own: list[list[Node]] = [[] for _ in losses]
+    leaves = []
     for node, task in owner.items():
+        leaf = leaf_of(node)
         if node not in common:
             across = tuple(k for k, other in enumerate(after[node]) if other in common)
             borders += [Border(node, task, across)] if across else []
             hidden = hidden or type(node).__name__ == REENTRANT
-            leaf = leaf_of(node)
-            own[task] += [] if leaf is None else [leaf]
+            own[task] += [] if leaf is None else [node]
+        elif leaf is not None:
+            leaves.append(leaf)
     entered = {after[border.node][k] for border in borders for k in border.edges}
     nested = any(not entered.isdisjoint(after.get(node, ())) for node in common)
-    return Map(borders, common, own, kinds, nested, hidden)
+    return Map(borders, common, own, leaves, roots, kinds, nested, hidden)
 
 
 def _owners(

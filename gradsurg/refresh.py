@@ -19,7 +19,7 @@ from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise
 from gradsurg.distributed import fingerprint
 from gradsurg.errors import MultiTaskError
-from gradsurg.graph import Border, Map, leaf_of, map_of, root_of
+from gradsurg.graph import Border, Map, leaf_of, map_of
 from gradsurg.local import local_of
 from gradsurg.losses import seed_of
 from gradsurg.memory import Memory
@@ -158,9 +158,9 @@ def _weighted_backward(
     """Leave Σ w_i g_i in p.grad of what several losses reach, and plain gradients elsewhere."""
     in_order = [weights[name] for name in losses]
     seeds = []
-    for loss, weight in zip(losses.values(), in_order, strict=True):
+    for loss, weight, (node, _) in zip(losses.values(), in_order, graph.roots, strict=True):
         seed = seed_of(gradient, loss)
-        seeds.append(seed * weight if root_of(loss) in graph.common else seed)
+        seeds.append(seed * weight if node in graph.common else seed)
     hooks = [border.node.register_hook(_scaling(border, in_order[border.task])) for border in graph.borders]
     try:
         torch.autograd.backward(list(losses.values()), seeds, retain_graph=retain_graph)
@@ -205,8 +205,7 @@ def _check_can_tell(graph: Map, surgeon: Surgeon) -> None:
     if declared is None:
         return
     members, ours = set(map(id, declared)), set(map(id, surgeon.parameters()))
-    leaves = [leaf for leaf in map(leaf_of, graph.common) if leaf is not None]
-    strangers = [leaf for leaf in leaves if id(leaf) in ours and id(leaf) not in members]
+    strangers = [leaf for leaf in graph.leaves if id(leaf) in ours and id(leaf) not in members]
     if strangers:
         raise MultiTaskError(
             f"several tasks reach {len(strangers)} parameters that are not in shared= (one has shape "
