@@ -1033,12 +1033,15 @@ def test_autocast(way):
 
 
 def test_anomaly_mode():
-    model = build()
-    optimizer = wrapped(model)
+    model, other = twins()
+    optimizer, calm = wrapped(model), wrapped(other)
     with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bring("total", optimizer, model.losses(0))
+    bring("total", calm, other.losses(0))
     optimizer.step()
+    calm.step()
+    assert equal_weights(model, other)
 
 
 def test_rows_are_those_of_the_batch_norm_in_training():

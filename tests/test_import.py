@@ -1,9 +1,8 @@
 """Importing the library is cheap and pulls in nothing optional."""
 
+import inspect
 import subprocess
 import sys
-
-import pytest
 
 OPTIONAL = [
     "accelerate",
@@ -33,17 +32,12 @@ def test_bare_import_with_warnings_as_errors():
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_are_all_there():
+def test_public_names_are_documented_with_an_example():
     import gradsurg
 
     for name in gradsurg.__all__:
-        assert getattr(gradsurg, name) is not None
-
-
-@pytest.mark.parametrize("name", ["wrap", "unwrap", "total", "backward", "report", "weights", "combine", "check_sync"])
-def test_public_functions_have_examples(name):
-    import gradsurg
-
-    doc = getattr(gradsurg, name).__doc__
-    assert doc
-    assert ">>>" in doc or name in ("total", "backward", "report")
+        public = getattr(gradsurg, name)
+        if inspect.isclass(public) or inspect.isfunction(public):
+            doc = public.__doc__ or ""
+            # Those of the three are at the first; a MultiTaskOptimizer is never built, and a Problem is handed in.
+            assert ">>>" in doc or name in ("backward", "report", "MultiTaskOptimizer", "Problem"), name

@@ -250,11 +250,12 @@ def test_unwrapped_trains_as_if_never_wrapped():
 
 
 def test_wrap_again_after_unwrap_with_other_options():
-    model = build()
+    model, other = twins()
     optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), surgery="sum")
     optimizer = gradsurg.wrap(gradsurg.unwrap(optimizer), surgery="mgda")
     train(optimizer, model, several, range(2))
-    assert optimizer.report.weights.sum() > 0
+    train(gradsurg.wrap(torch.optim.SGD(other.parameters(), lr=0.1), surgery="mgda"), other, several, range(2))
+    assert equal_weights(model, other)
 
 
 class Renamed(torch.optim.Adam):
@@ -671,6 +672,11 @@ def test_names_known_before_a_checkpoint_are_known_after_it():
     del losses["left"]
     resumed.total(losses).backward()
     resumed.step()
+    assert resumed.report.step == 1
+    assert resumed.report.tasks == tuple(losses)
+    fresh = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), primary="left")
+    with pytest.raises(ValueError, match="primary names the task 'left'"):
+        fresh.total({"right": model.losses(1)["right"]})
 
 
 # -- several optimizers -------------------------------------------------------------------------------------------
@@ -754,8 +760,12 @@ def test_unwrapping_one_of_several_leaves_the_other_working():
     model = build()
     first, second = pair(model)
     gradsurg.unwrap(first)
+    before = [p.detach().clone() for p in model.parameters()]
     train(second, model, several, range(2))
-    assert second.report.movement is not None
+    assert (second.report.update_cosines >= -1e-4).all()
+    mine = {id(p) for group in second.param_groups for p in group["params"]}
+    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved == [id(p) in mine for p in model.parameters()]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

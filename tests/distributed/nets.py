@@ -79,6 +79,17 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def alone(steps: int) -> dict[str, Tensor]:
+    """Return the parameters after so many steps of one process over whole batches."""
+    model = build()
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        optimizer.total(model(*batch(step))).backward()
+        optimizer.step()
+    return state_of(model)
+
+
 def assert_close(ours: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     """Compare every number with its tensor's scale."""
     assert list(ours) == list(alone)

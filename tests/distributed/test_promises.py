@@ -156,6 +156,7 @@ def uninterrupted_alone(options):
 def test_functions_instead_of_losses(ranks):
     results = ranks(2).run(jobs_more.functions)
     nets.equal_everywhere(results)
+    nets.assert_close(results[0], nets.alone(3))
 
 
 def test_a_torch_that_cannot_cancel(ranks):

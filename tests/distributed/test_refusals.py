@@ -25,7 +25,9 @@ def test_refusals_say_what_to_do(ranks, what):
 
 
 def test_model_names_the_module(ranks):
-    nets.equal_everywhere([state for state, _ in ranks(2).run(jobs_failures.named)])
+    results = ranks(2).run(jobs_failures.named)
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], nets.alone(2))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
