@@ -60,7 +60,10 @@ def glance(
         sign = small.per_number(signs)
         if isinstance(sign, Tensor):
             return None
-        d = torch.sub(flat(small.at(before)) if vector is None else vector, flat(small.at(after)))
+        new = flat(small.at(after))  # of several tensors a copy, to be overwritten, and of one a view of it
+        d = torch.sub(
+            flat(small.at(before)) if vector is None else vector, new, out=new if len(small.places) > 1 else None
+        )
         for part, block in zip(d.split(BLOCK), small.matrix.split(BLOCK, dim=1), strict=True):
             square += torch.dot(part, part).item()
             inner = [x + sign * y for x, y in zip(inner, torch.mv(block, part).tolist(), strict=True)]

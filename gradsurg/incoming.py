@@ -16,7 +16,7 @@ from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_gr
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.hooks import hooked_among, refusing_steps_in_backward
-from gradsurg.losses import Compute, check_row, seed_of, task_name
+from gradsurg.losses import Compute, check_row, detached, seed_of, task_name
 from gradsurg.priority import check_names
 from gradsurg.recompute import evaluate, explain
 from gradsurg.refresh import reusable, run_reused
@@ -102,7 +102,7 @@ def _run(
     passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due if name in given]
     if plain is not None and plain.requires_grad:
         passes.append((None, plain))
-    known = {name: loss.detach().reshape(()) for name, loss in losses.items() if isinstance(loss, Tensor)}
+    known = {name: detached(loss) for name, loss in losses.items() if isinstance(loss, Tensor)}
     surgeon.unrun = 0
     joining = surgeon.capture.opened is not None and surgeon.enclosing_pass == pass_in_progress()
     if joining:  # a second total in one backward pass, while the first waits for its end
@@ -175,7 +175,7 @@ def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: b
     except RuntimeError as error:
         raise explain(name, error) from error
     surgeon.capture.take(name)
-    return {name: loss.detach().reshape(())}
+    return {name: detached(loss)}
 
 
 @contextmanager

@@ -73,9 +73,11 @@ class Judgement:
             measure = self.layout.measure(mine)
             if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
                 G = measure.gramian(table, exact=True)
-            alone = self.layout is ALONE
-            old = Part(before, mine) if alone else self.layout.held(mine, [before[p] for p in mine])
-            new = self.layout.held(mine, [p.detach() for p in mine])
+            old: Sequence[Tensor] = Part(before, mine)
+            new = mine
+            if self.layout is not ALONE:
+                old = self.layout.held(mine, [before[p] for p in mine])
+                new = self.layout.held(mine, [p.detach() for p in mine])
             asked = None
             if self.margin:
                 asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)

@@ -17,6 +17,7 @@ __all__ = [
     "Losses",
     "check_row",
     "check_scalar",
+    "detached",
     "parse_losses",
     "seed_of",
     "task_name",
@@ -122,6 +123,12 @@ def value_of(
             wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
         total = total + (wide if preference == 1 else wide * preference)
     return total
+
+
+def detached(loss: Tensor) -> Tensor:
+    """Return a loss without its graph, as a tensor of no dimensions."""
+    alone = loss.detach()
+    return alone.reshape(()) if alone.dim() else alone
 
 
 def seed_of(gradient: Tensor | None, loss: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from gradsurg.pipeline import (
     Direction,
 )
 from gradsurg.problem import Problem, State
-from gradsurg.quick import all_finite
+from gradsurg.quick import all_finite, knows
 from gradsurg.report import Report
 from gradsurg.rows import Row, TaskRows, added
 from gradsurg.settings import Settings
@@ -114,11 +114,11 @@ def operate(patient: Patient) -> Outcome:
 
 def _path(patient: Patient, shared: list[Tensor]) -> str:
     settings = patient.settings
+    if settings.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
+        return "torch"  # before anything is asked of every gradient
     surgery = settings.pipeline.surgery
     if isinstance(surgery, ElementwiseSurgery) or surgery.measures_excess or settings.pipeline.margin:
         return "torch"
-    if settings.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
-        return "torch"  # before anything is asked of every gradient
     if patient.layout is not ALONE:
         if settings.backend == "triton":
             raise ValueError(
@@ -227,10 +227,12 @@ def plain_sum(problem: Problem) -> Direction:
 def problem_of(patient: Patient, G: Tensor) -> Problem:
     """Return what the m x m part is asked, on the CPU."""
     tasks, settings = tuple(patient.rows), patient.settings
-    # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
-    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
-    losses = None
-    if all(name in patient.losses for name in tasks):
+    losses = generator = None
+    more = not knows(settings.pipeline.normalizer, settings.pipeline.surgery)
+    if more:
+        # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
+        generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
+    if more and all(name in patient.losses for name in tasks):
         losses = torch.tensor([float(patient.losses[name]) for name in tasks], dtype=torch.float64)
     return Problem(
         gramian=G,

@@ -90,7 +90,12 @@ class TaskRows:
 
     def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return those of `parameters` that at least two tasks reached."""
-        return [p for p, count in zip(parameters, self.reach(parameters), strict=True) if count >= 2]
+        once: set[int] = set()
+        twice: set[int] = set()
+        for row in self._rows.values():
+            twice.update(once.intersection(row.ids()))
+            once.update(row.ids())
+        return [p for p in parameters if id(p) in twice]
 
     def table(self, parameters: Sequence[Tensor]) -> Table:
         """Return m lists of one gradient (or None) per parameter."""

@@ -93,7 +93,7 @@ class Surgeon:
 
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Traffic."""
-        self.traffic.lay_out(self.parameters())
+        self.traffic.lay_out(self.parameters)
         if self.settings.rotate is not None and not self.traffic.layout.whole_rows:
             raise MultiTaskError(
                 "rotate= does not go with sharded parameters: its averages of all tasks' gradients are part of the "
@@ -131,10 +131,12 @@ class Surgeon:
 
     def introduce(self, names: Iterable[str]) -> None:
         """Check the names in the options against those declared or seen; a typo in `primary` must not pass silently."""
-        known = {*self.memory.tasks, *(self.settings.tasks or ()), *names}
-        check_names(self.settings.pipeline.levels, known)
-        check_names((tuple(self.settings.preferences),), known, "preferences")
-        check_names((tuple(named(self.settings.pipeline.margin)),), known, "margin")
+        pipeline, preferences = self.settings.pipeline, self.settings.preferences
+        if pipeline.levels or preferences or pipeline.margin:
+            known = {*self.memory.tasks, *(self.settings.tasks or ()), *names}
+            check_names(pipeline.levels, known)
+            check_names((tuple(preferences),), known, "preferences")
+            check_names((tuple(named(pipeline.margin)),), known, "margin")
         self.learn(names)
 
     def learn(self, names: Iterable[str]) -> None:

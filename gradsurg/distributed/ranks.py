@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ __all__ = ["Ranks", "several_ranks"]
 
 def several_ranks() -> bool:
     """Whether torch.distributed is initialised with more than one rank."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return _is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Ranks:
@@ -46,12 +49,16 @@ class Ranks:
             if not hasattr(torch._C._distributed_c10d.Reducer, reducer.RESET):
                 self._early = self._replicas(parameters)
 
-    def layout(self, parameters: Sequence[Tensor]) -> Layout:
-        """Return how these parameters are spread.
+    def layout(self, of: Callable[[], Sequence[Tensor]]) -> Layout:
+        """Return how the parameters are spread; one process alone does not ask for them.
+
+        Args:
+            of: Returns the parameters.
 
         Raises:
             MultiTaskError: Several ranks, and nothing that keeps plain parameters equal; or something unsupported.
         """
+        parameters = of() if _is_initialized() else ()
         if not several_ranks() and not _is_sharded(parameters):
             self._layout, self._key = None, ()
             return ALONE
@@ -119,7 +126,7 @@ class Ranks:
 
 def _is_sharded(parameters: Sequence[Tensor]) -> bool:
     """Whether there are DTensors; one rank may have them too, on a mesh of its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_initialized():
         return False
     from torch.distributed.tensor import DTensor
 

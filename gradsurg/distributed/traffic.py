@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class Traffic:
         self._exchange: Exchange | None = None
         self._measured: list[str] = []
 
-    def lay_out(self, parameters: Sequence[Tensor]) -> None:
+    def lay_out(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
         """Find out how the parameters are spread over ranks, and keep DDP's own reduction out of the way."""
         self.layout = self.ranks.layout(parameters)
         self.layout.begin()
