@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import gradsurg
+from benchmarks.gpu_training import SMALL
 from benchmarks.record import RESULTS, record
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def judge(bench: Bench) -> None:
     for row in bench.results:
         if row["what"] in ("gramian", "combine") and row["P"] != "1 M":
             found[share].append(row["share_of_copy"])
-        if row["what"] == "step" and row["by"].startswith("gradsurg"):
+        if row["what"] == "step" and row["by"].startswith("gradsurg") and not row["model"].startswith(SMALL):
             found[step].append(-row["surgery_share"])
     for m in sorted({row["m"] for row in bench.results if row["what"] == "surgery"}):
         seconds = {row["by"]: row["seconds"] for row in bench.results if row["what"] == "surgery" and row["m"] == m}
@@ -46,7 +47,7 @@ def judge(bench: Bench) -> None:
     for name, target in TARGETS.items():
         # min() of numbers and NaN is either, by their order; and a size that did not fit leaves nothing.
         measured = bool(found[name]) and not any(map(math.isnan, found[name]))
-        worst = abs(min(found[name])) if measured else math.nan
+        worst = (-1 if name == step else 1) * min(found[name]) if measured else math.nan
         met = worst <= target if name == step else worst >= target
         verdict = ("met" if met else "missed") if measured else "not measured"
         bench.keep("target", name=name, wanted=target, worst=worst, verdict=verdict)

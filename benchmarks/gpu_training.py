@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 import gradsurg
 from benchmarks.gpu_model import combine_work, gramian_work
+from benchmarks.workloads import Residual
 
 if TYPE_CHECKING:
     from benchmarks.gpu_bench import Bench
 
-__all__ = ["measure_training"]
+__all__ = ["SMALL", "measure_training"]
 
 SEPARATE = "separate backward passes"
+SMALL = "perceptron"  # where launches take the time, which batched=True saves; no target is set for its share
 
 
 class Bottleneck(nn.Module):
@@ -70,13 +72,16 @@ def training_cases(bench: Bench) -> Iterator[tuple[str, nn.Module, Tensor, int]]
     if bench.rehearse:
         yield "tiny resnet", resnet50((1, 1), 4), torch.randn(2, 3, 32, 32), 32
         yield "tiny transformer", Transformer(1, 64, 100), torch.randint(100, (2, 8)), 64
+        yield f"{SMALL}, tiny", nn.Sequential(Residual(8), Residual(8)), torch.randn(4, 8), 8
         return
     device = bench.device
+    small = nn.Sequential(*(Residual(91) for _ in range(12))).to(device)
+    yield f"{SMALL} 100 k", small, torch.randn(32, 91, device=device), 91
     yield "ResNet-50", resnet50().to(device), torch.randn(64, 3, 224, 224, device=device), 2048
     yield "transformer 336 M", Transformer().to(device), torch.randint(32_768, (8, 512), device=device), 1024
 
 
-def contestants(model: nn.ModuleList, x: Tensor) -> Iterator[tuple[str, Callable[[], object], str]]:
+def contestants(model: nn.ModuleList, x: Tensor, batched: bool) -> Iterator[tuple[str, Callable[[], object], str]]:
     """Yield a training step each: its name, itself, and the path that its surgery takes."""
 
     def losses_of(h: Tensor) -> list[Tensor]:
@@ -100,8 +105,9 @@ def contestants(model: nn.ModuleList, x: Tensor) -> Iterator[tuple[str, Callable
 
     yield "one backward pass of the sum", summed, "-"
     yield SEPARATE, separate, "-"
-    for guarantee in ("gradient", "update"):
-        optimizer = gradsurg.wrap(adamw(), guarantee=guarantee)
+    ways = [(guarantee, at_once) for guarantee in ("gradient", "update") for at_once in (False, True)[: 1 + batched]]
+    for guarantee, at_once in ways:
+        optimizer = gradsurg.wrap(adamw(), guarantee=guarantee, batched=at_once)
 
         def ours(optimizer: gradsurg.MultiTaskOptimizer = optimizer) -> None:
             optimizer.zero_grad()
@@ -111,7 +117,7 @@ def contestants(model: nn.ModuleList, x: Tensor) -> Iterator[tuple[str, Callable
         ours()
         report = optimizer.report
         assert report is not None
-        yield f"gradsurg, guarantee={guarantee}", ours, report.path
+        yield f"gradsurg, guarantee={guarantee}{', batched' if at_once else ''}", ours, report.path
     try:
         from torchjd.aggregation import DualProj
         from torchjd.autojac import jac_to_grad, mtl_backward
@@ -140,7 +146,7 @@ def measure_training(bench: Bench) -> None:
             model = nn.ModuleList([body, *(nn.Linear(width, 10) for _ in range(heads))]).to(bench.device)
             count = sum(p.numel() for p in body.parameters())
             separate = float("nan")
-            for by, run, path in contestants(model, x):
+            for by, run, path in contestants(model, x, name.startswith(SMALL)):
                 try:
                     watched = bench.watch(run, 10)
                 except RuntimeError as error:  # of memory, most likely: a peer that cannot is left out
