@@ -63,10 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, 'The report needs matplotlib: pip install "gradsurg[plot]"\n')
     try:
         reports = History.load(options.history).reports
-        text = page(reports, options.history.name)
+        output.write_text(page(reports, options.history.name), encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    output.write_text(text, encoding="utf-8")
     for heading, sentences in verdict(reports).items():
         print(f"{heading}\n" + "".join(f"  {sentence}\n" for sentence in sentences), end="")
     print(f"page: {output}")
