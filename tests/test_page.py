@@ -72,3 +72,10 @@ def test_what_is_no_history_is_refused(tmp_path, capsys):
             main(["report", str(tmp_path / name)])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused(history, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "nowhere" / "out.html")])
+    assert stop.value.code == 2
+    assert "nowhere" in capsys.readouterr().err

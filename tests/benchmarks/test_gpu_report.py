@@ -6,6 +6,7 @@ import math
 import pytest
 
 from benchmarks import gpu_report, record
+from benchmarks.gpu_training import SMALL
 
 ABOUT = {"date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA Some Card", "driver and clocks": "1.2"}
 
@@ -29,9 +30,10 @@ def results(share=0.9, surgery_share=0.04, ours=1.0):
         {"what": "surgery", "by": "gradsurg, torch path", "m": 4, "seconds": 0.1},  # no peer
         {"what": "surgery", "by": "TorchJD DualProj", "m": 4, "seconds": 4.0},
         {"what": "surgery", "by": "pytorch_optimizer PCGrad", "m": 4, "seconds": 5.0},
-        {"what": "step", "by": "gradsurg", "surgery_share": 0.01},
-        {"what": "step", "by": "gradsurg, update", "surgery_share": surgery_share},
-        {"what": "step", "by": "TorchJD", "surgery_share": 0.5},
+        {"what": "step", "model": "ResNet-50", "by": "gradsurg", "surgery_share": 0.01},
+        {"what": "step", "model": "ResNet-50", "by": "gradsurg, update", "surgery_share": surgery_share},
+        {"what": "step", "model": f"{SMALL}, 4 tasks", "by": "gradsurg", "surgery_share": 0.7},  # calls, not kernels
+        {"what": "step", "model": "ResNet-50", "by": "TorchJD", "surgery_share": 0.5},
     ]
 
 
