@@ -12,17 +12,31 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "SMALL", "Block", "Pieces", "Workspace", "block_for", "blocks", "flat", "flat_column", "real_of"]
+__all__ = [
+    "BLOCK",
+    "SMALL",
+    "Block",
+    "Pieces",
+    "Workspace",
+    "block_for",
+    "blocks",
+    "cut",
+    "flat",
+    "flat_column",
+    "real_of",
+]
 
-# CPU time on one core of an EPYC (512 KiB of L2), 4.2 M float32 a row, ms to convert + to multiply m rows in blocks of
-# 4 096, 16 384, 32 768, 131 072: m = 4 24, 17, 18, 18; m = 8 63, 53, 50, 59.
+# Small tensors are packed until there are so many numbers.
 BLOCK = 32_768
-# With few tasks the calls count more than the cache, until the blocks of all rows have so many numbers: 20 M numbers a
-# row, against the time of reading the rows twice and writing u once, in blocks of 32 768, 65 536, 131 072, 262 144:
-# m = 2 1.9, 1.6, 1.6, 1.4; m = 4 2.1, 2.0, 1.8, 2.0; m = 8 3.1, 3.7, 4.1, 4.3.
-TOGETHER, LARGEST = 262_144, 131_072
+# Large tensors are cut so that the blocks of all rows have TOGETHER numbers, 6 MiB in float64: the fewer calls, the
+# better, until they leave the cache (32 MiB of L3 for several machines). CPU ns a number on one core of an EPYC for the
+# Gramian of 10 M numbers in blocks of 16 384, 32 768, 65 536, 98 304, 131 072, 262 144: m = 1 1.6, 1.2, 0.9, 0.8, 0.8,
+# 0.7; m = 4 1.2, 1.1, 1.0, 1.0, 1.0, 1.0; m = 8 1.5, 1.3, 1.2, 1.2, 1.3, 1.5; m = 16 2.0, 2.0, 1.9, 1.9, 2.3, 3.0;
+# m = 32 2.8, 3.2, 3.6, 3.7, 3.7, 3.7.
+TOGETHER, LEAST, LARGEST = 786_432, 16_384, 131_072
 # Tensors below this are packed: copying 32 768 floats costs about as much as the Python calls it saves.
 SMALL = 32_768
+LINE = 16  # numbers of 32 bits in a line of cache, which no two parts share
 
 Block = list["Tensor | None"]
 Pieces = list[Tensor]
@@ -56,7 +70,7 @@ def flat_column(column: Sequence[Tensor | None]) -> Block:
 def blocks(
     lists: Sequence[Sequence[Tensor | None]], tags: Sequence[Hashable] | None = None, *, size: int = BLOCK
 ) -> Iterator[tuple[Hashable, list[Pieces]]]:
-    """Yield the tensors of several parallel lists in blocks of at most about `size` elements.
+    """Yield the tensors of several parallel lists in blocks of about `size` elements.
 
     Args:
         lists: n lists of one tensor (or None) per parameter; lists[i][k] and lists[j][k] have equal shapes.
@@ -86,7 +100,10 @@ def blocks(
             count = next(t.numel() for t in column if t is not None)
         tag = None if tags is None else tags[k]
         if count >= SMALL:
-            yield from ((tag, block) for block in _split(column, size, -(-count // size)))
+            views = [t.view(-1) for t in column if t is not None]
+            for parts in cut(views, size):
+                pieces = iter(parts)
+                yield tag, [[] if t is None else [next(pieces)] for t in column]
             continue
         key: Hashable = (tag, some.device, *[None if t is None else t.dtype for t in column])
         if key not in pending:
@@ -102,13 +119,22 @@ def blocks(
 
 def block_for(m: int) -> int:
     """Return the size of blocks that m rows are multiplied in."""
-    return max(BLOCK, min(TOGETHER // max(m, 1), LARGEST))
+    return max(LEAST, min(TOGETHER // max(m, 1), LARGEST))
 
 
-def _split(column: Sequence[Tensor | None], size: int, count: int) -> Iterator[list[Pieces]]:
-    views = [None if t is None else t.view(-1).split(size) for t in column]
-    for part in range(count):
-        yield [[] if view is None else [view[part]] for view in views]
+def cut(views: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    """Yield 1-D tensors of equal length in equal parts of about `size` elements, at most half as many again.
+
+    A short last part costs as many calls as a long one, and splitting one tensor into itself 5 µs.
+    """
+    count = views[0].numel()
+    parts = round(count / size)
+    if parts <= 1:
+        yield views
+        return
+    even = -(-count // parts)
+    even += -even % LINE
+    yield from zip(*[view.split(even) for view in views], strict=True)
 
 
 def _packed(columns: Sequence[Sequence[Tensor | None]], positions: list[int]) -> list[Pieces]:
@@ -125,6 +151,7 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._latest: dict[int, tuple[object, Tensor, tuple[Tensor, ...]]] = {}  # a slot's last matrix and its rows
 
     def buffer(self, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a 1-D buffer; its content is whatever the last user of the slot left."""
@@ -134,20 +161,32 @@ class Workspace(threading.local):
             have = self._buffers[key] = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
         return have[:size]
 
+    def matrix(
+        self, slot: int, rows: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return a buffer as a matrix and as its rows; the same tensors as long as the same is asked for.
+
+        Blocks of one size come one after the other, and five views take as long as to convert 30 000 numbers.
+        """
+        key = rows, size, dtype, device
+        latest = self._latest.get(slot)
+        if latest is None or latest[0] != key:
+            matrix = self.buffer(slot, rows * size, dtype, device).view(rows, size)
+            latest = self._latest[slot] = key, matrix, matrix.unbind(0)
+        return latest[1], latest[2]
+
     def stack(self, slot: int, block: Sequence[Pieces], dtype: torch.dtype) -> Tensor:
         """Return a block as a matrix of `dtype`, one row for each list that has pieces."""
-        present = [pieces for pieces in block if pieces]
-        size, some = sum(piece.numel() for piece in present[0]), present[0][0]
-        matrix = self.buffer(slot, len(present) * size, dtype, some.device).view(len(present), size)
-        for row, pieces in zip(matrix.unbind(0), present, strict=True):
-            row.copy_(flat(pieces))
+        present = [flat(pieces) for pieces in block if pieces]
+        matrix, rows = self.matrix(slot, len(present), present[0].numel(), dtype, present[0].device)
+        torch._foreach_copy_(rows, present)
         return matrix
 
 
 def flat(pieces: Pieces) -> Tensor:
     """Return the pieces of a row as one 1-D tensor, a view where there is only one."""
     if len(pieces) == 1:
-        return pieces[0].view(-1)
+        return pieces[0] if pieces[0].ndim == 1 else pieces[0].view(-1)
     # What DDP fills its buckets with, in one call: forty views in Python take three times as long. It copies in the
     # pieces' dtype, because converting element by element while gathering is four times slower than copy_ is after.
     flattened: Tensor = torch._utils._flatten_dense_tensors(pieces)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradsurg.blocks import BLOCK, SMALL, flat
-from gradsurg.products import MOVEMENT, ROWS, WORKSPACE, inner_product
+from gradsurg.products import MOVEMENT, ROWS, WORKSPACE, inner_product, inner_products
 
 __all__ = ["Packed", "Table", "alike", "packed"]
 
@@ -105,10 +105,7 @@ class Packed:
         inner, square = [0.0] * len(self.matrix), 0.0
         for stacked, part in zip(self.wide(), d.split(BLOCK), strict=True):
             square += inner_product(part, part, exact)
-            if exact:
-                products = [inner_product(part, row, exact) for row in stacked.unbind(0)]
-            else:
-                products = torch.mv(stacked, part).tolist()
+            products = inner_products(stacked, part, exact)
             inner = [x + sign * y for x, y in zip(inner, products, strict=True)]
         return inner, square
 

@@ -1,16 +1,18 @@
 """gramian.py against its float64 twin, over every kind of tensor that a gradient can be."""
 
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
 
 from gradsurg import gramian as fast
 from gradsurg import reference
-from gradsurg.blocks import BLOCK, SMALL, Workspace, blocks, flat_column
-from gradsurg.symmetric import MATMUL_FROM
+from gradsurg.blocks import BLOCK, SMALL, Workspace, blocks, cut, flat_column
+from gradsurg.products import RUN
+from gradsurg.symmetric import MANY_FROM, MATMUL_FROM, Long, Symmetric, strip_for
 
-# Of |g_i| |g_j|: running float64 sums over blocks of 131 072 (1.1e-13 on constant rows), and pairwise ones.
+# Of |g_i| |g_j|: running float64 sums (2.5e-13 on constant rows), and pairwise ones.
 QUICK, EXACT = 4e-13, 1e-15
 
 
@@ -71,6 +73,54 @@ def test_constant_rows_do_not_drift():
     rows = [[torch.full((BLOCK,), 0.0013)], [torch.full((BLOCK,), 0.3)]]
     want = reference.gramian(rows, rows[0])
     assert_close_by_entry(rows, want)
+
+
+@pytest.mark.parametrize("m", [2, MATMUL_FROM, 9])
+def test_what_is_promised_holds_for_constant_rows_of_many_blocks(m):
+    # 0.7 · 0.1 summed one after the other, 131 072 times in a matrix product, is off by 5e-13, and 1/3 · 1e-5 by 2e-12.
+    numbers = [float(torch.tensor(x)) for x in (0.7, 0.1, 1 / 3, 1e-5)]
+    values = [numbers[i % 4] for i in range(m)]
+    shapes = [(1_500_000,), (131_071,), (196_608,)]
+    rows = [[torch.full(shape, value) for shape in shapes] for value in values]
+    before, after = [torch.full(shape, 0.5) for shape in shapes], [torch.full(shape, 0.1) for shape in shapes]
+    count, d = sum(shape[0] for shape in shapes), 0.5 - float(torch.tensor(0.1))
+    for exact, tolerance in [(False, QUICK), (True, EXACT)]:
+        G = fast.gramian(rows, exact=exact)
+        inner, square = fast.inner_update(rows, before, after, [1.0] * 3, exact=exact)
+        for i, x in enumerate(values):
+            assert inner[i].item() == pytest.approx(float(count * Fraction(d) * Fraction(x)), rel=tolerance)
+            for j, y in enumerate(values):
+                assert G[i, j].item() == pytest.approx(float(count * Fraction(x) * Fraction(y)), rel=tolerance)
+        assert square == pytest.approx(float(count * Fraction(d) ** 2), rel=tolerance)
+
+
+@pytest.mark.parametrize("m", [MATMUL_FROM, MANY_FROM - 1, MANY_FROM, 2 * MANY_FROM])
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, 3 * RUN + 5])
+def test_strips_make_the_whole_product(m, size):
+    stacked = torch.randn(m, size, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    total = Symmetric(m)
+    for k in range(2 * Long.SHORT + 1):  # long enough to be folded twice
+        total.add(list(range(m)), stacked if k % 2 else stacked[:, :-1].contiguous(), exact=False)
+    want = torch.stack([(stacked * row).sum(1) for row in stacked]) * (2 * Long.SHORT + 1)
+    want -= (Long.SHORT + 1) * stacked[:, -1:] * stacked[:, -1]
+    lengths = want.diagonal().sqrt()
+    assert ((total.result() - want).abs() <= QUICK * lengths[:, None] * lengths).all()
+    assert strip_for(m, size) == (24 if m >= MANY_FROM else 2 if size >= BLOCK else 4)
+
+
+def test_an_infinite_row_makes_infinite_entries():
+    G = fast.gramian([[torch.tensor([float("inf")])], [torch.tensor([1.0])]])
+    assert torch.equal(G, torch.tensor([[float("inf"), float("inf")], [float("inf"), 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "lengths"), [(5, 8, [5]), (11, 8, [11]), (100, 40, [64, 36]), (40, 9, [16, 16, 8])]
+)
+def test_tensors_are_cut_evenly(count, size, lengths):
+    a, b = torch.arange(count), -torch.arange(count)
+    parts = list(cut([a, b], size))
+    assert [len(x) for x, _ in parts] == lengths
+    assert all(torch.equal(torch.cat([part[k] for part in parts]), whole) for k, whole in enumerate((a, b)))
 
 
 def test_parameters_of_several_dtypes_and_rows_of_another():
