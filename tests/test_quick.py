@@ -6,10 +6,11 @@ from hostile import FAMILIES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gradsurg
 from gradsurg.normalize import Norm, RandomWeights, Unscaled
 from gradsurg.pipeline import CANCELLATION_GRAMIAN, ROUNDING_EXACT, Pipeline
 from gradsurg.problem import Problem
-from gradsurg.quick import applies
+from gradsurg.quick import all_finite, applies, norms_of
 from gradsurg.surgery import Cone, Sum, UPGrad
 
 
@@ -49,3 +50,35 @@ def test_does_only_what_it_knows():
     assert not applies(one, RandomWeights(), Cone())
     assert not applies(one, Norm(), UPGrad())
     assert not applies(torch.eye(40, dtype=torch.float64).unsqueeze(0), Norm(), Cone())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 20, 20)])
+@pytest.mark.parametrize("number", [1e308, float("nan"), float("inf"), -float("inf")])
+def test_finite_is_what_torch_calls_so(shape, number):
+    gramian = torch.full(shape, 1e308, dtype=torch.float64)  # whose sum is not finite
+    gramian[-1, 0, -1] = number
+    assert all_finite(gramian) == bool(torch.isfinite(gramian).all())
+
+
+def test_norms_are_those_of_torch():
+    G = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert bool((G.diagonal() < 0).any())  # as rounding leaves a zero gradient
+    assert norms_of(G.tolist()) == G.diagonal().clamp(min=0).sqrt().tolist()
+
+
+def test_only_methods_that_it_knows_go_without_losses_and_random_numbers():
+    asked = []
+
+    class Asking(Cone):
+        def weights(self, problem, state):
+            asked.append((problem.losses.tolist(), problem.generator.initial_seed()))
+            return super().weights(problem, state)
+
+    w, found = torch.ones(2), []
+    for surgery in (Cone(), Asking()):
+        p = torch.nn.Parameter(w.clone())
+        optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1), surgery=surgery, seed=3)
+        optimizer.total([p.sum(), 2 * p[0] - 3 * p[1]]).backward()
+        found.append(p.grad)
+    assert asked == [([2.0, -1.0], 3_000_009)]
+    torch.testing.assert_close(*found)

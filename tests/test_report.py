@@ -139,3 +139,17 @@ def test_change_is_unknown_number_by_number():
     _, optimizer = two_tasks(torch.tensor([[1.0, -1.0], [2.0, 1.0]]), surgery="graddrop")
     assert optimizer.report.change != optimizer.report.change
     str(optimizer.report)
+
+
+def test_read_late_it_says_what_it_says_read_early():
+    J = torch.randn(3, 20, generator=torch.Generator().manual_seed(2))
+    texts = []
+    for early in (True, False):
+        _, optimizer = two_tasks(J, preferences={"b": 2.0})
+        if early:
+            assert optimizer.report.movement is None
+        optimizer.step()
+        report = optimizer.report
+        assert report is optimizer.report  # made once
+        texts.append((report.scalars(), str(report), report.movement.inner.tolist(), report.movement.square))
+    assert texts[0] == texts[1]
