@@ -136,7 +136,7 @@ def seed_of(gradient: Tensor | None, loss: Tensor) -> Tensor:
     if gradient is None:
         return torch.ones_like(loss)
     if gradient.shape == loss.shape and gradient.dtype == loss.dtype and gradient.device == loss.device:
-        return gradient  # the usual case; the two calls below would take 15 µs
+        return gradient  # the usual case; the two calls below take 12 µs
     return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
 
 
