@@ -32,9 +32,10 @@ def print_facts(architectures: Sequence[int], names: Sequence[str] | None = None
     from gradsurg.kernels.shipped import shipped
 
     names = [one.name for one in shipped()] if names is None else names
+    found = measure([(architecture, name) for architecture in architectures for name in names])
     everything = {}
     for architecture in architectures:
-        facts = everything[architecture] = measure(architecture, names)
+        facts = everything[architecture] = {name: found[architecture, name] for name in names}
         print(f"\nMachine code for sm_{architecture} (read from the disassembly)")
         heads = {"registers": 10, "shared": 8, "local": 7, "spills": 7, "16-byte loads": 14, "loop": 6, "turns": 6}
         print(" " * 46 + "".join(f"{head:>{width}}" for head, width in heads.items()))
