@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Edge = tuple[Node, int]  # a node, and which of its outputs
+Edges = Sequence[tuple["Node | None", int]]
 
 
 # The node that use_reentrant=True leaves: it runs a backward pass of its own, over a graph that it rebuilds.
@@ -72,7 +73,7 @@ def _root_edge(tensor: Tensor) -> Edge:
     return node, output
 
 
-def _after(node: Node) -> list[tuple[Node | None, int]]:
+def _after(node: Node) -> Edges:
     return [past_sink(edge) for edge in node.next_functions]
 
 
@@ -139,57 +140,60 @@ class Map:
 def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     """Return what one loss reaches alone and what several reach; `declared` are leaves that count as the latter."""
     roots = [_root_edge(loss) for loss in losses]
-    nodes = [node for node, _ in roots]
-    common = {edge_of(leaf)[0] for leaf in declared}
-    owner, after, met = _owners(nodes, _following)
+    owner, after, common = _owners(roots, _edges)
     kinds = {type(node).__name__ for node in owner}
     if SINK in kinds:  # looked for once, and not at every edge
-        owner, after, met = _owners(nodes, lambda node: [other for other, _ in _after(node)])
-    common |= met
+        owner, after, common = _owners(roots, _after)
+    common.update(edge_of(leaf)[0] for leaf in declared)
     waiting = list(common)
     while waiting:  # whatever comes after a node that several losses reach is reached by several too
-        new = {other for other in after.get(waiting.pop(), ()) if other is not None and other not in common}
-        common |= new
-        waiting += new
-    borders, hidden = [], False
+        for other, _ in after.get(waiting.pop(), ()):
+            if other is not None and other not in common:
+                common.add(other)
+                waiting.append(other)
+    borders, hidden, entered = [], False, set()
     own: list[list[Node]] = [[] for _ in losses]
     leaves = []
     for node, task in owner.items():
         leaf = leaf_of(node)
-        if node not in common:
-            across = tuple(k for k, other in enumerate(after[node]) if other in common)
-            borders += [Border(node, task, across)] if across else []
-            hidden = hidden or type(node).__name__ == REENTRANT
-            own[task] += [] if leaf is None else [node]
-        elif leaf is not None:
-            leaves.append(leaf)
-    entered = {after[border.node][k] for border in borders for k in border.edges}
-    nested = any(not entered.isdisjoint(after.get(node, ())) for node in common)
+        if node in common:
+            if leaf is not None:
+                leaves.append(leaf)
+            continue
+        across = tuple([k for k, (other, _) in enumerate(after[node]) if other in common])
+        if across:
+            borders.append(Border(node, task, across))
+            entered.update([after[node][k][0] for k in across])
+        hidden = hidden or type(node).__name__ == REENTRANT
+        if leaf is not None:
+            own[task].append(node)
+    nested = len(entered) > 1 and any(other in entered for node in common for other, _ in after.get(node, ()))
     return Map(borders, common, own, leaves, roots, kinds, nested, hidden)
 
 
 def _owners(
-    roots: Sequence[Node], following: Callable[[Node], list[Node | None]]
-) -> tuple[dict[Node, int], dict[Node, list[Node | None]], set[Node]]:
-    """Return the first task to reach each node, what follows each, and the nodes where another task came upon one."""
+    roots: Sequence[Edge], edges_of: Callable[[Node], Edges]
+) -> tuple[dict[Node, int], dict[Node, Edges], set[Node]]:
+    """Return the first task to reach each node, where each leads, and the nodes where another task came upon one."""
     owner: dict[Node, int] = {}
-    after: dict[Node, list[Node | None]] = {}
+    after: dict[Node, Edges] = {}
     met = set()
-    for task, root in enumerate(roots):
+    for task, (root, _) in enumerate(roots):
         waiting = [root]
         while waiting:
             node = waiting.pop()
-            have = owner.setdefault(node, task)
-            if have != task:
+            if owner.setdefault(node, task) != task:
                 met.add(node)
             elif node not in after:
-                after[node] = following(node)
-                waiting += [other for other in after[node] if other is not None]
+                after[node] = edges = edges_of(node)
+                for other, _ in edges:
+                    if other is not None:
+                        waiting.append(other)  # one by one: a list for every node takes twice the time of the walk
     return owner, after, met
 
 
-def _following(node: Node) -> list[Node | None]:
-    return [other for other, _ in node.next_functions]
+def _edges(node: Node) -> Edges:
+    return node.next_functions
 
 
 def leaf_of(node: Node) -> Tensor | None:
