@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gradsurg.aside import Aside
 from gradsurg.averaged import Averaged
-from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise, anything_compiled
 from gradsurg.distributed import Layout, RanksError, fingerprint
+from gradsurg.enclosing import Finish, at_once
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.graph import blocking, edge_of, leaves_past
 from gradsurg.losses import seed_of

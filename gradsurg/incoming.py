@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradsurg.batched import run_batched
-from gradsurg.capture import Finish, at_once, pass_in_progress
 from gradsurg.compiled import Watch, advise, anything_compiled, noticing_kept_graphs
+from gradsurg.enclosing import Finish, at_once, pass_in_progress
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.features import run_on_features
 from gradsurg.hooks import hooked_among, refusing_steps_in_backward

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsurg.curvature import measured
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.elementwise import blend, scales_of
+from gradsurg.findings import block_names, later, report_of, unmeasured
 from gradsurg.gramian import Rows, combine, gramian
 from gradsurg.judgement import Judgement
 from gradsurg.kernels.dispatch import is_interpreted, path_of
@@ -31,7 +32,7 @@ from gradsurg.settings import Settings
 from gradsurg.spare import Spare
 from gradsurg.surgery.elementwise import ElementwiseSurgery
 
-__all__ = ["Outcome", "Patient", "block_names", "operate", "plain_sum", "problem_of", "report_of"]
+__all__ = ["Outcome", "Patient", "operate", "plain_sum", "problem_of"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ def operate(patient: Patient) -> Outcome:
     )
     own.update(Row((p, zeros) for p, zeros in rows.blank.items() if not rows.of(p)))
     if not shared:
-        return Outcome(own, _unmeasured(patient))
+        return Outcome(own, unmeasured(patient))
     if len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer
         (name,) = rows
         preference = patient.settings.preferences.get(name, 1.0)
         own.update(Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items()))
-        return Outcome(own, _unmeasured(patient))
+        return Outcome(own, unmeasured(patient))
     blocks = _blocks(patient, shared)
     if _path(patient, shared) == "triton":
         from gradsurg.onboard.operation import operate_onboard
@@ -149,7 +150,7 @@ def _operate_on(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
         gradients.update(Row(zip(block, u, strict=True)))
     if not patient.layout.several:  # else these are slices, of which nobody has a use
         patient.spare.keep(gradients.items())
-    report = _later(patient, blocks, problem, direction)
+    report = later(patient, blocks, problem, direction)
     if not finite:
         return Outcome(gradients, report)
     protected = patient.settings.pipeline.protected(problem)
@@ -261,71 +262,3 @@ def _blocks(patient: Patient, shared: list[Tensor]) -> list[list[Tensor]]:
         return [[p] for p in shared]
     members = set(map(id, shared))
     return [block for block in ([p for p in group if id(p) in members] for group in patient.groups) if block]
-
-
-def block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]:
-    """Return what the report calls each block."""
-    granularity = patient.settings.granularity
-    if granularity == "model":
-        return ("model",)
-    if granularity == "tensor":
-        return tuple(patient.names.get(id(p), "parameter") for (p,) in blocks)
-    group = {id(p): f"group {k}" for k, group in enumerate(patient.groups) for p in group}
-    return tuple(group[id(block[0])] for block in blocks)
-
-
-def _later(patient: Patient, blocks: list[list[Tensor]], problem: Problem, direction: Direction) -> LaterReport:
-    """Return a report that is made when it is read: few are, and ten operations on m x m numbers take 0.1 ms.
-
-    What it remembers has neither rows nor parameters in it, nor a state, which may be as large.
-    """
-    names, losses, direction = block_names(patient, blocks), dict(patient.losses), replace(direction, state={})
-    make = functools.partial(report_of, patient.step, losses, patient.skipped, names, problem, direction)
-    return LaterReport(patient.step, make)
-
-
-def report_of(
-    step: int,
-    losses: Mapping[str, Tensor],
-    skipped: tuple[str, ...],
-    blocks: tuple[str, ...],
-    problem: Problem,
-    direction: Direction,
-) -> Report:
-    """Return what was found and done; the arguments are a Patient's, but for the names of the blocks."""
-    G, w = problem.gramian, direction.weights
-    products = (G @ w.unsqueeze(-1)).squeeze(-1)
-    finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
-    return Report(
-        step=step,
-        tasks=problem.tasks,
-        losses=dict(losses),
-        gramian=G.sum(0),
-        scales=direction.scales,
-        weights=w,
-        products=products.sum(0),
-        square=(products * w).sum(),
-        stationary=bool(direction.stationary.all()),
-        margin_kept=direction.margin_kept,
-        nonfinite=skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
-        preferences=problem.preferences,
-        gramians=G,
-        blocks=blocks,
-    )
-
-
-def _unmeasured(patient: Patient) -> Report:
-    """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
-    m = len(patient.rows)
-    unknown = torch.full((m,), float("nan"), dtype=torch.float64)
-    return Report(
-        step=patient.step,
-        tasks=tuple(patient.rows),
-        losses=dict(patient.losses),
-        gramian=torch.diag_embed(unknown),
-        scales=torch.ones(1, m, dtype=torch.float64),
-        weights=torch.ones(1, m, dtype=torch.float64),
-        products=unknown,
-        square=torch.tensor(float("nan"), dtype=torch.float64),
-        nonfinite=patient.skipped,
-    )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.capture import Total, at_end_of_backward
 from gradsurg.distributed import several_ranks
+from gradsurg.enclosing import Total, at_end_of_backward
 from gradsurg.features import check_features
 from gradsurg.incoming import bring, entering, receive
 from gradsurg.losses import Computations, Losses, check_scalar, parse_losses, value_of

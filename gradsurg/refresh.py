@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gradsurg.averaged import Averaged
-from gradsurg.capture import Finish, at_once
 from gradsurg.compiled import Watch, advise
 from gradsurg.distributed import fingerprint
+from gradsurg.enclosing import Finish, at_once
 from gradsurg.errors import MultiTaskError
 from gradsurg.graph import Border, Map, leaf_of, map_of
 from gradsurg.local import local_of

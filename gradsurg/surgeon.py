@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.batched import Batched
-from gradsurg.capture import Capture, pass_in_progress
+from gradsurg.capture import Capture
 from gradsurg.distributed import Ranks, Traffic
 from gradsurg.distributed.layout import ALONE
+from gradsurg.enclosing import pass_in_progress
 from gradsurg.errors import MultiTaskError
 from gradsurg.judgement import Judgement, trained
 from gradsurg.margin import named

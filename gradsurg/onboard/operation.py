@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gradsurg.constants import constant
+from gradsurg.findings import block_names, report_of
 from gradsurg.gramian import Rows
 from gradsurg.onboard.guarantee import ROUNDING, OnboardJudgement
 from gradsurg.onboard.report import LaterReport
-from gradsurg.operation import Outcome, Patient, block_names, plain_sum, problem_of, report_of
+from gradsurg.operation import Outcome, Patient, plain_sum, problem_of
 from gradsurg.pipeline import Direction
 from gradsurg.problem import Problem, State
 from gradsurg.report import Report
