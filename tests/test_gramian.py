@@ -192,6 +192,18 @@ def test_combination_is_that_of_the_twin(exact, dtype):
     assert ((reference.flat(u, parameters) - want).abs() <= tolerance * scale).all()
 
 
+def test_many_small_and_a_few_large_tensors_are_combined_where_they_were_told_to():
+    shapes = [(SMALL - 1,)] * (fast.GROUPED // SMALL + 3) + [(SMALL,), (2, fast.DIRECT // 2), (fast.DIRECT + 1,)]
+    parameters, rows = rows_of(shapes, 3, missing=0)
+    weights = [0.3, 0.0, -2.0]
+    into = [torch.full_like(p, float("nan")) if p.numel() >= SMALL else None for p in parameters]
+    u = fast.combine(rows, weights, parameters, into=into)
+    assert all(t is room for t, room in zip(u, into, strict=True) if room is not None)
+    want = reference.combine(rows, weights, parameters)
+    scale = reference.matrix(rows, parameters).abs().sum(0)
+    assert ((reference.flat(u, parameters) - want).abs() <= 2.4e-7 * 2 * scale).all()
+
+
 def test_a_row_of_weight_zero_is_not_read():
     parameters, rows = rows_of([(3,), (SMALL + 1,), (BLOCK + 1,)], 2, missing=0)
     rows[1] = [torch.full_like(g, float("nan")) for g in rows[1]]
