@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradsurg.blocks import Workspace
 
-__all__ = ["MOVEMENT", "ROWS", "RUN", "SUM", "WORKSPACE", "inner_product", "inner_products"]
+__all__ = ["DOT_RUN", "MOVEMENT", "ROWS", "RUN", "SUM", "WORKSPACE", "inner_product", "inner_products"]
 
 WORKSPACE = Workspace()
 ROWS, MOVEMENT, PRODUCT, SUM = range(4)  # slots of the workspace

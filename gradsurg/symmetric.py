@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.blocks import BLOCK
-from gradsurg.products import RUN, inner_product
+from gradsurg.products import DOT_RUN, RUN, inner_product
 
 __all__ = ["MANY_FROM", "MATMUL_FROM", "Long", "Symmetric", "strip_for"]
 
@@ -40,10 +40,12 @@ class Symmetric:
                 sums.addmm_(strip, before)
             self.squares[tasks].added()
             return
-        rows = stacked.unbind(0)
-        for a, i in enumerate(present):
-            for b, j in enumerate(present[: a + 1]):
-                self.put(i, j, inner_product(rows[a], rows[b], exact))
+        # Cut here and not once a pair: three pairs of rows of 131 072 take 40 µs to cut, and 80 to multiply.
+        for part in [stacked] if exact or stacked.shape[1] <= DOT_RUN else stacked.split(DOT_RUN, dim=1):
+            rows = part.unbind(0)
+            for a, i in enumerate(present):
+                for b, j in enumerate(present[: a + 1]):
+                    self.put(i, j, inner_product(rows[a], rows[b], exact))
 
     def put(self, i: int, j: int, value: float) -> None:
         """Add to one entry, i ≥ j; thousands of blocks are summed as exactly as one."""
