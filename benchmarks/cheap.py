@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gradsurg
-from benchmarks.record import conditions, record
+from benchmarks.record import conditions, peak_bytes, record
 
 CYCLE = 10  # refresh_every, and the steps over which the modes that change from step to step are averaged
 SPACE = {"5 M": (256, 6), "small": (48, 2)}  # width and depth
@@ -205,7 +204,7 @@ def own_peak(name: str, m: int) -> int:
     trainer, data = Trainer(MODES[name], m, "5 M"), batches()
     for _ in range(3):
         trainer.step(*next(data))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def measure_conflicts(name: str, m: int, steps: int = 100) -> tuple[float, float, float]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.contenders import ALONE, CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
-from benchmarks.record import conditions, record, result_file
+from benchmarks.record import conditions, peak_bytes, record, result_file
 from benchmarks.workloads import WORKLOADS
 from gradsurg.gramian import combine, gramian
 from gradsurg.packed import Table
@@ -155,16 +154,16 @@ def growth(rounds: int) -> str:
 def peak(contender: str, m: int) -> int | None:
     """Return the peak resident bytes of a process that does three steps of a contender; None where it fails."""
     code = (
-        "import torch, resource; torch.set_num_threads(1);"
+        "import torch; torch.set_num_threads(1); from benchmarks.record import peak_bytes;"
         "from benchmarks.contenders import build; from benchmarks.workloads import transformer;"
         f"step = build({contender!r}, transformer({m}, width=512, layers=10, sequences=1, length=16));"
-        "[step() for _ in range(3)]; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "[step() for _ in range(3)]; print(peak_bytes())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         print(f"{contender}, m = {m}: {done.stderr.strip().splitlines()[-1]}")
         return None
-    return 1024 * int(done.stdout.split()[-1])
+    return int(done.stdout.split()[-1])
 
 
 def memory() -> str:
@@ -206,7 +205,7 @@ def main() -> None:
     for part in options.parts or parts:
         text = parts[part](options.rounds)
         record("cpu", f"1 thread, processor time. {text}")
-    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+    print(f"peak of this process: {peak_bytes() >> 20} MB")
 
 
 if __name__ == "__main__":

@@ -59,3 +59,12 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_bytes() -> int:
+    """Return this process's peak resident memory on Linux.
+
+    Not getrusage's: that goes on counting what the parent had when it forked.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
