@@ -27,6 +27,8 @@ MEASURED = {
 }
 
 
+WAYS = ["gradient", "update", "gradient, batched", "update, batched"]  # guarantee=, with batched=True or without
+
 # Caption -> pages in order; patterns stand for pages of people who add one by adding a file.
 TREES = {
     "Learn": ["start", "concepts", "choosing", "when-it-helps", "faq"],
@@ -124,15 +126,16 @@ def _cost_of_steps(text: str) -> str:
     found: dict[tuple[str, str], tuple[list[str], str]] = {}
     for workload, m, part in re.findall(r"(\w+), m = (\d+): zero_grad(.*?)(?=\w+, m = \d+: |\Z)", text, re.M | re.S):
         ratios = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| ([\d.]+) \|", part, re.M))
-        ours = re.findall(r"^gradsurg, guarantee (\w+): ([\d.]+) × plain \(allowed ([\d.]+)\)", part, re.M)
+        ours = re.findall(r"^gradsurg, guarantee ([\w, ]+): ([\d.]+) × plain \(allowed ([\d.]+)\)", part, re.M)
+        bare = re.search(r"no surgery: ([\d.]+) × plain", part)
         peer = re.search(r"the fastest peer \((.*)\) takes", part)
-        if not peer or [guarantee for guarantee, *_ in ours] != ["gradient", "update"]:
+        if not peer or not bare or [which for which, *_ in ours] != WAYS:
             raise ValueError(f"{workload}, m = {m}: no verdicts in the newest result file of benchmarks.cpu")
-        cells = [*(ratio for _, ratio, _ in ours), ours[0][2], ratios[peer[1]]]
+        cells = [*(ratio for _, ratio, _ in ours), ours[0][2], bare[1], ratios[peer[1]]]
         found[workload, m] = (cells, peer[1])
     lines = [
-        '| | m | `guarantee="gradient"` | `guarantee="update"` | aim | fastest peer | which |',
-        "| --- | --: | --: | --: | --: | --: | --- |",
+        f"| | m | {' | '.join(WAYS)} | aim | passes alone | fastest peer | which |",
+        f"| --- |{' --: |' * (len(WAYS) + 4)} --- |",
     ]
     lines += [f"| {w} | {m} | {' | '.join(cells)} | {peer} |" for (w, m), (cells, peer) in found.items()]
     return "\n".join([*lines, ""])
