@@ -68,7 +68,7 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
     state = surgeon.batched
     if state.works is False or len(losses) < 2:
         return False
-    parameters = surgeon.parameters()
+    parameters = surgeon.capture.held
     seeds = [seed_of(gradient, loss) for loss in losses.values()]
     graph = map_of(list(losses.values()))
     obstacle = _obstacle(surgeon.traffic.layout, parameters, graph)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,13 +31,27 @@ def block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]
     return tuple(group[id(block[0])] for block in blocks)
 
 
-def later(patient: Patient, blocks: list[list[Tensor]], problem: Problem, direction: Direction) -> LaterReport:
+def later(
+    patient: Patient,
+    blocks: list[list[Tensor]],
+    problem: Problem,
+    direction: Direction,
+    *,
+    path: str = "torch",
+    fetch: Callable[[Problem, Direction], tuple[Problem, Direction]] | None = None,
+) -> LaterReport:
     """Return a report that is made when it is read: few are, and ten operations on m x m numbers take 0.1 ms.
 
-    What it remembers has neither rows nor parameters in it, nor a state, which may be as large.
+    What it remembers has neither rows nor parameters in it, nor a state, which may be as large. `fetch` brings the
+    numbers to the host, where they are on a device.
     """
-    names, losses, direction = block_names(patient, blocks), dict(patient.losses), replace(direction, state={})
-    make = functools.partial(report_of, patient.step, losses, patient.skipped, names, problem, direction)
+    told = patient.step, dict(patient.losses), patient.skipped, block_names(patient, blocks)
+    direction = replace(direction, state={})
+
+    def make() -> Report:
+        there = (problem, direction) if fetch is None else fetch(problem, direction)
+        return replace(report_of(*told, *there), path=path)
+
     return LaterReport(patient.step, make)
 
 

@@ -115,7 +115,7 @@ def _run(
     try:
         if not joining:
             surgeon.traffic.start([which for which, _ in passes if which is not None], surgeon.deferring > 0)
-            if surgeon.settings.batched and _run_batched(surgeon, passes, gradient, retain_graph):
+            if surgeon.batched.works is not False and _run_batched(surgeon, passes, gradient, retain_graph):
                 passes = [(which, task) for which, task in passes if which is None]
         retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
         watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])

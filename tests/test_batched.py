@@ -37,6 +37,20 @@ def agree(got, want, tolerance=2e-6):
     return True
 
 
+def trains_alike(steps, rtol, atol, **options):
+    """Train twins with batched passes and one by one, and compare their parameters."""
+    model, other = twins()
+    optimizer, reference = wrapped(model, **options), gradsurg.wrap(torch.optim.SGD(trained(other), lr=0.05), **options)
+    for batch in range(steps):
+        for each, of in ((optimizer, model), (reference, other)):
+            each.zero_grad()
+            each.total(of.losses(batch)).backward()
+            each.step()
+    assert was_batched(optimizer)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("way", ["total", "backward"])
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "sparse"])
 def test_the_rows_are_those_of_passes_one_by_one(way, kind):
@@ -59,16 +73,7 @@ def test_heads_get_their_gradient_to_the_bit():
 
 
 def test_training_goes_as_without_it():
-    model, other = twins()
-    optimizer, reference = wrapped(model), gradsurg.wrap(torch.optim.SGD(trained(other), lr=0.05))
-    for batch in range(20):
-        for each, of in ((optimizer, model), (reference, other)):
-            each.zero_grad()
-            each.total(of.losses(batch)).backward()
-            each.step()
-    assert was_batched(optimizer)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    trains_alike(20, 1e-4, 1e-6)
 
 
 def test_the_shared_part_runs_once():
@@ -205,16 +210,7 @@ def test_the_graph_is_used_up_as_by_any_backward():
 
 @pytest.mark.parametrize("options", [{"rotate": 2}, {"refresh_every": 3}, {"row_dtype": torch.bfloat16}])
 def test_it_goes_with_the_other_ways_to_save(options):
-    model, other = twins()
-    optimizer, reference = wrapped(model, **options), gradsurg.wrap(torch.optim.SGD(trained(other), lr=0.05), **options)
-    for batch in range(7):
-        for each, of in ((optimizer, model), (reference, other)):
-            each.zero_grad()
-            each.total(of.losses(batch)).backward()
-            each.step()
-    assert was_batched(optimizer)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    trains_alike(7, 1e-3, 1e-5, **options)
 
 
 # -- where it cannot be done --------------------------------------------------------------------------------------

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gradsurg.constants import constant
-from gradsurg.findings import block_names, report_of
+from gradsurg.findings import later
 from gradsurg.gramian import Rows
 from gradsurg.onboard.guarantee import ROUNDING, OnboardJudgement
-from gradsurg.onboard.report import LaterReport
 from gradsurg.operation import Outcome, Patient, plain_sum, problem_of
 from gradsurg.pipeline import Direction
 from gradsurg.problem import Problem, State
-from gradsurg.report import Report
 from gradsurg.rows import Row
 from gradsurg.solvers import Solvers
 
@@ -49,12 +47,9 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
     combine(table, weights, gradients, blocks=where)
     protected = pipeline.protected(replace(problem, gramian=G))
-    # Neither rows nor parameters: a report that nobody reads must not keep them.
-    names = block_names(patient, blocks)
-    told = patient.step, dict(patient.losses), patient.skipped
     return Outcome(
         gradients=Row(zip(parameters, gradients, strict=True)),
-        report=LaterReport(patient.step, lambda: _report(*told, names, problem, direction)),
+        report=later(patient, blocks, problem, direction, path="triton", fetch=_fetched),
         judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
         state=state,
     )
@@ -84,24 +79,15 @@ def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
     return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
 
 
-def _report(
-    step: int,
-    losses: Mapping[str, Tensor],
-    skipped: tuple[str, ...],
-    blocks: tuple[str, ...],
-    problem: Problem,
-    direction: Direction,
-) -> Report:
-    """Return the report, for which this waits."""
+def _fetched(problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
+    """Return both on the host, for which this waits."""
     problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
-    if bool(torch.isfinite(problem.gramian).all()):
-        direction = replace(
-            direction,
-            weights=direction.weights.cpu(),
-            scales=direction.scales.cpu(),
-            stationary=direction.stationary.cpu(),
-            margin_kept=None if direction.margin_kept is None else direction.margin_kept.cpu(),
-        )
-    else:
-        direction = plain_sum(problem)
-    return replace(report_of(step, losses, skipped, blocks, problem, direction), path="triton")
+    if not bool(torch.isfinite(problem.gramian).all()):
+        return problem, plain_sum(problem)
+    return problem, replace(
+        direction,
+        weights=direction.weights.cpu(),
+        scales=direction.scales.cpu(),
+        stationary=direction.stationary.cpu(),
+        margin_kept=None if direction.margin_kept is None else direction.margin_kept.cpu(),
+    )

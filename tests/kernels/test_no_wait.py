@@ -50,7 +50,7 @@ HOT = [
 ALLOWED = {
     "onboard/operation.py": {
         "_on_the_host": "methods whose `waits` is True find their weights there",
-        "_report": "runs when somebody reads the report",
+        "_fetched": "runs when somebody reads the report",
     },
     "onboard/report.py": {"_joined": "runs when somebody reads the report"},
     "kernels/table.py": {"_upload": "a table in host memory, before it is copied without waiting"},
