@@ -1,6 +1,7 @@
 """batched=True: one backward pass through what the tasks share, and the rows of m passes."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
+from gradsurg.batched import OBSTACLES as OBSTACLES_BY_KIND
 from gradsurg.batched import run_batched
+from gradsurg.distributed import Layout
 
 
 def wrapped(model, **options):
@@ -216,6 +219,18 @@ def test_it_goes_with_the_other_ways_to_save(options):
 # -- where it cannot be done --------------------------------------------------------------------------------------
 
 
+class Plain(torch.autograd.Function):
+    """A function that does nothing; its node is called as its class is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 class Measured(torch.autograd.Function):
     """A function whose backward pass looks at numbers, which vmap does not allow."""
 
@@ -302,6 +317,41 @@ def test_where_it_cannot_be_done_one_warning_says_why_and_the_result_is_the_same
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.backward(losses_of(model))
+
+
+@pytest.mark.parametrize("kind", ["CompiledFunctionBackward", "_DDPSinkBackward", "CheckpointFunctionBackward"])
+def test_nodes_that_cannot_be_batched_are_known_by_name(kind):
+    """Wherever in the graph they are; none of them says so by itself before it runs, or at all."""
+    namesake = type(kind.removesuffix("Backward"), (Plain,), {})
+    model = build()
+    optimizer = wrapped(model)
+    z = namesake.apply(model.trunk(data(0, 8, 5)))
+    with pytest.warns(UserWarning, match=re.escape(OBSTACLES_BY_KIND[kind])):
+        optimizer.backward({name: head(z).square().mean() for name, head in model.heads.items()})
+    assert not was_batched(optimizer)
+    assert all(p.grad is not None for p in trained(model))
+
+
+def test_several_ranks_run_one_by_one():
+    model = build()
+    optimizer = wrapped(model)
+    surgeon, losses = optimizer._gradsurg, model.losses(0)
+    surgeon.capture.open()
+    surgeon.traffic.layout = Layout()  # as it is set by lay_out(), before any pass
+    with pytest.warns(UserWarning, match="several ranks"):
+        assert run_batched(surgeon, losses, None, False) is False
+    surgeon.abort()
+    assert all(p.grad is None for p in trained(model))
+
+
+def test_compiled_autograd_runs_one_by_one(monkeypatch):
+    monkeypatch.setattr("gradsurg.batched.in_compiled_autograd", lambda: True)
+    model = build()
+    optimizer = wrapped(model)
+    with pytest.warns(UserWarning, match="compiled autograd"):
+        optimizer.backward(model.losses(0))
+    assert not was_batched(optimizer)
+    assert all(p.grad is not None for p in trained(model))
 
 
 def test_sparse_gradients_run_one_by_one():
