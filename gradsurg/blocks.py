@@ -6,7 +6,6 @@ that forty biases do not cost forty times the overhead of one call.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
@@ -17,10 +16,10 @@ __all__ = [
     "SMALL",
     "Block",
     "Pieces",
-    "Workspace",
     "block_for",
     "blocks",
     "cut",
+    "evenly",
     "flat",
     "flat_column",
     "real_of",
@@ -128,59 +127,25 @@ def cut(views: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
     A short last part costs as many calls as a long one, and splitting one tensor into itself 5 µs.
     """
     count = views[0].numel()
-    parts = round(count / size)
-    if parts <= 1:
+    even = evenly(count, size)
+    if even == count:
         yield views
         return
-    even = -(-count // parts)
-    even += -even % LINE
     yield from zip(*[view.split(even) for view in views], strict=True)
+
+
+def evenly(count: int, size: int) -> int:
+    """Return the length of equal parts of about `size` elements."""
+    parts = round(count / size)
+    if parts <= 1:
+        return count
+    even = -(-count // parts)
+    return even + -even % LINE
 
 
 def _packed(columns: Sequence[Sequence[Tensor | None]], positions: list[int]) -> list[Pieces]:
     # One key means one pattern of None, so a list that has none at the first of these parameters has none at any.
     return [[] if row[0] is None else list(row) for row in zip(*[columns[k] for k in positions], strict=True)]
-
-
-class Workspace(threading.local):
-    """Buffers that blocks are brought into, kept from step to step, one set a thread.
-
-    Memory that malloc hands out anew is touched for the first time in every step: 83 200 parameters in 40 tensors and
-    four tasks took 3.2 ms for a Gramian with fresh buffers and 0.7 ms with warm ones.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        self._latest: dict[int, tuple[object, Tensor, tuple[Tensor, ...]]] = {}  # a slot's last matrix and its rows
-
-    def buffer(self, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a 1-D buffer; its content is whatever the last user of the slot left."""
-        key = (slot, dtype, device)
-        have = self._buffers.get(key)
-        if have is None or have.numel() < size:
-            have = self._buffers[key] = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
-        return have[:size]
-
-    def matrix(
-        self, slot: int, rows: int, size: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return a buffer as a matrix and as its rows; the same tensors as long as the same is asked for.
-
-        Blocks of one size come one after the other, and five views take as long as to convert 30 000 numbers.
-        """
-        key = rows, size, dtype, device
-        latest = self._latest.get(slot)
-        if latest is None or latest[0] != key:
-            matrix = self.buffer(slot, rows * size, dtype, device).view(rows, size)
-            latest = self._latest[slot] = key, matrix, matrix.unbind(0)
-        return latest[1], latest[2]
-
-    def stack(self, slot: int, block: Sequence[Pieces], dtype: torch.dtype) -> Tensor:
-        """Return a block as a matrix of `dtype`, one row for each list that has pieces."""
-        present = [flat(pieces) for pieces in block if pieces]
-        matrix, rows = self.matrix(slot, len(present), present[0].numel(), dtype, present[0].device)
-        torch._foreach_copy_(rows, present)
-        return matrix
 
 
 def flat(pieces: Pieces) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsurg.before import Part
-from gradsurg.blocks import BLOCK, Workspace, cut, flat
+from gradsurg.blocks import BLOCK, cut, flat
 from gradsurg.packed import DTYPE, Table
+from gradsurg.workspace import Workspace
 
 __all__ = ["CLEAR", "glance"]
 

@@ -1,6 +1,5 @@
 """gramian.py against its float64 twin, over every kind of tensor that a gradient can be."""
 
-import threading
 from fractions import Fraction
 
 import pytest
@@ -8,12 +7,10 @@ import torch
 
 from gradsurg import gramian as fast
 from gradsurg import reference
-from gradsurg.blocks import BLOCK, SMALL, Workspace, blocks, cut, flat_column
-from gradsurg.products import RUN
-from gradsurg.symmetric import MANY_FROM, MATMUL_FROM, Long, Symmetric, strip_for
+from gradsurg.blocks import BLOCK, SMALL, blocks, cut, flat_column
 
-# Of |g_i| |g_j|: running float64 sums (2.5e-13 on constant rows), and pairwise ones.
-QUICK, EXACT = 4e-13, 1e-15
+# Of |g_i| |g_j|: running float64 sums (6e-14 on constant rows), and pairwise ones.
+QUICK, EXACT = 1e-13, 1e-15
 
 
 def rows_of(shapes, m, *, dtype=torch.float32, missing=0.3, seed=0):
@@ -54,7 +51,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("m", [1, 2, MATMUL_FROM - 1, MATMUL_FROM, 9])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 9])
 def test_gramian_is_that_of_the_twin(shapes, m):
     parameters, rows = rows_of(shapes, m)
     want = reference.gramian(rows, parameters)
@@ -75,7 +72,7 @@ def test_constant_rows_do_not_drift():
     assert_close_by_entry(rows, want)
 
 
-@pytest.mark.parametrize("m", [2, MATMUL_FROM, 9])
+@pytest.mark.parametrize("m", [2, 4, 9])
 def test_what_is_promised_holds_for_constant_rows_of_many_blocks(m):
     # 0.7 · 0.1 summed one after the other, 131 072 times in a matrix product, is off by 5e-13, and 1/3 · 1e-5 by 2e-12.
     numbers = [float(torch.tensor(x)) for x in (0.7, 0.1, 1 / 3, 1e-5)]
@@ -92,20 +89,6 @@ def test_what_is_promised_holds_for_constant_rows_of_many_blocks(m):
             for j, y in enumerate(values):
                 assert G[i, j].item() == pytest.approx(float(count * Fraction(x) * Fraction(y)), rel=tolerance)
         assert square == pytest.approx(float(count * Fraction(d) ** 2), rel=tolerance)
-
-
-@pytest.mark.parametrize("m", [MATMUL_FROM, MANY_FROM - 1, MANY_FROM, 2 * MANY_FROM])
-@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, 3 * RUN + 5])
-def test_strips_make_the_whole_product(m, size):
-    stacked = torch.randn(m, size, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
-    total = Symmetric(m)
-    for k in range(2 * Long.SHORT + 1):  # long enough to be folded twice
-        total.add(list(range(m)), stacked if k % 2 else stacked[:, :-1].contiguous(), exact=False)
-    want = torch.stack([(stacked * row).sum(1) for row in stacked]) * (2 * Long.SHORT + 1)
-    want -= (Long.SHORT + 1) * stacked[:, -1:] * stacked[:, -1]
-    lengths = want.diagonal().sqrt()
-    assert ((total.result() - want).abs() <= QUICK * lengths[:, None] * lengths).all()
-    assert strip_for(m, size) == (24 if m >= MANY_FROM else 2 if size >= BLOCK else 4)
 
 
 def test_an_infinite_row_makes_infinite_entries():
@@ -161,21 +144,6 @@ def test_blocks_read_every_number_once_and_keep_tags_apart():
             assert count == 0 or tags[k] == tag
             seen[k] += count
     assert seen == {k: t.numel() for k, t in enumerate(tensors)}
-
-
-def test_buffers_are_kept_and_never_shared_by_threads():
-    workspace = Workspace()
-    first = workspace.buffer(0, 10, torch.float64, torch.device("cpu"))
-    assert workspace.buffer(0, 20, torch.float64, torch.device("cpu")).data_ptr() == first.data_ptr()
-    assert workspace.buffer(1, 10, torch.float64, torch.device("cpu")).data_ptr() != first.data_ptr()
-    elsewhere = []
-    thread = threading.Thread(target=lambda: elsewhere.append(workspace.buffer(0, 10, torch.float64, first.device)))
-    thread.start()
-    thread.join()
-    assert elsewhere[0].data_ptr() != first.data_ptr()
-    larger = workspace.buffer(0, BLOCK + SMALL + 1, torch.float64, first.device)
-    assert larger.numel() == BLOCK + SMALL + 1
-    assert workspace.buffer(0, 10, torch.float64, first.device).data_ptr() == larger.data_ptr()
 
 
 @pytest.mark.parametrize("exact", [False, True])

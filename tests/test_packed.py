@@ -8,7 +8,7 @@ from gradsurg import reference
 from gradsurg.blocks import BLOCK, SMALL
 from gradsurg.packed import MOST, Table
 
-QUICK, EXACT = 4e-13, 1e-15  # of ‖a‖ ‖b‖, as for rows that are not packed
+QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖, as for rows that are not packed
 SHAPES = {
     "all small": [(7, 11), (), (13,), (3, 5, 2)],
     "some large": [(SMALL,), (4, 4), (BLOCK + 3,), (9,)],
