@@ -35,18 +35,39 @@ def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
     # that the guarantee left, not those before it.
     step.hooked = True  # type: ignore[attr-defined]
     untraced = {name: outside_compilation(vars(MultiTaskOptimizer)[name]) for name in UNTRACED}
-    return type(
-        f"MultiTask{inner.__name__}",
-        (MultiTaskOptimizer, inner),
-        {
-            **untraced,
-            "step": outside_compilation(step),
-            "__reduce_ex__": _reduce,
-            "__copy__": _copy,
-            "__module__": inner.__module__,
-            "__doc__": MultiTaskOptimizer.__doc__,
-        },
-    )
+    namespace = {
+        **untraced,
+        "step": outside_compilation(step),
+        "__reduce_ex__": _reduce,
+        "__copy__": _copy,
+        "__module__": inner.__module__,
+        "__doc__": MultiTaskOptimizer.__doc__,
+    }
+    name, bases = f"MultiTask{inner.__name__}", (MultiTaskOptimizer, inner)
+    return type(name, bases, namespace) if _grew_from_optimizer(inner) else _laid_out_like(inner, name, namespace)
+
+
+def _grew_from_optimizer(inner: type) -> bool:
+    """Tell whether instances are laid out in memory as torch's Optimizer, and ours, are."""
+    while inner not in (Optimizer, object):
+        inner = cast(type, inner.__base__)
+    return inner is Optimizer
+
+
+def _laid_out_like(inner: type[Optimizer], name: str, namespace: dict[str, Any]) -> type[MultiTaskOptimizer]:
+    """Make the extended class of one such as class Lion(ABC, Optimizer), for which Python refuses the usual bases.
+
+    An object's class can be exchanged only where both lay out memory alike, and the first base decides how. So `inner`
+    comes first among the bases, and the order in which methods are looked up is the usual one all the same.
+    """
+    usual = type(name, (MultiTaskOptimizer, inner), {}).__mro__[1:]
+    bases = (inner, MultiTaskOptimizer)
+
+    class OursFirst(type(inner)):  # type: ignore[misc]
+        def mro(cls) -> list[type]:
+            return [cls, *usual] if cls.__bases__ == bases else super().mro()
+
+    return cast("type[MultiTaskOptimizer]", OursFirst(name, bases, namespace))
 
 
 def inner_class(optimizer: MultiTaskOptimizer) -> type[Optimizer]:
@@ -107,13 +128,17 @@ def patch_for_scheduler(optimizer: Optimizer) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None) -> Any:
-    """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee."""
+def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *more: Any, **named: Any) -> Any:
+    """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee.
+
+    Arguments beyond the closure are the optimizer's own.
+    """
     surgeon = self._gradsurg
     before = before_step(surgeon, self, closure is not None)
-    arguments = () if closure is None else (watch(surgeon, closure),)
+    watched = None if closure is None else watch(surgeon, closure)
+    arguments = () if watched is None and not more else (watched, *more)
     try:
-        result = _inner_step(inner_class(self))(self, *arguments)
+        result = _inner_step(inner_class(self))(self, *arguments, **named)
     except BaseException:
         take_back(surgeon, self, before)
         raise
