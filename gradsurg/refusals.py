@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from gradsurg.errors import MultiTaskError, warn
 
 if TYPE_CHECKING:
     from gradsurg.surgeon import Surgeon
 
-__all__ = ["refuse_cheap", "refuse_nesting", "refuse_scaled_mark", "warn_of_unknown_names", "warn_of_unrun_totals"]
+__all__ = [
+    "refuse_cheap",
+    "refuse_nesting",
+    "refuse_scaled_mark",
+    "warn_of_foreign_gradients",
+    "warn_of_no_losses",
+    "warn_of_unknown_names",
+    "warn_of_unrun_totals",
+]
 
 
 def refuse_nesting(surgeon: Surgeon, what: str) -> None:
@@ -56,6 +67,28 @@ def warn_of_unrun_totals(surgeon: Surgeon) -> None:
         warn(
             "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: this "
             "step has nothing of its tasks. Call optimizer.total(losses).backward()."
+        )
+
+
+def warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
+    """Say, each time, that p.grad is no longer what the surgery wrote, so that the step cannot be judged by it."""
+    if any(p.grad is not None for p in judged):
+        warn(
+            "p.grad was replaced between the surgery and step(), so this step is the optimizer's own, without "
+            "guarantee='update'. Change it in place, as in p.grad.mul_(0.5), or call optimizer.zero_grad() where the "
+            "losses were to be dropped."
+        )
+
+
+def warn_of_no_losses(surgeon: Surgeon) -> None:
+    """Say once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
+    if surgeon.latest is not None or surgeon.warned_of_no_losses or surgeon.memory.tasks:
+        return
+    if any(p.grad is not None for p in surgeon.parameters()):
+        surgeon.warned_of_no_losses = True
+        warn(
+            "this optimizer is wrapped, but has been given no task's loss yet: it steps on the gradients of a plain "
+            "backward(), without surgery or guarantee. Call optimizer.total(losses).backward() with the losses apart."
         )
 
 

@@ -11,7 +11,12 @@ from torch.optim import LBFGS, Optimizer
 from gradsurg.before import Before
 from gradsurg.errors import MultiTaskError
 from gradsurg.judgement import trained
-from gradsurg.refusals import warn_of_unknown_names, warn_of_unrun_totals
+from gradsurg.refusals import (
+    warn_of_foreign_gradients,
+    warn_of_no_losses,
+    warn_of_unknown_names,
+    warn_of_unrun_totals,
+)
 from gradsurg.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -40,7 +45,11 @@ def _copies(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Before:
         return Before()
     if closure:  # which parameters are shared is known only once the closure has run
         return Before(trained(optimizer))
-    if surgeon.judgement is None or not any(map(surgeon.capture.still_ours, surgeon.judgement.parameters(optimizer))):
+    if surgeon.judgement is None:
+        return Before()
+    judged = surgeon.judgement.parameters(optimizer)
+    if not any(map(surgeon.capture.still_ours, judged)):
+        warn_of_foreign_gradients(judged)
         return Before()
     return Before([p for p in trained(optimizer) if p.grad is not None], surgeon.judgement.packs())
 
@@ -66,6 +75,7 @@ def after_step(surgeon: Surgeon, optimizer: Optimizer, before: Before) -> None:
     if _only_builds_state(surgeon, optimizer):
         return
     warn_of_unrun_totals(surgeon)
+    warn_of_no_losses(surgeon)
     if surgeon.first is not None:
         surgeon.judgement, surgeon.latest = surgeon.first
         surgeon.first = None

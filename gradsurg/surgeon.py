@@ -67,7 +67,7 @@ class Surgeon:
         self.next_state: Mapping[str, Any] | None = None
         self.first: tuple[Judgement | None, Report | LaterReport | None] | None = None  # of a closure's evaluations
         self.snapshot: Snapshot | None = None
-        self.warned_of_names = False
+        self.warned_of_names = self.warned_of_no_losses = False
         self.told_of_features = False
         self.enclosing_pass = -1  # of the run that is open: the backward pass that its total is part of
         self.joined = False  # whether a second total joined that run

@@ -550,11 +550,56 @@ def test_a_plain_step_between_is_not_judged_by_old_rows():
     optimizer = wrapped(model, torch.optim.Adam, lr=0.05)
     plain = torch.optim.Adam(plain_model.parameters(), lr=0.05)
     bring("total", optimizer, model.losses(0))  # a step that something else called off
-    for m, o in [(model, optimizer), (plain_model, plain)]:
+    for m in (model, plain_model):
         m.zero_grad()
         sum(m.losses(1).values()).backward()
-        o.step()
+    plain.step()
+    with pytest.warns(UserWarning, match=r"p\.grad was replaced .* optimizer\.zero_grad\(\)") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
     assert equal_weights(model, plain_model)
+    bring("total", optimizer, model.losses(2))
+    optimizer.zero_grad()  # the optimizer's own says that the losses are dropped
+    sum(model.losses(3).values()).backward()
+    optimizer.step()
+
+
+def test_gradients_that_are_replaced_are_said_to_go_unjudged():
+    model = build()
+    optimizer = wrapped(model, lr=0.05)
+    bring("total", optimizer, model.losses(0))
+    for p in model.parameters():
+        p.grad = -p.grad
+    with pytest.warns(UserWarning, match="replaced"):
+        optimizer.step()
+    assert optimizer.report.movement is None
+    bring("total", optimizer, model.losses(1))
+    for p in model.parameters():
+        p.grad.mul_(0.5)
+    optimizer.step()
+    assert optimizer.report.movement is not None
+
+
+def test_a_wrapped_optimizer_that_is_given_no_losses_says_so_once():
+    model, plain_model = twins()
+    optimizer = wrapped(model, torch.optim.Adam, lr=0.05)
+    plain = torch.optim.Adam(plain_model.parameters(), lr=0.05)
+
+    def train():
+        for batch in range(3):
+            for m, o in [(model, optimizer), (plain_model, plain)]:
+                o.zero_grad()
+                sum(m.losses(batch).values()).backward()
+                o.step()
+
+    with pytest.warns(UserWarning, match=r"no task's loss yet.*optimizer\.total\(losses\)") as caught:
+        train()
+    assert [each.filename for each in caught] == [__file__]
+    assert equal_weights(model, plain_model)
+    for batch in range(2):  # a plain step between is nobody's mistake once there are tasks
+        optimizer.zero_grad()
+        sum(model.losses(batch).values()).backward() if batch else bring("total", optimizer, model.losses(batch))
+        optimizer.step()
 
 
 @pytest.mark.parametrize("order", ["total first", "penalty first"])

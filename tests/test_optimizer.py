@@ -451,9 +451,10 @@ def test_parameters_replaced_inside_the_groups():
 
 
 def test_step_without_any_gradient_is_a_step_of_the_plain_optimizer():
-    # Distributed checkpoints call step() on zero gradients to make the state.
+    # Distributed checkpoints call step() on zero gradients, with a learning rate of 0, to make the state.
     model, plain_model = twins()
-    optimizer, plain = gradsurg.wrap(torch.optim.Adam(model.parameters())), torch.optim.Adam(plain_model.parameters())
+    optimizer, plain = (torch.optim.Adam(m.parameters(), lr=0.0) for m in (model, plain_model))
+    gradsurg.wrap(optimizer)
     for o in (optimizer, plain):
         o.step()
         for group in o.param_groups:
