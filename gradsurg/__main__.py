@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"gradsurg {__version__}, torch {torch.__version__}")
     add(
         "--tasks",
         nargs="+",

@@ -78,6 +78,9 @@ def mlflow(history: History, client: Any, prefix: str = "gradsurg/") -> None:
 
 
 def _new(history: History, logger: Any) -> Iterator[tuple[int, dict[str, float]]]:
+    given: object = history
+    if not isinstance(given, History):
+        raise TypeError(f"the first argument is a {type(given).__name__}: pass a gradsurg.History, then the logger")
     for report in history.new(logger):
         # NaN is "there is no such number in this step": a gap in the curve, not a value.
         yield report.step, {name: value for name, value in report.scalars().items() if not math.isnan(value)}

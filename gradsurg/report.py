@@ -25,7 +25,8 @@ class Report:
         step: Number of optimizer steps done before this one.
         tasks: The tasks present, in the order of every vector and matrix here.
         losses: Name -> detached loss of the tasks that had one.
-        gramian: G_ij = ⟨g_i, g_j⟩ of the raw gradients, shape (m, m), float64; empty with no shared parameter.
+        gramian: G_ij = ⟨g_i, g_j⟩ of the raw gradients, shape (m, m), float64; NaN on the diagonal where nothing was
+            measured: no two tasks share a parameter, or one is alone.
         scales: What normalisation multiplied each row by, shape (blocks, m).
         weights: w of u = Σ w_i g_i, shape (blocks, m); one block unless granularity says otherwise.
         products: ⟨u, g_i⟩, shape (m,).
@@ -131,9 +132,16 @@ class Report:
 
     @property
     def conflict_rate(self) -> float:
-        """Share of the pairs of tasks that are in conflict; 0 with a single task."""
+        """Share of the pairs of tasks that are in conflict; 0 with a single task, NaN where no pair was measured."""
         pairs = math.comb(len(self.tasks), 2)
+        if pairs and not self._measured:
+            return float("nan")
         return len(self.conflicts) / pairs if pairs else 0.0
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the angle between any two tasks is known."""
+        return not bool(self.cosines[~torch.eye(len(self.tasks), dtype=torch.bool)].isnan().all())
 
     def scalars(self) -> dict[str, float]:
         """Return one flat dict of numbers, for TensorBoard and the like."""
@@ -147,7 +155,8 @@ class Report:
             columns["cos_update"] = self.update_cosines
         for title, column in columns.items():
             result |= {f"{title}/{name}": value for name, value in zip(self.tasks, column.tolist(), strict=True)}
-        result["conflicting_pairs"] = float(len(self.conflicts))
+        unknown = math.isnan(self.conflict_rate)
+        result["conflicting_pairs"] = float("nan") if unknown else float(len(self.conflicts))
         result["conflict_rate"] = self.conflict_rate
         result["change"] = self.change
         if self.margin_kept is not None:
@@ -182,15 +191,26 @@ class Report:
         return {
             "task": list(self.tasks),
             "loss": [f"{float(self.losses[t]):.4g}" if t in self.losses else "-" for t in self.tasks],
-            "norm": [f"{x:.3g}" for x in self.norms.tolist()],
+            "norm": [
+                f"{x:.3g}" if x == x or t in self.nonfinite else "-"
+                for t, x in zip(self.tasks, self.norms.tolist(), strict=True)
+            ],
             "weight": [f"{x:.3g}" for x in self.weights.mean(0).tolist()],
             "cos(u, g)": _signed(self.direction_cosines),
             "cos(d, g)": ["-"] * len(self.tasks) if update is None else _signed(update),
         }
 
+    def _fights(self) -> str:
+        if len(self.tasks) == 1:
+            return "one task: nobody to be in conflict with"
+        if not self._measured:
+            if self.level == "gradients" and not self.nonfinite:
+                return "no two of these tasks share a parameter: no surgery"
+            return "conflicts were not measured"
+        return "in conflict: " + (", ".join(f"{a} and {b}" for a, b in self.conflicts) or "nobody")
+
     def _remarks(self) -> list[str]:
-        pairs = ", ".join(f"{a} and {b}" for a, b in self.conflicts) or "nobody"
-        lines = [f"step {self.step}; in conflict: {pairs}"]
+        lines = [f"step {self.step}; {self._fights()}"]
         if self.change > 0:
             lines[0] += f"; surgery changed the sum by {self.change:.1%}"
         if len(self.weights) > 1:

@@ -52,10 +52,11 @@ class Settings:
 def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
     """Return checked settings; a wrong option's name or value is an error that lists the valid ones."""
     valid = {name: name for name in inspect.signature(_settings).parameters if name != "optimizers"}
+    listed = {**valid, "model": "model"}  # which wrap() takes out before
     for name in options:
         if name not in valid:
             try:
-                choose("option", name, valid)
+                choose("option", name, listed)
             except ValueError as error:
                 raise TypeError(f"wrap() has no option {name!r}. {error}") from None
     return replace(_settings(optimizers, **options), asked=frozenset(options))
@@ -159,6 +160,8 @@ def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     if isinstance(tasks, str) or not _is_filled(tasks) or not all(isinstance(name, str) for name in tasks):
         raise ValueError(f"tasks={tasks!r}: pass the names as a list of strings, such as ['segment', 'depth']")
+    if isinstance(tasks, (set, frozenset)):  # names a list of losses, in another order in every process
+        raise ValueError(f"tasks={tasks!r} is a set, which has no order: pass a list")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
     return tuple(tasks)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from gradsurg import __version__
 from gradsurg.__main__ import _parser, main
 from gradsurg.demo import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo_report import plot, table
@@ -61,6 +62,13 @@ def test_options_that_the_library_refuses_are_usage_errors_too(monkeypatch, caps
         main(["--normalize", "picky"])
     assert exit_.value.code == 2
     assert "picky needs a value for each task" in capsys.readouterr().err
+
+
+def test_version_names_both_versions(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"gradsurg {__version__}, torch {torch.__version__}\n"
 
 
 def test_help_names_every_option_and_choice(capsys):

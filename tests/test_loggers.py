@@ -106,6 +106,12 @@ def test_mlflow(run):
     assert logger.seen["gradsurg/conflict_rate"] == expected(history, "conflict_rate")
 
 
+@pytest.mark.parametrize("logger", [loggers.tensorboard, loggers.mlflow])
+def test_what_is_no_history_is_refused(run, logger):
+    with pytest.raises(TypeError, match=r"is a Mlflow: pass a gradsurg\.History, then the logger"):
+        logger(Mlflow(), run)
+
+
 def test_numbers_that_are_not_there_are_left_out():
     a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = gradsurg.wrap(torch.optim.SGD([a, b], lr=0.1))

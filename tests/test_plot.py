@@ -124,6 +124,9 @@ def test_tasks_differ_without_hue():
 def test_what_cannot_be_drawn_is_said(history):
     with pytest.raises(ValueError, match="nothing to draw"):
         plot.angles([])
+    for draw in (plot.weights, plot.losses):
+        with pytest.raises(TypeError, match=r"of a Report: pass a gradsurg\.History"):
+            draw(history.reports[0])
     with pytest.raises(ValueError, match="granularity='tensor'"):
         plot.layers(record(2))
     with pytest.raises(ValueError, match="guarantee='update'"):

@@ -1,5 +1,7 @@
 """The report: what it derives from the Gramian is what the tests compute from the gradients."""
 
+import math
+
 import pytest
 import torch
 
@@ -95,8 +97,37 @@ def test_one_task_and_disjoint_tasks_measure_nothing():
     assert report.tasks == ("a", "b")
     assert report.conflicts == []
     assert report.norms.isnan().all()
-    str(report)
+    assert math.isnan(report.conflict_rate)
+    assert math.isnan(report.scalars()["conflicting_pairs"])
+    assert "nan" not in str(report)
+    assert str(report).endswith("step 0; no two of these tasks share a parameter: no surgery")
     optimizer.step()
+    optimizer.zero_grad()
+    optimizer.total({"a": a.sum()}).backward()
+    assert optimizer.report.conflict_rate == 0
+    assert str(optimizer.report).endswith("step 1; one task: nobody to be in conflict with")
+
+
+def test_a_report_does_not_say_that_nobody_conflicts_where_nobody_looked():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([p], lr=0.1), refresh_every=2, normalize="none")
+    texts, rates = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.total({"a": 2 * p[0], "b": p[1] - p[0]}).backward()
+        optimizer.step()
+        texts.append(str(optimizer.report))
+        rates.append(optimizer.report.conflict_rate)
+    assert "in conflict: a and b" in texts[0]
+    assert "conflicts were not measured" in texts[1]
+    assert "nan" not in texts[1]
+    assert rates[0] == 1
+    assert math.isnan(rates[1])
+    optimizer = gradsurg.wrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    (q,) = optimizer.param_groups[0]["params"]
+    optimizer.total({"a": q.sum(), "b": q.prod() * float("nan")}).backward()
+    assert "conflicts were not measured\nnot finite: b" in str(optimizer.report)
+    assert str(optimizer.report).splitlines()[2].split()[:3] == ["b", "nan", "nan"]
 
 
 def test_a_zero_gradient_has_no_angle():

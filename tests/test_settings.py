@@ -85,6 +85,7 @@ WRONG = [
     ("tasks", ["a", 1], "list of strings"),
     ("tasks", 3, "list of strings"),
     ("tasks", ["a", "a"], "twice"),
+    ("tasks", {"a", "b"}, "a set, which has no order"),
     ("shared", torch.ones(2), "one tensor"),
     ("shared", [], "empty"),
     ("shared", 5, "shared"),
@@ -159,6 +160,8 @@ def test_triton_where_it_can_run(monkeypatch, margin):
 def test_an_unknown_option_lists_the_known_and_the_nearest():
     with pytest.raises(TypeError, match=r"no option 'surgerys'.*'normalize'.*Did you mean 'surgery'"):
         gradsurg.wrap(optimizer_of(build()), surgerys="cone")
+    with pytest.raises(TypeError, match=r"no option 'modell'.*Did you mean 'model'"):
+        gradsurg.wrap(optimizer_of(build()), modell=None)
 
 
 @pytest.mark.parametrize("kind", ["module", "list", "generator", "tuple"])

@@ -10,14 +10,35 @@ from torch import Tensor
 
 from gradsurg.report import Report
 
-__all__ = ["Reports", "aligned_cosines", "degrees", "per_task", "several", "share_in_conflict", "steps_of", "tasks_of"]
+__all__ = [
+    "Reports",
+    "aligned_cosines",
+    "degrees",
+    "per_task",
+    "reports_of",
+    "several",
+    "share_in_conflict",
+    "steps_of",
+    "tasks_of",
+]
 
 Reports = Iterable[Report]
 
 
+def reports_of(history: Reports) -> list[Report]:
+    """Return the reports, or raise a TypeError where there are none to be had."""
+    given: object = history
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"a picture was asked of a {type(given).__name__}: pass a gradsurg.History(optimizer) that was there while "
+            "it trained, or a list of reports"
+        )
+    return list(history)
+
+
 def several(history: Reports) -> list[Report]:
     """Return the reports that have several tasks over shared parameters."""
-    reports = [report for report in history if len(report.tasks) > 1 and not report.norms.isnan().all()]
+    reports = [report for report in reports_of(history) if len(report.tasks) > 1 and not report.norms.isnan().all()]
     if not reports:
         raise ValueError("no recorded step has several tasks that share parameters: there is nothing to draw")
     return reports

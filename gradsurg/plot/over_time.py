@@ -14,6 +14,7 @@ from gradsurg.plot.numbers import (
     aligned_cosines,
     degrees,
     per_task,
+    reports_of,
     several,
     share_in_conflict,
     steps_of,
@@ -126,7 +127,7 @@ def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: No loss was recorded.
     """
-    reports = [report for report in history if report.losses]
+    reports = [report for report in reports_of(history) if report.losses]
     if not reports:
         raise ValueError("no loss was recorded: gradients that come in by task() or set_gradients() have none")
     names = list(dict.fromkeys(name for report in reports for name in report.losses))
