@@ -39,7 +39,8 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
             primary: A task's name, or levels [["main"], ["aux1", "aux2"], ["reg"]]; the tasks not named come last.
             auxiliary: "protect" (default): lower levels only constrain the first. "help": they add what does not hurt
                 a higher level; guarantees then cover the first level alone.
-            preferences: Task name -> r_i > 0 (default 1): the weight in the sum that surgery starts from.
+            preferences: Task name -> r_i > 0 (default 1): the weight in the sum that surgery starts from. Heads
+                get their plain gradient; but a task alone in a step gets its r_i on all that it reaches.
             guarantee: "update" (default) projects the parameters' real movement, whatever the optimizer makes of the
                 gradient; "gradient" projects only what is written to p.grad; "none" trusts the surgery.
             margin: τ in [0, 1), or task name -> τ (0 for the others): guarantees hold to ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m
