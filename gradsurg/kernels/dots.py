@@ -1,7 +1,7 @@
 """Gramian of more tasks: tiles of 16 rows, multiplied on the float64 tensor cores."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005
+# ruff: noqa: RET505, RUF005
 # Kernels are written in Triton's language: its types and idioms are not Python's.
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gradsurg.kernels.vectors import row_start
 
-__all__ = ["TILE", "block_for", "dot_places", "dots_kernel"]
+__all__ = ["TILE", "block_for", "dot_places", "dots_kernel", "registers_for"]
 
 TILE = 16
 # One warp a program. With four, each converts to float64 what the others convert too: 64 conversions a thread for 128
@@ -57,17 +57,30 @@ def dots_kernel(
         x = ()
         for a in tl.static_range(TILES):
             inside = at < ((counts[a] // V) * V)[:, None]
-            x = x + (tl.load(starts[a][:, None] + at, mask=inside, other=0.0).to(tl.float64),)
+            x = x + (_wide(tl.load(starts[a][:, None] + at, mask=inside, other=0.0)),)
         sums = _add_products(x, sums, TILES)
     if whole < count:  # the last elements of a tensor: fewer than V, so no more than 7
         tail = (whole + tl.arange(0, 16))[None, :]
         x = ()
         for a in tl.static_range(TILES):
-            x = x + (tl.load(starts[a][:, None] + tail, mask=tail < counts[a][:, None], other=0.0).to(tl.float64),)
+            x = x + (_wide(tl.load(starts[a][:, None] + tail, mask=tail < counts[a][:, None], other=0.0)),)
         sums = _add_products(x, sums, TILES)
     out = partials + slot * (TILES * (TILES + 1) // 2) * 256 + 16 * i[:, None] + i[None, :]
     for t in tl.static_range(TILES * (TILES + 1) // 2):
         tl.store(out + 256 * t, sums[t])
+
+
+@triton.jit
+def _wide(x):
+    """Return x in float64; 16-bit numbers by way of a sum over one element each, for which nothing moves.
+
+    Triton lays a product's tiles out by the width that they were loaded in. For 16 bits its versions 3.5 to 3.8 choose
+    a layout that their float64 tensor cores do not have, and the compiler fails; through a sum it does not look.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        return tl.sum(x.to(tl.float32)[:, :, None], axis=2).to(tl.float64)
+    else:
+        return x.to(tl.float64)
 
 
 @triton.jit
@@ -80,9 +93,21 @@ def _add_products(x, sums, TILES: tl.constexpr):
     return added
 
 
-def block_for(tiles: int) -> int:
-    """Return how many columns are multiplied at once: 64 of one tile take 86 registers, 32 of two 124 (sm_90)."""
-    return 64 // tiles
+def block_for(tiles: int, itemsize: int) -> int:
+    """Return how many columns are multiplied at once: 64 of one tile, 32 of two.
+
+    16 of two tiles of float64: 32 of them spill on sm_100, which has no float64 tensor cores of the others' kind.
+    """
+    return 64 // tiles // (2 if tiles > 1 and itemsize == 8 else 1)
+
+
+def registers_for(tiles: int, itemsize: int, aligned: bool) -> int | None:
+    """Return how many registers ptxas may use; None leaves it to it.
+
+    Left alone it stops at 168 for one tile of narrowly loaded float32 on sm_90, and spills 22 times; told so it takes
+    190.
+    """
+    return 224 if tiles == 1 and itemsize == 4 and not aligned else None
 
 
 def dot_places(tiles: int) -> list[tuple[int, int]]:

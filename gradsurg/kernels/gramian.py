@@ -104,7 +104,14 @@ def _launch(kernel: GramianKernel, launch: Launch, layout: Plan, partials: Tenso
         )
     else:
         tiles = kernel.tasks // dots.TILE
-        dots.dots_kernel[grid](*arguments, TILES=tiles, BLOCK=dots.block_for(tiles), num_warps=dots.WARPS, **common)
+        dots.dots_kernel[grid](
+            *arguments,
+            TILES=tiles,
+            BLOCK=dots.block_for(tiles, dtype.itemsize),
+            num_warps=dots.WARPS,
+            maxnreg=dots.registers_for(tiles, dtype.itemsize, launch.aligned),
+            **common,
+        )
 
 
 def _both(i: int, j: int, m: int) -> tuple[int, int]:

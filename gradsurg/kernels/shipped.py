@@ -66,7 +66,7 @@ def _dots() -> Iterator[Specialisation]:
     for tiles in (1, 2):
         for dtype in DTYPES:
             for aligned in (True, False):
-                block = dots.block_for(tiles)
+                block = dots.block_for(tiles, dtype.itemsize)
                 yield Specialisation(
                     f"dots m<={dots.TILE * tiles} {_short(dtype)} {_alignment(aligned)}",
                     dots.dots_kernel,
@@ -80,6 +80,7 @@ def _dots() -> Iterator[Specialisation]:
                     },
                     dots.WARPS,
                     tiles * dots.TILE * block * dtype.itemsize // (32 * 16) if aligned else 0,
+                    dots.registers_for(tiles, dtype.itemsize, aligned),
                 )
 
 
@@ -150,7 +151,7 @@ def _combine() -> Iterator[Specialisation]:
                     },
                     combine.WARPS,
                     ((1 + more) * tasks * row.itemsize + out.itemsize) * V // 16 if aligned else 0,
-                    combine.registers_for(row.itemsize),
+                    combine.registers_for(tasks, row.itemsize, out.itemsize),
                 )
 
 
