@@ -23,6 +23,7 @@ __all__ = [
     "path_of",
     "row_dtypes",
     "task_tiles",
+    "unfit",
     "vector",
 ]
 
@@ -36,6 +37,11 @@ DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
     torch.float16: frozenset({torch.float16, torch.float32}),
     torch.float64: frozenset({torch.float64}),
 }
+
+# The first Triton whose tl.dot multiplies float64; it comes with torch 2.9. Before 3.3 it had no tuples either.
+LEAST_TRITON = (3, 5)
+# What the machine code was checked for begins here. Before it there is no bfloat16, and little float64.
+LEAST_CAPABILITY = (8, 0)
 
 # One multiply-add chain per pair of tasks needs m(m+1)/2 float64 accumulators: 36 at m = 8 fit in 128 to 238 of the
 # 255 registers (read from SASS, sm_80 to sm_100); 78 at m = 12 do not.
@@ -61,6 +67,7 @@ def path(
     sparse: bool = False,
     available: bool | None = None,
     interpreted: bool | None = None,
+    misfit: str | None = None,
 ) -> str:
     """Return "triton" or "torch".
 
@@ -71,6 +78,7 @@ def path(
         sparse: Whether some row is sparse.
         available: Whether Triton can be imported; None looks.
         interpreted: Whether Triton runs in its interpreter, which takes CPU tensors; None looks.
+        misfit: Why kernels cannot run on this CUDA device, "" where they can; None asks `unfit`.
 
     Raises:
         ValueError: backend="triton" where it cannot run, with what to change.
@@ -84,6 +92,7 @@ def path(
         sparse,
         triton_is_available() if available is None else available,
         is_interpreted() if interpreted is None else interpreted,
+        misfit,
     )
     if problem and backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
@@ -142,6 +151,31 @@ def triton_is_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def unfit(device: torch.device) -> str:
+    """Return why Triton's kernels cannot run on a CUDA device, or "" where they can; found out once a device.
+
+    The first launch would fail otherwise, in the middle of somebody's step.
+    """
+    if torch.version.hip is not None:
+        return "the kernels were never compiled for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, numbers)) for numbers in (LEAST_CAPABILITY, capability))
+        return f"{device} is of compute capability {found}, and the kernels need {least}"
+    try:
+        import triton
+
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < LEAST_TRITON:
+            least = ".".join(map(str, LEAST_TRITON))
+            return f"Triton {triton.__version__} is installed, and the kernels need {least}, which torch 2.9 brings"
+        triton.runtime.driver.active.get_current_target()  # builds what launches kernels, for which it takes a compiler
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return f"Triton does not start ({type(error).__name__}: {reason[0] if reason else 'no message'})"
+    return ""
+
+
 def is_interpreted() -> bool:
     """Whether kernels decorated now run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
@@ -153,11 +187,14 @@ def _problem(
     sparse: bool,
     available: bool,
     interpreted: bool,
+    misfit: str | None,
 ) -> str:
     if not available:
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"the gradients are on {device}, not on a CUDA device"
+    if device.type == "cuda" and (problem := unfit(device) if misfit is None else misfit):
+        return problem
     if sparse:
         return "there are sparse gradients"
     for row, out in dtypes:

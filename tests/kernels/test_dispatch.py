@@ -1,5 +1,7 @@
 """Which path and which kernel: both sides of every threshold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import TASKS, AllShared
@@ -31,7 +33,8 @@ FLOAT = (torch.float32, torch.float32)
     ],
 )
 def test_path(backend, device, available, interpreted, wanted):
-    assert path(backend, device, dtypes=[FLOAT], available=available, interpreted=interpreted) == wanted
+    found = path(backend, device, dtypes=[FLOAT], available=available, interpreted=interpreted, misfit="")
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -45,10 +48,64 @@ def test_path(backend, device, available, interpreted, wanted):
     ],
 )
 def test_triton_asked_for_where_it_cannot_run(device, available, sparse, dtypes, message):
-    arguments = {"dtypes": dtypes, "sparse": sparse, "available": available, "interpreted": False}
+    arguments = {"dtypes": dtypes, "sparse": sparse, "available": available, "interpreted": False, "misfit": ""}
     with pytest.raises(ValueError, match=message):
         path("triton", device, **arguments)
     assert path("auto", device, **arguments) == "torch"
+
+
+def test_a_card_that_cannot_run_kernels():
+    arguments = {"dtypes": [FLOAT], "available": True, "interpreted": False, "misfit": "it is too old"}
+    assert path("auto", CUDA, **arguments) == "torch"
+    with pytest.raises(ValueError, match=r"cannot run: it is too old\. Use backend='auto'"):
+        path("triton", CUDA, **arguments)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """An H100 as torch and Triton would tell of it; a test changes what it is about."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it is asked where it is")
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: None))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.5.0+git")
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    dispatch.unfit.cache_clear()
+    yield SimpleNamespace(triton=triton, driver=driver.active, patch=monkeypatch.setattr)
+    dispatch.unfit.cache_clear()
+
+
+def test_a_card_that_can(card):
+    assert dispatch.unfit(CUDA) == ""
+    assert path("triton", CUDA, dtypes=[FLOAT], available=True, interpreted=False) == "triton"
+
+
+def test_a_card_of_another_maker(card):
+    card.patch(torch.version, "hip", "6.4")
+    assert "ROCm" in dispatch.unfit(CUDA)
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_cards_are_told_apart_by_capability(card, capability, able):
+    card.patch(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ("compute capability 7.5" in dispatch.unfit(CUDA)) is not able
+
+
+@pytest.mark.parametrize(("version", "able"), [("3.0.0", False), ("3.4.1", False), ("3.5.0", True), ("3.10.0", True)])
+def test_tritons_are_told_apart_by_version(card, version, able):
+    """Those before 3.5 fail to compile one kernel (up to 3.2: most of them), in the middle of a step."""
+    card.patch(card.triton, "__version__", version)
+    assert (f"Triton {version} is installed" in dispatch.unfit(CUDA)) is not able
+
+
+def test_a_machine_without_a_c_compiler(card):
+    def build():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nAnd more.")
+
+    card.driver.get_current_target = build
+    assert dispatch.unfit(CUDA) == (
+        "Triton does not start (RuntimeError: Failed to find C compiler. Please specify via CC environment variable.)"
+    )
 
 
 def test_unknown_backend():
@@ -60,7 +117,7 @@ def test_unknown_backend():
 @pytest.mark.parametrize("out", list(dispatch.DTYPES))
 def test_every_pair_of_dtypes_has_a_path(row, out):
     wanted = "triton" if out in dispatch.DTYPES[row] else "torch"
-    assert path("auto", CUDA, dtypes=[(row, out)], available=True, interpreted=False) == wanted
+    assert path("auto", CUDA, dtypes=[(row, out)], available=True, interpreted=False, misfit="") == wanted
 
 
 def test_dtypes_of_rows():
