@@ -32,7 +32,8 @@ def gramian(rows: Rows, like: Sequence[Tensor]) -> Tensor:
 
 def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor]) -> Tensor:
     """Return Jᵀ w as one vector."""
-    return torch.tensor(weights, dtype=torch.float64) @ matrix(rows, like)
+    J = matrix(rows, like)
+    return torch.tensor(weights, dtype=torch.float64, device=J.device) @ J
 
 
 def inner_update(
