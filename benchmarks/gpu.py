@@ -4,7 +4,9 @@
     python -m benchmarks.gpu --dry            # no GPU needed: the model, and what the compiled kernels are made of
     python -m benchmarks.gpu --write-budget   # no GPU needed: count registers anew (kernel_budget.json)
     TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse   # no GPU needed: run every section, tiny, untimed
+    python -m benchmarks.gpu --minutes 8      # leave out what cannot be begun by then
 
+What was measured is written after every section, and also where one fails. Peers that are not installed are left out.
 Every time is the median of CUDA events, with its 20th and 80th percentile; the answer's error stands beside it. What
 is computed from byte and instruction counts and not measured is called "model".
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +25,8 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import print_model
-from benchmarks.gpu_report import judge, machine, save
+from benchmarks.gpu_report import judge, machine, save, tables
+from benchmarks.record import record
 
 BUDGET = Path(__file__).parent / "kernel_budget.json"
 
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="print the model and the compiled kernels' facts only")
     parser.add_argument("--rehearse", action="store_true", help="run every section in the interpreter, untimed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many minutes")
     parser.add_argument("--write-budget", action="store_true", help=f"count registers anew, into {BUDGET.name}")
     parser.add_argument("--architectures", type=int, nargs="*", help="for --dry: 80 90 100 by default")
     parser.add_argument("--kernels", nargs="*", help="for --dry: only those whose name begins so")
@@ -88,21 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [one.name for one in shipped() if one.name.startswith(tuple(chosen.kernels or [""]))]
         print_facts(chosen.architectures or ARCHITECTURES, names)
         return 0
-    bench, about = Bench(chosen.rehearse), machine()
+    bench, about = Bench(chosen.rehearse, chosen.minutes), machine()
     print(json.dumps(about, indent=1))
     print_model()
     from benchmarks.gpu_passes import check_correctness, measure_copy, measure_passes, measure_solver
     from benchmarks.gpu_peers import measure_peers
     from benchmarks.gpu_training import measure_training
 
-    for section in (check_correctness, measure_copy, measure_passes, measure_solver, measure_peers, measure_training):
-        print(f"\n{section.__name__.replace('_', ' ')}")
-        section(bench)
-    judge(bench)
+    sections = (check_correctness, measure_copy, measure_passes, measure_solver, measure_peers, measure_training, judge)
+    for section in sections:
+        name = section.__name__.replace("_", " ")
+        print(f"\n{name}")
+        try:
+            section(bench)
+        except BaseException as error:
+            about["ended in"] = f"{name}, by {type(error).__name__}"
+            raise
+        finally:
+            if not chosen.rehearse:
+                print(f"written: {save(about, bench.results)}")
     if chosen.rehearse:
         print("\nA rehearsal: every section ran, nothing was timed.")
     else:
-        print(f"\nwritten: {', '.join(map(str, save(about, bench.results)))}")
+        print(f"written: {record('gpu', tables(about, bench.results))}")
     return 0
 
 

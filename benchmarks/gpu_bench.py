@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,20 +15,27 @@ from benchmarks.gpu_report import number
 
 __all__ = ["Bench", "count_launches"]
 
+AHEAD = 2_000_000  # clocks of the device: 1 ms
+
 
 class Bench:
     """Times things on one device; on a rehearsal, only runs them."""
 
-    def __init__(self, rehearse: bool) -> None:
+    def __init__(self, rehearse: bool, minutes: float = math.inf) -> None:
         self.rehearse = rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
+        self.until = time.monotonic() + 60 * minutes
         self.results: list[dict[str, Any]] = []
         self.copy_bandwidth = float("nan")
         # Twice the largest second-level cache there is: what is timed starts with nothing of its own in it.
         self.flush = torch.empty(1 if rehearse else 256 << 20, dtype=torch.int8, device=self.device)
 
-    def time(self, run: Callable[[], object], repeats: int = 20) -> dict[str, float]:
-        """Return median, 20th and 80th percentile of the device's time, and the host's, in seconds."""
+    def time(self, run: Callable[[], object], repeats: int = 20, ahead: bool = False) -> dict[str, float]:
+        """Return median, 20th and 80th percentile of the device's time, and the host's, in seconds.
+
+        `ahead` keeps the device busy beforehand until the host has launched all of it: else what takes the device less
+        than it takes the host to launch would be timed by the host.
+        """
         run()
         if self.rehearse:
             return dict.fromkeys(("seconds", "p20", "p80", "host"), float("nan"))
@@ -37,6 +45,8 @@ class Bench:
         host = []
         for start, end in events:
             self.flush.zero_()
+            if ahead:
+                torch.cuda._sleep(AHEAD)
             start.record()
             before = time.perf_counter()
             run()
@@ -65,7 +75,17 @@ class Bench:
 
     def fits(self, size: int) -> bool:
         """Whether so many bytes can be had, with a tenth to spare."""
-        return self.rehearse or size * 1.1 < torch.cuda.mem_get_info()[0]
+        if self.rehearse:
+            return True
+        torch.cuda.empty_cache()  # what torch keeps of earlier tensors counts as taken
+        return size * 1.1 < torch.cuda.mem_get_info()[0]
+
+    def late(self, what: str) -> bool:
+        """Whether the time is up; says of what is to come then that it is left out."""
+        if time.monotonic() < self.until:
+            return False
+        print(f"the time is up: {what} is left out", flush=True)
+        return True
 
     def keep(self, what: str, **row: Any) -> None:
         self.results.append({"what": what, **row})

@@ -147,6 +147,8 @@ def measure_training(bench: Bench) -> None:
             count = sum(p.numel() for p in body.parameters())
             separate = float("nan")
             for by, run, path in contestants(model, x, name.startswith(SMALL)):
+                if bench.late(f"{name}, {heads} heads, {by}"):
+                    continue
                 try:
                     watched = bench.watch(run, 10)
                 except RuntimeError as error:  # of memory, most likely: a peer that cannot is left out

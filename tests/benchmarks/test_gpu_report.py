@@ -2,10 +2,12 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import gpu_report, record
+from benchmarks import gpu, gpu_passes, gpu_report, record
 from benchmarks.gpu_training import SMALL
 
 ABOUT = {"date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA Some Card", "driver and clocks": "1.2"}
@@ -53,10 +55,45 @@ def test_targets_are_judged_by_the_worst_case(changes, want, worst):
     assert [row["worst"] for row in targets] == pytest.approx(worst, nan_ok=True)
 
 
+def test_without_a_peer_nothing_is_said_of_peers():
+    bench = Recorder([row for row in results() if not row.get("by", "").startswith(gpu_report.PEERS)])
+    gpu_report.judge(bench)
+    assert [row["verdict"] for row in bench.results[-3:]] == ["met", "met", "not measured"]
+
+
+def test_a_machine_without_the_driver_s_tool(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: its version is part of the answer")
+    card = SimpleNamespace(name="Some Card", major=9, minor=0, multi_processor_count=1, total_memory=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setenv("PATH", "")
+    assert gpu_report.machine()["driver and clocks"] == "unknown: no nvidia-smi"
+
+
+def test_a_run_that_fails_leaves_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "Bench", lambda rehearse, minutes: Recorder([]))
+    monkeypatch.setattr(gpu, "machine", lambda: dict(ABOUT))
+    monkeypatch.setattr(gpu_passes, "check_correctness", lambda bench: bench.keep("correct", m=2))
+
+    def measure_copy(bench):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_passes, "measure_copy", measure_copy)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.main([])
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert found["results"] == [{"what": "correct", "m": 2}]
+    assert found["machine"]["ended in"] == "measure copy, by OutOfMemoryError"
+
+
 def test_both_files_hold_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    everything, shown = gpu_report.save(ABOUT, results(share=0.87654321))
+    everything = gpu_report.save(ABOUT, results(share=0.87654321))
+    shown = record.record("gpu", gpu_report.tables(ABOUT, results(share=0.87654321)))
     assert json.loads(everything.read_text())["results"] == results(share=0.87654321)
     assert "NVIDIA-Some-Card" in everything.name
     lines = shown.read_text().splitlines()
