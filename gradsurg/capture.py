@@ -64,13 +64,14 @@ class Capture:
         """Move what backward passes left in p.grad into the fresh row of a task."""
         row = self._lift()
         if anything_compiled():
-            self.fresh.blank.update(self.reach.sift(name, row))
+            self.fresh.leave_blank(self.reach.sift(name, row))
         self.fresh.add(name, row)
 
     def take_plain(self) -> None:
         """Move what is in p.grad to the gradients that take no part in surgery."""
         for p, g in self._lift().items():
-            self._next_foreign[p] = added(self._next_foreign[p], g) if p in self._next_foreign else g
+            other = self._next_foreign.get(p)
+            self._next_foreign[p] = g if other is None else added(other, g)
 
     def give(self, name: str, gradients: Row) -> None:
         """Add gradients that were computed elsewhere to the fresh row of a task."""
@@ -141,16 +142,19 @@ class Capture:
 
     def write(self, result: Row) -> None:
         """Set p.grad to the result plus what is foreign, for every parameter that has either."""
-        self._written, self._mark = ByParameter(), None
         parameters = self.parameters()
-        for p, gradient, foreign in zip(parameters, result.at(parameters), self._foreign.at(parameters), strict=True):
-            if gradient is None or foreign is None:
-                total = foreign if gradient is None else gradient
-            else:
-                total = added(gradient, foreign)
+        totals = result.at(parameters)
+        if self._foreign:
+            totals = [
+                (other if own is None else own) if own is None or other is None else added(own, other)
+                for own, other in zip(totals, self._foreign.at(parameters), strict=True)
+            ]
+        written = []
+        for p, total in zip(parameters, totals, strict=True):
             p.grad = total
             if total is not None:
-                self._written[p] = (total, version_of(total))
+                written.append((p, (total, version_of(total))))
+        self._written, self._mark = ByParameter(written), None
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
@@ -175,8 +179,11 @@ class Capture:
 
     def clear(self) -> None:
         """Forget rows, foreign gradients and marks; p.grad is left alone."""
-        self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
-        self._foreign, self._written, self._mark = Row(), ByParameter(), None
+        if self.has_rows():
+            self.part_with_rows()
+        if self._written or self._foreign:
+            self._foreign, self._written = Row(), ByParameter()
+        self._mark = None
         self._close()
 
     def part_with_rows(self) -> None:
@@ -218,14 +225,18 @@ class Capture:
         return standing
 
     def _lift(self) -> Row:
-        lifted = [(p, gradient) for p, _ in self._held if (gradient := p.grad) is not None]
-        for p, _ in lifted:
-            p.grad = None
+        lifted = []
+        for p, _ in self._held:
+            gradient = p.grad
+            if gradient is not None:
+                p.grad = None
+                lifted.append((p, gradient))
         return Row(lifted)
 
     def _close(self) -> None:
-        self._held, self._next_foreign, self.fresh = [], Row(), TaskRows(self.row_dtype)
-        self.opened = None
+        if self.opened is not None:
+            self._held, self._next_foreign, self.fresh = [], Row(), TaskRows(self.row_dtype)
+            self.opened = None
 
 
 def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:

@@ -13,7 +13,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -120,6 +120,8 @@ class Watch:
         Raises:
             MultiTaskError: It overwrote something.
         """
+        if not self._nodes:
+            return
         for node in self._nodes.get(loss, ()):
             if not torch.equal(_checksums(node), self._sums[node]):
                 raise MultiTaskError(
@@ -130,18 +132,26 @@ class Watch:
             _SOUND.add(_function_of(node))
 
 
-@contextmanager
-def advise() -> Iterator[None]:
-    """Turn torch's refusal of a kept graph, whose own advice can give wrong gradients, into ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffer" not in str(error) or isinstance(error, MultiTaskError):
-            raise
-        raise MultiTaskError(
-            "torch.compile compiled this backward pass for a graph that runs once, as after a plain backward() or "
-            f"from the on-disk cache, but tasks share the graph; p.grad is as before. {ADVICE}"
-        ) from error
+class _Advising:  # a function that yields takes three times as long, once a task
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, MultiTaskError):
+            return
+        if "donated buffer" in str(error):
+            raise MultiTaskError(
+                "torch.compile compiled this backward pass for a graph that runs once, as after a plain backward() or "
+                f"from the on-disk cache, but tasks share the graph; p.grad is as before. {ADVICE}"
+            ) from error
+
+
+_ADVISING = _Advising()
+
+
+def advise() -> AbstractContextManager[None]:
+    """Turn torch's refusal of a kept graph in this block, whose own advice can give wrong gradients, into ours."""
+    return _ADVISING
 
 
 @contextmanager

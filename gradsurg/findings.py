@@ -46,7 +46,8 @@ def later(
     numbers to the host, where they are on a device.
     """
     told = patient.step, dict(patient.losses), patient.skipped, block_names(patient, blocks)
-    direction = replace(direction, state={})
+    if any(direction.state.values()):
+        direction = replace(direction, state={})
 
     def make() -> Report:
         there = (problem, direction) if fetch is None else fetch(problem, direction)

@@ -140,16 +140,15 @@ def combine(
     small = packed(rows)
     dtypes = set(map(DTYPE, like))
     quick = small is not None and not exact and len(dtypes) == 1 and dtypes <= QUICK
-    if small is not None and quick and all(p.is_contiguous() for p in small.at(like)):
-        u = small.sum(weights, *dtypes)
+    if small is not None and quick and all(map(Tensor.is_contiguous, small.at(like))):
         # In the rows' shapes: over several ranks they are slices of the parameters.
-        for k, part in zip(small.places, small.apart(u, rows[0]), strict=True):
+        parts = small.apart(small.sum(weights, *dtypes), rows[0])
+        if not small.others:
+            return parts
+        room = None if into is None else [into[k] for k in small.others]
+        rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
+        for k, part in zip([*small.places, *small.others], [*parts, *rest], strict=True):
             result[k] = part
-        if small.others:
-            room = None if into is None else [into[k] for k in small.others]
-            rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
-            for k, part in zip(small.others, rest, strict=True):
-                result[k] = part
         return [u for u in result if u is not None]
     grouped: dict[tuple[object, ...], list[int]] = {}
     everywhere = [i for i, weight in enumerate(weights) if weight != 0]

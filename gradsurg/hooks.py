@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -18,8 +18,7 @@ def hooked_among(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
-@contextmanager
-def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> Iterator[None]:
+def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Refuse hooks of register_post_accumulate_grad_hook that change their parameter, one of these, in this block.
 
     One that only looks is welcome: it runs once a task, and sees that task's gradient. One that steps has used up the
@@ -29,9 +28,11 @@ def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> Iterator[None]:
     Raises:
         MultiTaskError: A parameter with such a hook has changed.
     """
-    if not hooked:
-        yield
-        return
+    return _refusing(hooked) if hooked else nullcontext()
+
+
+@contextmanager
+def _refusing(hooked: Sequence[Tensor]) -> Iterator[None]:
     versions = [(p, p._version) for p in hooked]
     try:
         yield

@@ -115,13 +115,17 @@ def value_of(
     terms = [(loss.detach(), preferences.get(name, 1.0)) for name, loss in losses.items() if loss is not None]
     if plain is not None:
         terms.append((plain.detach(), 1.0))
-    device = terms[0][0].device if terms else elsewhere()
-    total = torch.zeros((), device=device)
+    if not terms:
+        return torch.zeros((), device=elsewhere())
+    device, total = terms[0][0].device, None
     for loss, preference in terms:
         wide = loss
         if loss.dtype != torch.float32 or loss.dim() or loss.device != device:  # the three calls take 10 µs a task
             wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
-        total = total + (wide if preference == 1 else wide * preference)
+        if preference != 1:
+            wide = wide * preference
+        total = wide if total is None else total + wide
+    assert total is not None
     return total
 
 

@@ -45,11 +45,17 @@ class Memory:
 
     def end_step(self, state: Mapping[str, Any] | None) -> None:
         """Count a step; None leaves the state of normaliser and surgery as it is."""
-        self._replace(step=self.step + 1, state=self.state if state is None else dict(state))
+        group = self._home()
+        entry = group[KEY]
+        group[KEY] = {
+            **entry,
+            "step": int(entry["step"]) + 1,
+            "state": entry["state"] if state is None else dict(state),
+        }
 
     def learn(self, names: Iterable[str]) -> None:
         """Remember names of tasks."""
-        known = self.tasks
+        known: list[str] = self._home()[KEY]["tasks"]
         new = [name for name in names if name not in known]
         if new:
             self._replace(tasks=[*known, *new])
@@ -69,13 +75,14 @@ class Memory:
         self._replace(skipped={**counts, name: counts.get(name, 0) + 1})
 
     def _home(self) -> dict[str, Any]:
-        groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in self.optimizers]
-        for group in groups:
+        for optimizer in self.optimizers:
+            group: dict[str, Any] = optimizer.param_groups[0]
             entry = group.get(KEY)
             if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
                 return group
-        groups[0][KEY] = dict(FRESH)
-        return groups[0]
+        group = self.optimizers[0].param_groups[0]
+        group[KEY] = dict(FRESH)
+        return group
 
     def _replace(self, **changes: Any) -> None:
         group = self._home()

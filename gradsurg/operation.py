@@ -94,7 +94,8 @@ def operate(patient: Patient) -> Outcome:
         for p in patient.parameters
         if id(p) not in members and (gradients := rows.of(p))
     )
-    own.update(Row((p, zeros) for p, zeros in rows.blank.items() if not rows.of(p)))
+    if rows.blank is not None:
+        own.update(Row((p, zeros) for p, zeros in rows.blank.items() if not rows.of(p)))
     if not shared:
         return Outcome(own, unmeasured(patient))
     if len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer

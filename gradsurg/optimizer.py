@@ -69,7 +69,7 @@ class MultiTaskOptimizer(Optimizer):
         value = value_of(parsed, surgeon.settings.preferences, plain, lambda: surgeon.parameters()[0].device)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
         if not torch.is_grad_enabled() or not (trainable or others):
-            return value
+            return value.clone()
         given = None if features is None else check_features(features, surgeon.settings)
         surgeon.introduce(parsed)
         surgeon.lay_out()

@@ -70,6 +70,8 @@ class Packed:
 
     def at(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the packed ones of one more list, such as the parameters."""
+        if not self.others:
+            return list(tensors)  # type: ignore[arg-type]
         return [tensors[k] for k in self.places]  # type: ignore[misc]
 
     def apart(self, vector: Tensor, like: Sequence[Tensor | None]) -> list[Tensor]:
@@ -115,10 +117,11 @@ class Packed:
         for weight, row in zip(weights, self.matrix.unbind(0), strict=True):
             # Rounded as rows that are not packed are: a matrix product would save 20 µs, and change the last digit of
             # a step with what else is in it.
-            if weight and total is None:
-                total = row.to(dtype) * weight
-            elif weight and total is not None:
-                total.add_(row.to(dtype), alpha=weight)
+            if not weight:
+                continue
+            if row.dtype != dtype:
+                row = row.to(dtype)
+            total = row * weight if total is None else total.add_(row, alpha=weight)
         return torch.zeros(self.matrix.shape[1], dtype=dtype) if total is None else total
 
     def correct_(
@@ -145,23 +148,25 @@ def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
 
 
 def _pack(rows: Table) -> Packed | None:
-    dense = [t for t in rows[0] if t is not None]  # all of them: the table is plain
-    sizes = [t.numel() for t in dense]
+    dense: list[Tensor] = rows[0]  # type: ignore[assignment]  # the table is plain: none is missing
+    sizes = list(map(Tensor.numel, dense))
+    every = range(len(sizes))
+    contiguous = list(map(Tensor.is_contiguous, dense))
+    if max(sizes) < SMALL and sum(sizes) <= MOST and all(contiguous):
+        together = [t for row in rows for t in row]
+        return Packed(_side_by_side(together, len(rows)), list(every), sizes, [], [[] for _ in rows])
     places: list[int] = []
-    others: list[int] = []
     room = MOST
-    for k, size in enumerate(sizes):
-        if size < SMALL and size <= room and dense[k].is_contiguous():
+    for k in every:
+        if sizes[k] < SMALL and sizes[k] <= room and contiguous[k]:
             places.append(k)
-            room -= size
-        else:
-            others.append(k)
+            room -= sizes[k]
     if not places:
         return None
-    if others:
-        sizes = [sizes[k] for k in places]
-        together = [row[k] for row in rows for k in places]
-    else:
-        together = [t for row in rows for t in row]
-    matrix = flat(together).view(len(rows), -1)  # type: ignore[arg-type]
-    return Packed(matrix, places, sizes, others, [[row[k] for k in others] for row in rows])
+    others = sorted(set(every).difference(places))
+    matrix = _side_by_side([row[k] for row in rows for k in places], len(rows))
+    return Packed(matrix, places, [sizes[k] for k in places], others, [[row[k] for k in others] for row in rows])
+
+
+def _side_by_side(tensors: list[Tensor | None], m: int) -> Tensor:
+    return flat(tensors).view(m, -1)  # type: ignore[arg-type]

@@ -33,7 +33,9 @@ class TaskRows:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        self.blank = Row()  # zeros of parameters that no task reached, and compiled code returned all the same
+        self.blank: Row | None = (
+            None  # zeros of parameters that no task reached, and compiled code returned all the same
+        )
         self._rows: dict[str, Row] = {}
 
     def __len__(self) -> int:
@@ -71,7 +73,13 @@ class TaskRows:
         """Add all rows of `other`, which must not be used afterwards."""
         for name in other:
             self.add(name, other[name])
-        self.blank.update(other.blank)
+        if other.blank is not None:
+            self.leave_blank(other.blank)
+
+    def leave_blank(self, zeros: Row) -> None:
+        """Note zeros of parameters that no task reached."""
+        self.blank = self.blank or Row()
+        self.blank.update(zeros)
 
     def drop(self, name: str) -> None:
         """Forget a task's row."""

@@ -28,16 +28,15 @@ class Spare:
 
     def keep(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Keep these results of parameters on the CPU; those of before that were not taken are let go."""
-        self._kept = ByParameter(
-            (p, u) for p, u in pairs if type(u) is Tensor and u.numel() >= FROM and u.device.type == "cpu"
-        )
+        large = [pair for pair in pairs if pair[1].numel() >= FROM]
+        self._kept = ByParameter((p, u) for p, u in large if type(u) is Tensor and u.device.type == "cpu")
 
-    def take(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    def take(self, parameters: Iterable[Tensor]) -> list[Tensor | None] | None:
         """Return for each parameter a tensor laid out as itself to be written to, or None where there is none.
 
         One that somebody still refers to, be it as p.grad, by a name or through a view, is never returned.
         """
-        return [self._one(p) for p in parameters]
+        return [self._one(p) for p in parameters] if self._kept else None
 
     def _one(self, p: Tensor) -> Tensor | None:
         if p not in self._kept:

@@ -90,7 +90,8 @@ class Surgeon:
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
         parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
-        return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
+        once = dict(zip(map(id, parameters), parameters, strict=True))
+        return parameters if len(once) == len(parameters) else list(once.values())
 
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Traffic."""

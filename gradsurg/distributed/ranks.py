@@ -59,7 +59,7 @@ class Ranks:
             MultiTaskError: Several ranks, and nothing that keeps plain parameters equal; or something unsupported.
         """
         parameters = of() if _is_initialized() else ()
-        if not several_ranks() and not _is_sharded(parameters):
+        if not parameters or (not several_ranks() and not _is_sharded(parameters)):
             self._layout, self._key = None, ()
             return ALONE
         key, group = tuple(map(id, parameters)), torch.distributed.group.WORLD
