@@ -49,10 +49,12 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     total = Symmetric(m)
     small = packed(rows)
     if small is not None:
-        rows = small.rest
         everybody = list(range(m))
-        for stacked in small.wide():
-            total.add(everybody, stacked, exact)
+        for matrix in small.wide():
+            total.add(everybody, matrix, exact)
+        if not small.others:
+            return total.result()
+        rows = small.rest
     rows, columns = sparse.split(rows)
     for _, block in blocks(rows, size=block_for(m)):
         present = [i for i, pieces in enumerate(block) if pieces]
@@ -99,8 +101,7 @@ def inner_update(
         assert isinstance(sign, float)
         old, new, *gradients = block
         matrix = WORKSPACE.stack(ROWS, [*gradients, old])
-        new_flat = flat(new)
-        matrix[-1, : new_flat.numel()].sub_(new_flat)
+        matrix.rows[-1].sub_(flat(new))
         *products, length = products_with_last(matrix, exact)
         square += length
         present = [i for i, pieces in enumerate(gradients) if pieces]

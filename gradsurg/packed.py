@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from gradsurg.blocks import BLOCK, SMALL, evenly, flat
 from gradsurg.products import ROWS, WORKSPACE, products_with_last
+from gradsurg.workspace import Matrix
 
 __all__ = ["Packed", "Table", "alike", "packed"]
 
@@ -85,7 +86,7 @@ class Packed:
             return chosen[0]
         return torch.repeat_interleave(torch.tensor(chosen, dtype=torch.float64), torch.tensor(self.sizes))
 
-    def wide(self) -> Iterator[Tensor]:
+    def wide(self) -> Iterator[Matrix]:
         """Yield the columns of the matrix in blocks, as matrices of the workspace; each is overwritten by the next.
 
         Whole, 100 000 numbers of eight tasks take 6 MiB, which a step's backward passes drive out of the cache.
@@ -104,7 +105,7 @@ class Packed:
         for start in range(0, old.numel(), size):
             here = slice(start, start + size)
             matrix = WORKSPACE.stack(ROWS, [*([row[here]] for row in self.matrix.unbind(0)), [old[here]]])
-            d = matrix[-1, : old[here].numel()].sub_(new[here])
+            d = matrix.rows[-1].sub_(new[here])
             if isinstance(sign, Tensor):
                 d.mul_(sign[here])
             products = list(map(add, products, products_with_last(matrix, exact)))

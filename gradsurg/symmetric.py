@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.products import inner_product
-from gradsurg.workspace import lanes
+from gradsurg.workspace import Matrix
 
 __all__ = ["MANY_FROM", "Long", "Symmetric", "strip_for"]
 
@@ -28,18 +28,20 @@ class Symmetric:
         self.entries: list[list[float]] | None = None  # single numbers, where there are any
         self.lost: list[list[float]] = []  # what their additions rounded away
         self.strips: dict[tuple[tuple[int, ...], int], list[Long]] = {}  # of the tasks and lanes of blocks
-        self._prepared: tuple[object, list[tuple[Long, Tensor, Tensor]]] = (None, [])
 
-    def add(self, present: list[int], matrix: Tensor, exact: bool) -> None:
-        """Add the inner products of the rows of a matrix of the workspace, which belong to these tasks."""
-        if not exact:
-            for sums, strip, before in self._strips(tuple(present), matrix):
-                sums.add(strip, before)
+    def add(self, present: list[int], matrix: Matrix, exact: bool) -> None:
+        """Add the inner products of the rows of a matrix, which belong to these tasks."""
+        if exact:
+            for a, i in enumerate(present):
+                for b, j in enumerate(present[: a + 1]):
+                    self.put(i, j, inner_product(matrix.rows[a], matrix.rows[b]))
             return
-        rows = matrix.unbind(0)
-        for a, i in enumerate(present):
-            for b, j in enumerate(present[: a + 1]):
-                self.put(i, j, inner_product(rows[a], rows[b]))
+        strips = matrix.strips(strip_for(len(present)))
+        key = tuple(present), len(matrix.lanes)
+        if key not in self.strips:
+            self.strips[key] = [Long() for _ in strips]
+        for long, (strip, before) in zip(self.strips[key], strips, strict=True):
+            long.add(strip, before)
 
     def put(self, i: int, j: int, value: float) -> None:
         """Add to one entry, i ≥ j; thousands of blocks are summed as exactly as one."""
@@ -49,26 +51,6 @@ class Symmetric:
         self.entries[i][j] = new = old + value
         kept = new - old
         self.lost[i][j] += (old - (new - kept)) + (value - kept)
-
-    def _strips(self, tasks: tuple[int, ...], matrix: Tensor) -> list[tuple[Long, Tensor, Tensor]]:
-        """Return sums, a strip of rows, and the rows up to there, transposed, of which they are the product.
-
-        Blocks of one size come one after the other in one buffer, and views of it cost more than a product's call: the
-        last ones are kept, and with them the memory, so that the address stands for it.
-        """
-        key = tasks, matrix.shape, matrix.data_ptr()
-        if key != self._prepared[0]:
-            m, step = len(tasks), strip_for(len(tasks))
-            stacked = lanes(matrix)
-            count = len(stacked)
-            if (tasks, count) not in self.strips:
-                self.strips[tasks, count] = [
-                    Long(count, min(step, m - i), min(step + i, m), matrix.device) for i in range(0, m, step)
-                ]
-            parts = [(stacked[:, i : i + step], stacked[:, : i + step].mT) for i in range(0, m, step)]
-            sums = self.strips[tasks, count]
-            self._prepared = key, [(long, *part) for long, part in zip(sums, parts, strict=True)]
-        return self._prepared[1]
 
     def result(self) -> Tensor:
         """Return the whole matrix, exactly symmetric."""
@@ -94,26 +76,27 @@ class Long:
 
     SHORT, MOST = 16, 64  # blocks in a running sum; sums kept
 
-    def __init__(self, lanes: int, rows: int, columns: int, device: torch.device) -> None:
-        self.running = torch.zeros(lanes, rows, columns, dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self._running: Tensor | None = None
         self._count = 0
         self._done: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add the products of two stacks of matrices."""
-        self.running.baddbmm_(a, b)
+        self._running = torch.bmm(a, b) if self._running is None else self._running.baddbmm_(a, b)
         self._count += 1
         if self._count == self.SHORT:
-            self._done.append(self.running.sum(0))
-            self.running.zero_()
-            self._count = 0
+            self._done.append(self._running.sum(0))
+            self._running, self._count = None, 0
             if len(self._done) == self.MOST:
                 self._done = [torch.stack(self._done).sum(0)]
 
     def total(self) -> Tensor:
-        """Return the sum of all."""
-        total = self.running.sum(0)
-        return torch.stack([*self._done, total]).sum(0) if self._done else total
+        """Return the sum of all; something must have been added."""
+        if self._running is None:
+            return torch.stack(self._done).sum(0)
+        running = self._running.sum(0)
+        return torch.stack([*self._done, running]).sum(0) if self._done else running
 
 
 def strip_for(m: int) -> int:

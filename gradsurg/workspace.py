@@ -10,15 +10,13 @@ from torch import Tensor
 
 from gradsurg.blocks import BLOCK, SMALL, Pieces, flat
 
-__all__ = ["LANE", "Workspace", "lanes"]
+__all__ = ["LANE", "Matrix", "Workspace"]
 
 # A product sums one number after the other, so the shorter its rows, the less is rounded away. The worst of 60 pairs of
 # constant rows, as a share of the product: 1 024 numbers 1.4e-14, 2 048 2.8e-14, 4 096 5.7e-14, 16 384 2.3e-13. To the
 # time of a stack of such products the length makes no difference from 1 024 to 16 384.
 LANE = 4_096
-# Lanes have a multiple of so many numbers, eight lines of cache: parts of a tensor, the last of which is a little
-# shorter than the others, are then matrices of one shape.
-STEP = 64
+STEP = 8  # lanes have a multiple of so many numbers, a line of cache
 
 
 class Workspace(threading.local):
@@ -30,7 +28,7 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        self._latest: dict[int, tuple[object, Tensor, tuple[Tensor, ...]]] = {}  # a slot's last matrix and its rows
+        self._latest: dict[int, tuple[object, Matrix]] = {}  # the last matrix of a slot
 
     def buffer(self, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a 1-D buffer; its content is whatever the last user of the slot left."""
@@ -40,37 +38,50 @@ class Workspace(threading.local):
             have = self._buffers[key] = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
         return have[:size]
 
-    def matrix(self, slot: int, rows: int, size: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return a float64 buffer as a matrix for `lanes` and its rows, `size` numbers each; beyond them it is zero.
+    def matrix(self, slot: int, rows: int, size: int, device: torch.device) -> Matrix:
+        """Return a buffer as a matrix with `size` numbers a row.
 
-        Blocks of one size come one after the other, and five views take as long as to convert 30 000 numbers: as long
-        as the same is asked for, these are the same tensors. A slot that has matrices must have nothing else.
+        Blocks of one size come one after the other, and steps do: as long as the same is asked for, this is the same
+        matrix. A slot that has matrices must have nothing else.
         """
         key = rows, size, device
         latest = self._latest.get(slot)
         if latest is None or latest[0] != key:
-            count = _lanes_in(size)
+            count = -(-size // LANE)
             each = -(-size // count)
             width = count * (each + -each % STEP)
-            matrix = self.buffer(slot, rows * width, torch.float64, device).view(rows, width)
-            matrix[:, size:].zero_()
-            latest = self._latest[slot] = key, matrix, matrix[:, :size].unbind(0)
-        return latest[1], latest[2]
+            buffer = self.buffer(slot, rows * width, torch.float64, device)
+            latest = self._latest[slot] = key, Matrix(buffer.view(rows, width), size, count)
+        return latest[1]
 
-    def stack(self, slot: int, block: Sequence[Pieces]) -> Tensor:
-        """Return a block as a float64 matrix for `lanes`, one row for each list that has pieces."""
+    def stack(self, slot: int, block: Sequence[Pieces]) -> Matrix:
+        """Return a block as a matrix, one row for each list that has pieces."""
         present = [flat(pieces) for pieces in block if pieces]
-        matrix, rows = self.matrix(slot, len(present), present[0].numel(), present[0].device)
-        torch._foreach_copy_(rows, present)
+        matrix = self.matrix(slot, len(present), present[0].numel(), present[0].device)
+        torch._foreach_copy_(matrix.rows, present)
         return matrix
 
 
-def lanes(matrix: Tensor) -> Tensor:
-    """Return a matrix of a workspace as a stack of narrower ones, shape (lanes, rows, numbers), without a copy."""
-    rows, width = matrix.shape
-    count = _lanes_in(width)
-    return matrix.view(rows, count, width // count).transpose(0, 1)
+class Matrix:
+    """Float64 numbers of several rows to be multiplied, and views of them: five take as long as to convert 30 000.
 
+    Attributes:
+        numbers: Shape (rows, width); beyond the numbers that there are, zero.
+        rows: The numbers of each row.
+        lanes: The same as a stack of narrower matrices, shape (lanes, rows, numbers).
+    """
 
-def _lanes_in(size: int) -> int:
-    return max(-(-size // LANE), 1)
+    def __init__(self, numbers: Tensor, size: int, count: int) -> None:
+        self.numbers = numbers
+        self.rows: tuple[Tensor, ...] = numbers[:, :size].unbind(0)
+        self.lanes = numbers.view(len(numbers), count, -1).transpose(0, 1)
+        self._strips: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        numbers[:, size:].zero_()
+
+    def strips(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Return lanes of `step` rows at a time, and of all rows up to there, transposed."""
+        strips = self._strips.get(step)
+        if strips is None:
+            starts, lanes = range(0, len(self.rows), step), self.lanes
+            strips = self._strips[step] = [(lanes[:, i : i + step], lanes[:, : i + step].mT) for i in starts]
+        return strips

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradsurg.blocks import BLOCK, SMALL
-from gradsurg.workspace import LANE, STEP, Workspace, lanes
+from gradsurg.workspace import LANE, STEP, Workspace
 
 CPU = torch.device("cpu")
 
@@ -34,26 +34,31 @@ def test_a_matrix_has_its_numbers_and_then_nothing(size, rows):
     for k in range(3):
         pieces = [torch.full((size,), float(i + k + 1)) for i in range(rows)]
         matrix = workspace.stack(0, [[piece] for piece in pieces])
-        assert matrix.dtype == torch.float64
-        assert torch.equal(matrix[:, :size].float(), torch.stack(pieces))
-        assert not matrix[:, size:].any()
-        stacked = lanes(matrix)
-        assert stacked.data_ptr() == matrix.data_ptr()
-        assert stacked.shape[2] <= LANE
-        assert torch.equal(stacked.transpose(0, 1).reshape(rows, -1), matrix)
+        numbers, lanes = matrix.numbers, matrix.lanes
+        assert numbers.dtype == torch.float64
+        assert torch.equal(torch.stack(matrix.rows).float(), torch.stack(pieces))
+        assert torch.equal(numbers[:, :size].float(), torch.stack(pieces))
+        assert not numbers[:, size:].any()
+        assert lanes.shape[2] <= LANE
+        assert lanes.data_ptr() == numbers.data_ptr()
+        assert torch.equal(lanes.transpose(0, 1).reshape(rows, -1), numbers)
+        for i, (strip, before) in enumerate(matrix.strips(2)):
+            assert torch.equal(strip, lanes[:, 2 * i : 2 * i + 2])
+            assert torch.equal(before, lanes[:, : 2 * i + 2].transpose(1, 2))
         if k == 1:  # another shape in between leaves its numbers where this one has none
             workspace.stack(0, [[torch.ones(size + 5000)]] * (rows + 1))
 
 
-def test_the_last_part_of_a_tensor_is_a_matrix_of_the_same_shape():
-    # So that the views of it are not made anew: they cost more than its products.
+def test_a_matrix_is_kept_while_the_same_is_asked_for():
     workspace = Workspace()
-    whole = workspace.stack(0, [[torch.ones(33_312)]] * 2)
-    last = workspace.stack(0, [[torch.ones(33_276)]] * 2)
-    assert (whole.shape, whole.data_ptr()) == (last.shape, last.data_ptr())
+    matrix = workspace.stack(0, [[torch.ones(40)]] * 3)
+    strips = matrix.strips(2)
+    assert workspace.stack(0, [[torch.zeros(40)]] * 3) is matrix
+    assert matrix.strips(2) is strips
+    assert workspace.stack(0, [[torch.ones(41)]] * 3) is not matrix
 
 
 def test_pieces_of_several_dtypes_come_together():
     workspace = Workspace()
     pieces = [[torch.arange(3.0), torch.arange(2.0)], [], [torch.arange(5).bfloat16()]]
-    assert workspace.stack(0, pieces)[:, :5].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert workspace.stack(0, pieces).numbers[:, :5].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
