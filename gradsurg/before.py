@@ -34,17 +34,17 @@ class Before:
     ) -> None:
         self._parameters = parameters
         self._vectors: list[tuple[Packed, list[Tensor], Tensor]] = []
-        apart = dict(zip(map(id, parameters), parameters, strict=True))
+        apart = set(map(id, parameters))
         for small, block in packs:
             own = small.at(block)
+            ids = set(map(id, own))
             # Of one alone, flat() would make no copy.
-            if len(own) == 1 or not apart.keys() >= set(map(id, own)) or not alike([own]):
+            if len(own) == 1 or not apart >= ids or not alike([own]):
                 continue
-            if all(p.is_contiguous() for p in own):
+            if all(map(Tensor.is_contiguous, own)):
                 self._vectors.append((small, own, flat(own)))
-                for p in own:
-                    del apart[id(p)]
-        self._apart = Row((p, p.detach().clone()) for p in apart.values())
+                apart -= ids
+        self._apart = Row((p, p.detach().clone()) for p in parameters if id(p) in apart)
 
     def __len__(self) -> int:
         return len(self._parameters)

@@ -56,7 +56,7 @@ def glance(
     old = before if vector is None else [vector, *(before[k] for k in others)]
     if set(map(DTYPE, (*rows[0], *old, *after))) != {torch.float32}:
         return None
-    if not all(t.is_contiguous() for t in (*old, *after)):
+    if not all(map(Tensor.is_contiguous, (*old, *after))):
         return None
     inner, square = [0.0] * len(rows), 0.0
     if small is not None:

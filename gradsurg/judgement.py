@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.before import Before, Part
-from gradsurg.byparameter import ByParameter
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.guarantee import Movement, guard
 from gradsurg.margin import Margin, attainable
@@ -47,10 +46,10 @@ class Judgement:
     margin: Margin = 0.0
     tables: Sequence[Table] | None = None
 
-    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return the shared parameters that this optimizer trains."""
-        mine = set(map(id, trained(optimizer)))
-        return [p for block in self.blocks for p in block if id(p) in mine]
+    def among(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of some parameters that tasks share."""
+        shared = set().union(*(map(id, block) for block in self.blocks))
+        return [p for p in parameters if id(p) in shared]
 
     def packs(self) -> list[tuple[Packed, list[Tensor]]]:
         """Return what is packed of the rows of each block, with the block; nothing where ranks hold parts of them."""
@@ -62,7 +61,7 @@ class Judgement:
     def hold(self, optimizer: Optimizer, before: Before) -> Movement | LaterMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         sign = signs_of(optimizer)
-        ours = before.ids().intersection(sign.ids())
+        ours = before.ids().intersection(sign)
         movements = []
         for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
             mine = [p for p in block if id(p) in ours]
@@ -81,7 +80,7 @@ class Judgement:
             asked = None
             if self.margin:
                 asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)
-            movement = guard(table, G, old, new, [sign[p] for p in mine], self.allowed, measure, asked)
+            movement = guard(table, G, old, new, [sign[id(p)] for p in mine], self.allowed, measure, asked)
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)
@@ -100,11 +99,12 @@ def joined(movements: Sequence[Movement]) -> Movement | None:
     )
 
 
-def signs_of(optimizer: Optimizer) -> ByParameter[float]:
-    """Return what turns the movement of each parameter into a descent: −1 where the optimizer maximises, else 1."""
-    return ByParameter(
-        (p, -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups for p in group["params"]
-    )
+def signs_of(optimizer: Optimizer) -> dict[int, float]:
+    """Return by id(parameter) what turns its movement into a descent: −1 where the optimizer maximises, else 1."""
+    signs: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))
+    return signs
 
 
 def trained(optimizer: Optimizer) -> list[Tensor]:

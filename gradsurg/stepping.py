@@ -47,11 +47,12 @@ def _copies(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Before:
         return Before(trained(optimizer))
     if surgeon.judgement is None:
         return Before()
-    judged = surgeon.judgement.parameters(optimizer)
+    mine = trained(optimizer)
+    judged = surgeon.judgement.among(mine)
     if not any(map(surgeon.capture.still_ours, judged)):
         warn_of_foreign_gradients(judged)
         return Before()
-    return Before([p for p in trained(optimizer) if p.grad is not None], surgeon.judgement.packs())
+    return Before([p for p in mine if p.grad is not None], surgeon.judgement.packs())
 
 
 def watch(surgeon: Surgeon, closure: Callable[[], Any]) -> Callable[[], Any]:

@@ -41,7 +41,7 @@ class OnboardJudgement(Judgement):
         from gradsurg.kernels.gramian import gramian
 
         sign = signs_of(optimizer)
-        ours = before.ids().intersection(sign.ids())
+        ours = before.ids().intersection(sign)
         mine = [[p for p in block if id(p) in ours] for block in self.blocks]
         chosen = [p for block in mine for p in block]
         if not chosen:
@@ -60,7 +60,7 @@ class OnboardJudgement(Judgement):
             G,
             [before[p] for p in chosen],
             [p.detach() for p in chosen],
-            [sign[p] for p in chosen],
+            [sign[id(p)] for p in chosen],
             blocks,
             self.allowed,
             self.finite,
