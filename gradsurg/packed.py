@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from operator import add, attrgetter
 
 import torch
@@ -91,8 +92,11 @@ class Packed:
 
         Whole, 100 000 numbers of eight tasks take 6 MiB, which a step's backward passes drive out of the cache.
         """
-        for part in self.matrix.split(evenly(self.matrix.shape[1], BLOCK), dim=1):
-            yield WORKSPACE.stack(ROWS, [[row] for row in part.unbind(0)])
+        m, count = self.matrix.shape
+        for part in torch.split(self.matrix, evenly(count, BLOCK), dim=1):
+            matrix = WORKSPACE.matrix(ROWS, m, part.shape[1], part.device)
+            matrix.numbers.copy_(part)
+            yield matrix
 
     def inner(
         self, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], exact: bool
@@ -104,8 +108,10 @@ class Packed:
         products = [0.0] * (len(self.matrix) + 1)
         for start in range(0, old.numel(), size):
             here = slice(start, start + size)
-            matrix = WORKSPACE.stack(ROWS, [*([row[here]] for row in self.matrix.unbind(0)), [old[here]]])
-            d = matrix.rows[-1].sub_(new[here])
+            gradients = self.matrix[:, here]
+            matrix = WORKSPACE.matrix(ROWS, len(gradients) + 1, gradients.shape[1], gradients.device)
+            matrix.numbers[:-1].copy_(gradients)
+            d = matrix.rows[-1].copy_(old[here]).sub_(new[here])
             if isinstance(sign, Tensor):
                 d.mul_(sign[here])
             products = list(map(add, products, products_with_last(matrix, exact)))
@@ -142,9 +148,12 @@ def packed(rows: Sequence[Sequence[Tensor | None]]) -> Packed | None:
 
 def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
     """Whether nothing is missing and all have one dtype, device and layout, asked without a loop in Python."""
-    tensors = [t for row in lists for t in row]
-    return DENSE.issuperset(map(type, tensors)) and all(
-        len(set(map(attribute, tensors))) == 1 for attribute in (DTYPE, DEVICE, LAYOUT)
+    tensors = list(chain.from_iterable(lists))
+    return (
+        DENSE.issuperset(map(type, tensors))
+        and len(set(map(DTYPE, tensors))) == 1
+        and len(set(map(DEVICE, tensors))) == 1
+        and len(set(map(LAYOUT, tensors))) == 1
     )
 
 
@@ -154,7 +163,7 @@ def _pack(rows: Table) -> Packed | None:
     every = range(len(sizes))
     contiguous = list(map(Tensor.is_contiguous, dense))
     if max(sizes) < SMALL and sum(sizes) <= MOST and all(contiguous):
-        together = [t for row in rows for t in row]
+        together = list(chain.from_iterable(rows))
         return Packed(_side_by_side(together, len(rows)), list(every), sizes, [], [[] for _ in rows])
     places: list[int] = []
     room = MOST

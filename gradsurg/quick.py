@@ -6,6 +6,7 @@ Thirty torch operations on 4 x 4 numbers take 0.25 ms, and all of a small networ
 
 from __future__ import annotations
 
+from itertools import chain
 from math import inf, isfinite, nan, sqrt
 from operator import mul
 
@@ -28,7 +29,7 @@ STATIONARY = 16.0
 def all_finite(gramian: Tensor) -> bool:
     """Whether every number is finite; asked of few, Python answers in a quarter of the time."""
     if gramian.numel() <= MOST**2:
-        return all(map(isfinite, gramian.flatten().tolist()))
+        return all(map(isfinite, chain.from_iterable(chain.from_iterable(gramian.tolist()))))
     return bool(torch.isfinite(gramian).all())
 
 

@@ -90,8 +90,9 @@ class Surgeon:
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never cached, because trainers replace it inside param_groups."""
         parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
-        once = dict(zip(map(id, parameters), parameters, strict=True))
-        return parameters if len(once) == len(parameters) else list(once.values())
+        if len(set(map(id, parameters))) == len(parameters):
+            return parameters
+        return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
 
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Traffic."""

@@ -16,7 +16,9 @@ __all__ = ["LANE", "Matrix", "Workspace"]
 # constant rows, as a share of the product: 1 024 numbers 1.4e-14, 2 048 2.8e-14, 4 096 5.7e-14, 16 384 2.3e-13. To the
 # time of a stack of such products the length makes no difference from 1 024 to 16 384.
 LANE = 4_096
-STEP = 8  # lanes have a multiple of so many numbers, a line of cache
+# Lanes have a multiple of so many numbers, eight lines of cache, so that the last part of a tensor, which is a little
+# shorter than the others, fits the same ones.
+STEP = 64
 
 
 class Workspace(threading.local):
@@ -39,19 +41,20 @@ class Workspace(threading.local):
         return have[:size]
 
     def matrix(self, slot: int, rows: int, size: int, device: torch.device) -> Matrix:
-        """Return a buffer as a matrix with `size` numbers a row.
+        """Return a buffer as a matrix for `size` numbers a row, to be written to `numbers` or `rows`.
 
-        Blocks of one size come one after the other, and steps do: as long as the same is asked for, this is the same
-        matrix. A slot that has matrices must have nothing else.
+        Blocks of about one size come one after the other, and steps do: for these it is the same matrix. A slot that
+        has matrices must have nothing else.
         """
-        key = rows, size, device
+        count = -(-size // LANE)
+        each = -(-size // count)
+        each += -each % STEP
+        key = rows, count, each, device
         latest = self._latest.get(slot)
         if latest is None or latest[0] != key:
-            count = -(-size // LANE)
-            each = -(-size // count)
-            width = count * (each + -each % STEP)
-            buffer = self.buffer(slot, rows * width, torch.float64, device)
-            latest = self._latest[slot] = key, Matrix(buffer.view(rows, width), size, count)
+            buffer = self.buffer(slot, rows * count * each, torch.float64, device)
+            latest = self._latest[slot] = key, Matrix(buffer.view(rows, -1), count)
+        latest[1].resize(size)
         return latest[1]
 
     def stack(self, slot: int, block: Sequence[Pieces]) -> Matrix:
@@ -66,17 +69,23 @@ class Matrix:
     """Float64 numbers of several rows to be multiplied, and views of them: five take as long as to convert 30 000.
 
     Attributes:
-        numbers: Shape (rows, width); beyond the numbers that there are, zero.
+        numbers: The numbers, shape (rows, size).
         rows: The numbers of each row.
-        lanes: The same as a stack of narrower matrices, shape (lanes, rows, numbers).
+        lanes: With zeros beyond them, as a stack of narrower matrices, shape (lanes, rows, numbers).
     """
 
-    def __init__(self, numbers: Tensor, size: int, count: int) -> None:
-        self.numbers = numbers
-        self.rows: tuple[Tensor, ...] = numbers[:, :size].unbind(0)
-        self.lanes = numbers.view(len(numbers), count, -1).transpose(0, 1)
+    def __init__(self, whole: Tensor, count: int) -> None:
+        self._whole, self._size = whole, -1
+        self.lanes = whole.view(len(whole), count, -1).transpose(0, 1)
         self._strips: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        numbers[:, size:].zero_()
+
+    def resize(self, size: int) -> None:
+        """Have so many numbers a row, those that are there, and zeros beyond them."""
+        if size != self._size:
+            self._size = size
+            self.numbers = self._whole[:, :size]
+            self.rows = self.numbers.unbind(0)
+            self._whole[:, size:].zero_()
 
     def strips(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Return lanes of `step` rows at a time, and of all rows up to there, transposed."""
