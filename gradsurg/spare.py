@@ -32,7 +32,7 @@ class Spare:
         self._kept = ByParameter((p, u) for p, u in large if type(u) is Tensor and u.device.type == "cpu")
 
     def take(self, parameters: Iterable[Tensor]) -> list[Tensor | None] | None:
-        """Return for each parameter a tensor laid out as itself to be written to, or None where there is none.
+        """Return for each parameter a tensor laid out as itself to be written to, or None; None where nothing is kept.
 
         One that somebody still refers to, be it as p.grad, by a name or through a view, is never returned.
         """
