@@ -164,7 +164,7 @@ _reserve: list[Tensor] = []
 
 def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting: bool = False) -> T:
     """Return what `make` made for this key on this stream; a `fleeting` table made in a capture is valid only there."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = _is_capturing(device)
     # A table is written on the current stream: work on another would not wait for it.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (key, stream)
@@ -183,13 +183,19 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
     return found  # type: ignore[return-value]
 
 
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured; torch asks that of the current device alone."""
+    with guard(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _upload(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     host = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host
     if not _reserve:
         _reserve.append(torch.empty(RESERVE, dtype=torch.int64).pin_memory())
-    capturing = torch.cuda.is_current_stream_capturing()
+    capturing = _is_capturing(device)
     host = _from_reserve(host) if capturing else host.pin_memory()
     return host.to(device, non_blocking=True)
 

@@ -16,7 +16,7 @@ from gradsurg.constants import constant
 from gradsurg.gramian import Rows
 from gradsurg.guarantee import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.judgement import Judgement, signs_of
-from gradsurg.onboard.report import LaterMovement
+from gradsurg.onboard.report import LaterMovement, stream_of
 from gradsurg.quick import STATIONARY
 
 __all__ = ["ROUNDING", "OnboardJudgement", "guard"]
@@ -142,6 +142,7 @@ def guard(
         inner=torch.where(held.unsqueeze(-1), 0, movement.inner),
         square=torch.where(held, 0, movement.square),
         held=held,
+        stream=stream_of(held.device),
     )
 
 

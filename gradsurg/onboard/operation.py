@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from gradsurg.constants import constant
 from gradsurg.findings import later
 from gradsurg.gramian import Rows
 from gradsurg.onboard.guarantee import ROUNDING, OnboardJudgement
+from gradsurg.onboard.report import catch_up, stream_of
 from gradsurg.operation import Outcome, Patient, plain_sum, problem_of
 from gradsurg.pipeline import Direction
 from gradsurg.problem import Problem, State
@@ -49,7 +51,7 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     protected = pipeline.protected(replace(problem, gramian=G))
     return Outcome(
         gradients=Row(zip(parameters, gradients, strict=True)),
-        report=later(patient, blocks, problem, direction, path="triton", fetch=_fetched),
+        report=later(patient, blocks, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))),
         judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
         state=state,
     )
@@ -79,8 +81,9 @@ def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
     return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
 
 
-def _fetched(problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
-    """Return both on the host, for which this waits."""
+def _fetched(stream: torch.cuda.Stream | None, problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
+    """Return both on the host, for which this waits; they were made on a stream."""
+    catch_up(stream)
     problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
     if not bool(torch.isfinite(problem.gramian).all()):
         return problem, plain_sum(problem)

@@ -12,7 +12,7 @@ from gradsurg.guarantee import Movement
 from gradsurg.judgement import joined
 from gradsurg.report import Report
 
-__all__ = ["LaterMovement", "LaterReport", "settled"]
+__all__ = ["LaterMovement", "LaterReport", "catch_up", "settled", "stream_of"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class LaterMovement:
         square: ‖d‖², shape (blocks,), float64.
         corrected: Bool, shape (blocks,).
         held: Bool, shape (blocks,).
+        stream: Which they are made on, on a CUDA device.
     """
 
     inner: Tensor
     square: Tensor
     corrected: Tensor
     held: Tensor
+    stream: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class LaterReport:
         return replace(report, movement=_joined(self.movements)) if self.movements else report
 
 
+def stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream that work on a device goes to now; None where there are none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def catch_up(stream: torch.cuda.Stream | None) -> None:
+    """Let the current stream wait for what this one has to do; who reads a report may be on another than the step."""
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
 def settled(report: Report | LaterReport) -> Report:
     """Return the report itself, waiting for the device where it is still there."""
     return report.read() if isinstance(report, LaterReport) else report
@@ -66,6 +79,8 @@ def _joined(movements: Sequence[LaterMovement | Movement]) -> Movement | None:
     there = [movement for movement in movements if isinstance(movement, LaterMovement)]
     if not there:  # one judgement makes all of them, on a device or not
         return joined([movement for movement in movements if isinstance(movement, Movement)])
+    for movement in there:
+        catch_up(movement.stream)
     return Movement(
         inner=torch.cat([movement.inner for movement in there]).sum(0).cpu(),
         square=float(torch.cat([movement.square for movement in there]).sum()),

@@ -227,6 +227,21 @@ def test_on_another_stream_than_the_tables_were_made_on():
     assert torch.equal(got, wanted)
 
 
+def test_a_report_is_read_on_another_stream_than_the_step_s():
+    options, optimizer = WITHOUT_WAITING[0]
+    _, _, wanted, _ = trained("triton", optimizer, 1, device="cuda", **options)
+    model = Model("cuda")
+    mine = wrapped(model, optimizer, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # 50 ms: nothing of the step is done when the report is asked for
+        step(model, mine)
+    found = mine.report
+    assert torch.equal(found.gramian, wanted.gramian)
+    assert torch.equal(found.movement.inner, wanted.movement.inner)
+
+
 def test_modes():
     rows, before = make_rows(2, sizes=[5000, 5000, 5000], missing=0.0)
     after = [p * 0.9 for p in before]
