@@ -189,7 +189,7 @@ def main() -> None:
     """Measure the parts that were asked for and append them to today's file."""
     parts: dict[str, Callable[[int], str]] = {
         "surgery": surgery,
-        "mlp": lambda rounds: steps("mlp", (2, 4, 8), 20 * rounds),
+        "mlp": lambda rounds: steps("mlp", (2, 4, 8), 60 * rounds),
         "transformer": lambda rounds: steps("transformer", (2, 4, 8), rounds),
         "memory": lambda _: memory(),
         "growth": growth,
