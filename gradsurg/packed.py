@@ -162,13 +162,13 @@ def _pack(rows: Table) -> Packed | None:
     sizes = list(map(Tensor.numel, dense))
     every = range(len(sizes))
     contiguous = list(map(Tensor.is_contiguous, dense))
-    if max(sizes) < SMALL and sum(sizes) <= MOST and all(contiguous):
+    if max(sizes) < SMALL and 0 < sum(sizes) <= MOST and all(contiguous):
         together = list(chain.from_iterable(rows))
         return Packed(_side_by_side(together, len(rows)), list(every), sizes, [], [[] for _ in rows])
     places: list[int] = []
     room = MOST
     for k in every:
-        if sizes[k] < SMALL and sizes[k] <= room and contiguous[k]:
+        if 0 < sizes[k] < SMALL and sizes[k] <= room and contiguous[k]:
             places.append(k)
             room -= sizes[k]
     if not places:

@@ -39,6 +39,23 @@ def test_gramian_is_that_of_the_twin(shapes, m):
         assert ((got - want).abs() <= tolerance * lengths[:, None] * lengths).all()
 
 
+@pytest.mark.parametrize("shapes", [[(0,), (2, 0)], [(0,), (SMALL + 1,), (3, 0)]])
+def test_of_tensors_that_have_no_numbers_nothing_is_packed(shapes):
+    parameters, after, table = case(shapes, 3)
+    assert table.packed() is None
+    signs, weights = [1.0] * len(shapes), [1.0, -2.0, 0.5]
+    want_inner, want_square = reference.inner_update(table, parameters, after, signs)
+    for exact in (False, True):
+        assert torch.allclose(fast.gramian(table, exact=exact), reference.gramian(table, parameters), rtol=1e-12)
+        inner, square = fast.inner_update(table, parameters, after, signs, exact=exact)
+        assert torch.allclose(inner, want_inner, rtol=1e-12)
+        assert square == pytest.approx(want_square, rel=1e-12)
+    u = fast.combine(table, weights, parameters)
+    assert [t.shape for t in u] == [p.shape for p in parameters]
+    assert torch.allclose(reference.flat(u, parameters), reference.combine(table, weights, parameters), atol=1e-5)
+    fast.correct_(table, weights, after, signs)
+
+
 @shapes
 @pytest.mark.parametrize("signs", [(1.0, 1.0), (-1.0, -1.0), (1.0, -1.0)])
 @pytest.mark.parametrize("exact", [False, True])
