@@ -145,10 +145,7 @@ class Capture:
         parameters = self.parameters()
         totals = result.at(parameters)
         if self._foreign:
-            totals = [
-                (other if own is None else own) if own is None or other is None else added(own, other)
-                for own, other in zip(totals, self._foreign.at(parameters), strict=True)
-            ]
+            totals = list(map(_sum_of, totals, self._foreign.at(parameters)))
         written = []
         for p, total in zip(parameters, totals, strict=True):
             p.grad = total
@@ -244,6 +241,12 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
     if written is None or gradient is None:
         return written is None and gradient is None
     return gradient is written[0] and version_of(gradient) == written[1]
+
+
+def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return added(a, b)
 
 
 def _is_zero(gradient: Tensor) -> bool:

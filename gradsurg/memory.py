@@ -45,13 +45,7 @@ class Memory:
 
     def end_step(self, state: Mapping[str, Any] | None) -> None:
         """Count a step; None leaves the state of normaliser and surgery as it is."""
-        group = self._home()
-        entry = group[KEY]
-        group[KEY] = {
-            **entry,
-            "step": int(entry["step"]) + 1,
-            "state": entry["state"] if state is None else dict(state),
-        }
+        self._replace(step=self.step + 1, state=self.state if state is None else dict(state))
 
     def learn(self, names: Iterable[str]) -> None:
         """Remember names of tasks."""

@@ -161,22 +161,14 @@ def _pack(rows: Table) -> Packed | None:
     dense: list[Tensor] = rows[0]  # type: ignore[assignment]  # the table is plain: none is missing
     sizes = list(map(Tensor.numel, dense))
     every = range(len(sizes))
-    contiguous = list(map(Tensor.is_contiguous, dense))
-    if max(sizes) < SMALL and 0 < sum(sizes) <= MOST and all(contiguous):
-        together = list(chain.from_iterable(rows))
-        return Packed(_side_by_side(together, len(rows)), list(every), sizes, [], [[] for _ in rows])
     places: list[int] = []
     room = MOST
     for k in every:
-        if 0 < sizes[k] < SMALL and sizes[k] <= room and contiguous[k]:
+        if 0 < sizes[k] < SMALL and sizes[k] <= room and dense[k].is_contiguous():
             places.append(k)
             room -= sizes[k]
     if not places:
         return None
     others = sorted(set(every).difference(places))
-    matrix = _side_by_side([row[k] for row in rows for k in places], len(rows))
+    matrix = flat([row[k] for row in rows for k in places]).view(len(rows), -1)  # type: ignore[misc]
     return Packed(matrix, places, [sizes[k] for k in places], others, [[row[k] for k in others] for row in rows])
-
-
-def _side_by_side(tensors: list[Tensor | None], m: int) -> Tensor:
-    return flat(tensors).view(m, -1)  # type: ignore[arg-type]
