@@ -5,7 +5,7 @@ opposite, duplicates, zero rows, rank 2, more tasks than parameters, scales of 1
 direction conflicts where cos(u, g_i) < −1e-4 for some task, judged in float64; u = 0 does not. Where a method raises or
 returns NaN, it failed: that is counted apart.
 
-Second table: the main job of gradsurg.demo under the optimizers of torch.optim; a step conflicts where the shared
+Second table: the main job of gradsurg.demo.digits under the optimizers of torch.optim; a step conflicts where the shared
 parameters' movement has such a cosine with some task's gradient, by torch.autograd.grad before the step.
 Exits with 1 where gradsurg's guarantee lets more than 0.1 % through.
 """
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 import gradsurg
 from benchmarks.record import conditions, record
-from gradsurg.demo import CONFLICT, TASKS, Data, Job, conflicts, train
+from gradsurg.demo.digits import CONFLICT, TASKS, Data, Job, conflicts, train
 from gradsurg.surgery import SURGERIES
 from tests.hostile import FAMILIES, draw
 

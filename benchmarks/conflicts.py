@@ -1,6 +1,6 @@
 """How often the update conflicts with a task, with and without the library, under six optimizers.
 
-The main job of gradsurg.demo, with a learning rate schedule and with clip_grad_norm_ between backward and step. A step
+The main job of gradsurg.demo.digits, with a learning rate schedule and with clip_grad_norm_ between backward and step. A step
 conflicts where cos(d, g_i) < -1e-4 for any task: d is what the shared parameters did, g_i comes from
 torch.autograd.grad before the step. Exits with 1 where more than 0.1 % of the steps with the library do.
 """
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.record import conditions, record
-from gradsurg.demo import OPTIMIZERS, TASKS, Data, Job, Run, compare, conflicts
+from gradsurg.demo.digits import OPTIMIZERS, TASKS, Data, Job, Run, compare, conflicts
 
 CLIP = 1.0
 TITLES = {

@@ -27,9 +27,10 @@ import torch
 from benchmarks.contenders import ALONE, CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
 from benchmarks.record import conditions, peak_bytes, record, result_file
 from benchmarks.workloads import WORKLOADS
-from gradsurg.gramian import combine, gramian
-from gradsurg.packed import Table
-from gradsurg.spare import FROM
+from gradsurg.linalg.combine import combine
+from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.packing import Table
+from gradsurg.gradients.recycle import FROM
 
 ALLOWED = {"transformer": 1.08, "mlp": 1.5}
 SURGERY_ALLOWED = 3.0
@@ -84,7 +85,7 @@ def steps(name: str, tasks: Sequence[int], rounds: int) -> str:
 def surgery_times(m: int, numbers: int, tensors: int, rounds: int) -> tuple[float, float]:
     """Return seconds of the Gramian and the combination together, and of reading the rows twice and writing u once.
 
-    As in training, u is written to the memory of the last one where gradsurg.spare keeps that, and so is the copy.
+    As in training, u is written to the memory of the last one where gradsurg.gradients.recycle keeps that, and so is the copy.
     """
     shapes = [numbers // tensors] * tensors
     rows = Table([torch.randn(size) for size in shapes] for _ in range(m))

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.record import conditions, record
-from gradsurg.demo import Data, Job, compare, conflicts
-from gradsurg.demo_report import plot, table
+from gradsurg.demo.digits import Data, Job, compare, conflicts
+from gradsurg.demo.table import plot, table
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "digits.png"
 

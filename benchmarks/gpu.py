@@ -32,8 +32,8 @@ BUDGET = Path(__file__).parent / "kernel_budget.json"
 
 
 def print_facts(architectures: Sequence[int], names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
-    from gradsurg.kernels.machine_code import measure
-    from gradsurg.kernels.shipped import shipped
+    from benchmarks.kernels.machine_code import measure
+    from benchmarks.kernels.shipped import shipped
 
     names = [one.name for one in shipped()] if names is None else names
     found = measure([(architecture, name) for architecture in architectures for name in names])
@@ -55,7 +55,7 @@ def write_budget() -> None:
     """Write what every specialisation takes now; a later change that takes more has to say so in its diff."""
     import triton
 
-    from gradsurg.kernels.machine_code import ARCHITECTURES
+    from benchmarks.kernels.machine_code import ARCHITECTURES
 
     everything = print_facts(ARCHITECTURES)
     budget = {
@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_budget()
         return 0
     if chosen.dry or not (torch.cuda.is_available() or chosen.rehearse):
-        from gradsurg.kernels.machine_code import ARCHITECTURES
-        from gradsurg.kernels.shipped import shipped
+        from benchmarks.kernels.machine_code import ARCHITECTURES
+        from benchmarks.kernels.shipped import shipped
 
         print("No card is used: what follows is computed or read from compiled code, not timed.")
         print_model()

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import DTYPES, TASKS, combine_work, gramian_work
-from gradsurg import reference, solvers
+from gradsurg.linalg import reference
+from gradsurg import solvers
 
 __all__ = ["check_correctness", "measure_copy", "measure_passes", "measure_solver"]
 
@@ -18,7 +19,7 @@ SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000, "1 G": 1_00
 
 def check_correctness(bench: Bench) -> None:
     """Every kernel against float64 before anything is timed; an assertion that fails ends the run."""
-    from gradsurg.kernels import combine, cone, gramian, inner
+    from gradsurg.linalg.kernels import combine, cone, gramian, inner
 
     sizes = [1, 3, 130] if bench.rehearse else [1, 3, 0, 4097, 1_000_003]
     for m in (2, 3, 8, 9) if bench.rehearse else (1, 2, 3, 5, 8, 9, 16, 32, 40):
@@ -72,7 +73,7 @@ def measure_passes(bench: Bench) -> None:
 
 def _measure_passes_over(bench: Bench, label: str, parameters: int, m: int, dtype: torch.dtype) -> None:
     """Time the passes over tensors that are gone when this returns: the next ones may not fit beside them."""
-    from gradsurg.kernels import combine, gramian, inner
+    from gradsurg.linalg.kernels import combine, gramian, inner
 
     rows = bench.rows(m, parameters, dtype)
     out = [torch.empty_like(rows[0][0])]
@@ -102,7 +103,7 @@ def _measure_passes_over(bench: Bench, label: str, parameters: int, m: int, dtyp
 
 
 def measure_solver(bench: Bench) -> None:
-    from gradsurg.kernels import cone
+    from gradsurg.linalg.kernels import cone
 
     for m in (2, 5) if bench.rehearse else TASKS:
         J = torch.randn(m, 4 * m, dtype=torch.float64, device=bench.device)

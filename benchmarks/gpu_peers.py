@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import combine_work, gramian_work
-from gradsurg import gramian as plain
+from gradsurg.linalg import gramian as plain
 from gradsurg import solvers
 
 __all__ = ["measure_peers"]
@@ -32,7 +32,7 @@ def shapes_of_resnet50() -> list[tuple[int, ...]]:
 
 def measure_peers(bench: Bench) -> None:
     """The whole surgery on gradients that are there already, ours and others': from m lists of tensors to p.grad."""
-    from gradsurg.kernels import combine, cone, gramian
+    from gradsurg.linalg.kernels import combine, cone, gramian
 
     shapes = [(3, 2), (5,)] if bench.rehearse else shapes_of_resnet50()
     for m in (2,) if bench.rehearse else (2, 4, 8):

@@ -1,6 +1,6 @@
 """What each part does for the main job: normalisation, surgery and guarantee, switched on one after the other.
 
-gradsurg.demo's job at its defaults, three seeds, mean ± standard deviation.
+gradsurg.demo.digits's job at its defaults, three seeds, mean ± standard deviation.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.record import conditions, record
-from gradsurg.demo import TASKS, Data, Job, Run, train
-from gradsurg.demo_report import percent, spread
+from gradsurg.demo.digits import TASKS, Data, Job, Run, train
+from gradsurg.demo.table import percent, spread
 
 SEEDS = range(3)
 VARIANTS: dict[str, dict[str, str] | None] = {

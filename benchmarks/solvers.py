@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from torchjd.aggregation import UPGradWeighting
 
 import gradsurg
-from gradsurg.solvers.batched import solve_batched
+from gradsurg.solvers.pivoting import solve_batched
 
 INSTANCES, TURN, WARM_UP, P = 400, 40, 5, 100
 RATIO, FREE = 0.6, 40.0  # the targets: share of the peer's time, and microseconds

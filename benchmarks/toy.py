@@ -24,10 +24,11 @@ import torch
 
 from benchmarks.record import conditions, record
 from gradsurg.normalize import resolve_normalizer
-from gradsurg.pipeline import ROUNDING_EXACT, Pipeline
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.tolerances import ROUNDING_EXACT
+from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery import SURGERIES, FairGrad, NashMTL, Surgery, resolve_surgery
-from gradsurg.surgery.elementwise import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery
 
 Array = np.ndarray
 

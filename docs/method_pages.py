@@ -17,7 +17,7 @@ from typing import Any
 import gradsurg
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.surgery import SURGERIES
-from gradsurg.surgery.elementwise import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery
 
 FOLDER = Path(__file__).parent / "methods"
 MARKS = ("When it fails", "What differs", "Args", "Source", "Example", "Raises")

@@ -2,18 +2,18 @@
 
 from gradsurg import loggers, plot
 from gradsurg._version import __version__
-from gradsurg.compiled import prepare_compile
-from gradsurg.distributed import check_sync
+from gradsurg.gradients.compile import prepare_compile
+from gradsurg.distributed.check_sync import check_sync
 from gradsurg.errors import MultiTaskError
-from gradsurg.functional import combine, weights
-from gradsurg.history import History
-from gradsurg.methods import methods
+from gradsurg.surgery.functional import combine, weights
+from gradsurg.monitor.history import History
+from gradsurg.surgery.catalogue import methods
 from gradsurg.normalize import Normalizer
-from gradsurg.optimizer import MultiTaskOptimizer, backward, report, total
-from gradsurg.problem import Problem
-from gradsurg.report import Report
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer, backward, report, total
+from gradsurg.solvers.problem import Problem
+from gradsurg.optimizer.report import Report
 from gradsurg.surgery import Surgery
-from gradsurg.wrapping import unwrap, wrap
+from gradsurg.optimizer.wrap import unwrap, wrap
 
 __all__ = [
     "History",

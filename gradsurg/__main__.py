@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from gradsurg._version import __version__
-from gradsurg.demo import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
-from gradsurg.demo_report import plot, table
+from gradsurg.demo.digits import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
+from gradsurg.demo.table import plot, table
 from gradsurg.normalize import NORMALIZERS, Normalizer, PriorLoss
-from gradsurg.page import main as report
-from gradsurg.pipeline import GUARANTEES
+from gradsurg.monitor.page import main as report
+from gradsurg.surgery.pipeline import GUARANTEES
 from gradsurg.surgery import SURGERIES
 
 __all__ = ["main"]

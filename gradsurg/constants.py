@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsurg.kernels.table import constant as uploaded
+from gradsurg.linalg.kernels.table import constant as uploaded
 
 __all__ = ["constant"]
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsurg.blocks import real_of
-from gradsurg.gramian import Rows
-from gradsurg.problem import Problem, State
+from gradsurg.linalg.blocks import real_of
+from gradsurg.linalg.blocks import Rows
+from gradsurg.solvers.problem import Problem, State
 
 if TYPE_CHECKING:
-    from gradsurg.operation import Patient
+    from gradsurg.optimizer.inputs import Patient
 
 __all__ = ["excess_of", "measured"]
 

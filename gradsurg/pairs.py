@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurg.report import Report
+from gradsurg.optimizer.report import Report
 
 __all__ = ["Pair", "pairs"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsurg.workspace import Matrix, Workspace
+from gradsurg.linalg.buffers import Matrix, Workspace
 
 __all__ = ["ROWS", "SUM", "WORKSPACE", "inner_product", "products_with_last"]
 

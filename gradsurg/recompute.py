@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
-from gradsurg.losses import Compute, check_scalar
+from gradsurg.gradients.losses import Compute, check_scalar
 
 __all__ = ["evaluate", "explain"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError, warn
 
 if TYPE_CHECKING:
-    from gradsurg.surgeon import Surgeon
+    from gradsurg.optimizer.engine import Surgeon
 
 __all__ = [
     "refuse_cheap",

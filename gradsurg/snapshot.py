@@ -7,8 +7,8 @@ import copy
 import torch
 from torch.optim import Optimizer
 
-from gradsurg.judgement import trained
-from gradsurg.rows import Row
+from gradsurg.gradients.param_groups import trained
+from gradsurg.gradients.rows import Row
 
 __all__ = ["Snapshot"]
 

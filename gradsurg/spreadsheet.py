@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee import Movement
-from gradsurg.report import Report
+from gradsurg.guarantee.movement import Movement
+from gradsurg.optimizer.report import Report
 
 __all__ = ["read_csv", "write_csv"]
 

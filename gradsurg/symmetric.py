@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from gradsurg.products import inner_product
-from gradsurg.workspace import Matrix
+from gradsurg.linalg.buffers import inner_product
+from gradsurg.linalg.buffers import Matrix
 
 __all__ = ["MANY_FROM", "Long", "Symmetric", "strip_for"]
 

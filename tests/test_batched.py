@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
-from gradsurg.batched import OBSTACLES as OBSTACLES_BY_KIND
-from gradsurg.batched import run_batched
-from gradsurg.distributed import Layout
+from gradsurg.optimizer.cheap.batched import OBSTACLES as OBSTACLES_BY_KIND
+from gradsurg.optimizer.cheap.batched import run_batched
+from gradsurg.distributed.layout import Layout
 
 
 def wrapped(model, **options):
@@ -345,7 +345,7 @@ def test_several_ranks_run_one_by_one():
 
 
 def test_compiled_autograd_runs_one_by_one(monkeypatch):
-    monkeypatch.setattr("gradsurg.batched.in_compiled_autograd", lambda: True)
+    monkeypatch.setattr("gradsurg.optimizer.cheap.batched.in_compiled_autograd", lambda: True)
     model = build()
     optimizer = wrapped(model)
     with pytest.warns(UserWarning, match="compiled autograd"):

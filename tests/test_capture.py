@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
-from gradsurg.enclosing import at_end_of_backward
+from gradsurg.gradients.total import at_end_of_backward
 
 WAYS = ["total", "backward", "task", "set_gradients"]
 # Ways that run backward passes of ours or of the user's.

@@ -8,7 +8,7 @@ import torch
 from torchjd.aggregation import ExcessMTLWeighting
 
 import gradsurg
-from gradsurg.curvature import excess_of
+from gradsurg.surgery.methods.excess_mtl import excess_of
 from gradsurg.distributed.layout import Layout
 from gradsurg.surgery import ExcessMTL
 

@@ -7,8 +7,8 @@ import torch
 
 from gradsurg import __version__
 from gradsurg.__main__ import _parser, main
-from gradsurg.demo import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
-from gradsurg.demo_report import plot, table
+from gradsurg.demo.digits import BATCH, OPTIMIZERS, TASKS, Data, Job, compare, conflicts, train
+from gradsurg.demo.table import plot, table
 from gradsurg.normalize import NORMALIZERS, Norm
 from gradsurg.surgery import SURGERIES
 

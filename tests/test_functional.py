@@ -6,7 +6,7 @@ import torch
 import gradsurg
 from gradsurg.normalize import Norm
 from gradsurg.surgery import SURGERIES, Cone
-from gradsurg.surgery.elementwise import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery
 
 G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsurg import reference
-from gradsurg.glance import CLEAR, glance
-from gradsurg.packed import Table
+from gradsurg.linalg import reference
+from gradsurg.guarantee.first_look import CLEAR, glance
+from gradsurg.linalg.packing import Table
 
 SHAPES = [(40_000,), (3, 5), (7,)]
 

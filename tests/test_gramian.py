@@ -5,9 +5,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gradsurg import gramian as fast
-from gradsurg import reference
-from gradsurg.blocks import BLOCK, SMALL, blocks, cut, flat_column
+from gradsurg.linalg import gramian as fast
+from gradsurg.linalg import reference
+from gradsurg.linalg.blocks import BLOCK, SMALL, blocks, cut, flat_column
 
 # Of |g_i| |g_j|: running float64 sums (6e-14 on constant rows), and pairwise ones.
 QUICK, EXACT = 1e-13, 1e-15

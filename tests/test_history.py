@@ -11,7 +11,7 @@ import torch
 from models import build, same, trained
 
 import gradsurg
-from gradsurg.records import Packed, from_json, to_json
+from gradsurg.monitor.files import Packed, from_json, to_json
 
 
 def attached(every=1, **options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradsurg
-from gradsurg.margin import attainable, parse_margin
+from gradsurg.surgery.margin import attainable, parse_margin
 from tests.hostile import FAMILIES, draw
 
 OPTIMIZERS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsurg.mark import Mark
+from gradsurg.gradients.sentinel import Mark
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 SHAPES = [(), (3,), (2, 4)]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gradsurg import gramian as fast
-from gradsurg import reference
-from gradsurg.blocks import BLOCK, SMALL
-from gradsurg.packed import MOST, Table
+from gradsurg.linalg import gramian as fast
+from gradsurg.linalg import reference
+from gradsurg.linalg.blocks import BLOCK, SMALL
+from gradsurg.linalg.packing import MOST, Table
 
 QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖, as for rows that are not packed
 SHAPES = {

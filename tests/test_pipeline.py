@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.normalize import Norm, Normalizer, Unscaled, resolve_normalizer
-from gradsurg.pipeline import Pipeline, check_mapping
-from gradsurg.problem import Problem
+from gradsurg.surgery.pipeline import Pipeline, check_mapping
+from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Sum, Surgery, UPGrad, resolve_surgery
 
 P = 10

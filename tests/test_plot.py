@@ -14,7 +14,7 @@ from models import build, trained
 
 import gradsurg
 from gradsurg import plot
-from gradsurg.plot.style import COLOURS, styles
+from gradsurg.monitor.plot.style import COLOURS, styles
 
 
 def record(batches=30, drop=None, **options):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.normalize import Unscaled
-from gradsurg.pipeline import Pipeline
-from gradsurg.priority import check_names, levels_of, order, parse_levels, protected
-from gradsurg.problem import Problem
+from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.surgery.priority import check_names, levels_of, order, parse_levels, protected
+from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import resolve_surgery
 
 P = 10

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import gradsurg
 from gradsurg import MultiTaskError
-from gradsurg.rotation import DECAY
+from gradsurg.optimizer.schedule import DECAY
 
 TASKS = ("left", "right", "whole")
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsurg.rows import TaskRows
+from gradsurg.gradients.rows import TaskRows
 
 NAMES = ["a", "b", "c"]
 PARAMETERS = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(())]

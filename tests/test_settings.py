@@ -8,10 +8,10 @@ from models import build
 from torch import nn
 
 import gradsurg
-from gradsurg import settings as module
-from gradsurg.kernels import dispatch
+from gradsurg.optimizer import options as module
+from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
-from gradsurg.settings import settings_from
+from gradsurg.optimizer.options import settings_from
 from gradsurg.surgery import SURGERIES, Cone, ExcessMTL
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradsurg
-from gradsurg.spare import FROM, Spare
+from gradsurg.gradients.recycle import FROM, Spare
 
 
 def kept(p):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gradsurg.products import products_with_last
-from gradsurg.symmetric import MANY_FROM, Long, Symmetric, strip_for
-from gradsurg.workspace import LANE, Workspace
+from gradsurg.linalg.buffers import products_with_last
+from gradsurg.linalg.gramian import MANY_FROM, Long, Symmetric, strip_for
+from gradsurg.linalg.buffers import LANE, Workspace
 
 QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import gradsurg
-from gradsurg.pairs import pairs
-from gradsurg.verdict import verdict
+from gradsurg.monitor.advice import pairs
+from gradsurg.monitor.verdict import verdict
 
 
 def run(rows, steps=12, names="abc", optimizer=torch.optim.SGD, **options):

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from gradsurg.blocks import BLOCK, SMALL
-from gradsurg.workspace import LANE, STEP, Workspace
+from gradsurg.linalg.blocks import BLOCK, SMALL
+from gradsurg.linalg.buffers import LANE, STEP, Workspace
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import gradsurg
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.problems import Net, Problem, Split, batches, problem
 from benchmarks.quality.search import SINGLE
-from gradsurg.demo import CONFLICT
+from gradsurg.demo.digits import CONFLICT
 
 __all__ = ["CHECKPOINTS", "build", "one_step", "run"]
 

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 
 import gradsurg
 from gradsurg import plot
-from gradsurg.demo import TASKS, Data, Model, one_thread
+from gradsurg.demo.digits import TASKS, Data, Model, one_thread
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,11 +1,12 @@
 """Several ranks: torch.distributed as it is, made exact for task gradients."""
 
-from gradsurg.distributed.check import check_sync
-from gradsurg.distributed.layout import ALONE, Layout, Measure
+from gradsurg.distributed.check_sync import check_sync
+from gradsurg.distributed.layout import ALONE, Layout
+from gradsurg.linalg.measure import Measure
 from gradsurg.distributed.modules import check_model, refuse_optimizer
-from gradsurg.distributed.ranks import Ranks, several_ranks
-from gradsurg.distributed.talk import RanksError, fingerprint
-from gradsurg.distributed.traffic import Traffic
+from gradsurg.distributed.detect import Ranks, several_ranks
+from gradsurg.distributed.collectives import RanksError, fingerprint
+from gradsurg.distributed.session import Traffic
 
 __all__ = [
     "ALONE",

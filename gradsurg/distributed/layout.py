@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradsurg.blocks import real_of
-from gradsurg.distributed.talk import fingerprint
-from gradsurg.gramian import Rows, gramian, inner_update
-from gradsurg.rows import Row
+from gradsurg.linalg.blocks import real_of
+from gradsurg.distributed.collectives import fingerprint
+from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.movement import inner_update
+from gradsurg.gradients.rows import Row
 
 __all__ = ["ALONE", "Delivery", "Exchange", "Layout", "Measure", "generator_of"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["Normalizer"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradsurg.normalize.base import Normalizer
-from gradsurg.normalize.demands import check_number, losses_of, per_block
-from gradsurg.problem import Problem, State
+from gradsurg.normalize.checks import check_number, losses_of, per_block
+from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["DWA"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.normalize.base import Normalizer
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["Unscaled"]
 

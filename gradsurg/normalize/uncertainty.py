@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradsurg.normalize.base import Normalizer
-from gradsurg.normalize.demands import check_number, losses_of, per_block
-from gradsurg.normalize.learned import descended, unlearned
-from gradsurg.problem import Problem, State
+from gradsurg.normalize.checks import check_number, losses_of, per_block
+from gradsurg.normalize.adam import descended, unlearned
+from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["LogVariances", "Uncertainty"]
 

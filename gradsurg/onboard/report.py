@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee import Movement
-from gradsurg.judgement import joined
-from gradsurg.report import Report
+from gradsurg.guarantee.movement import Movement
+from gradsurg.guarantee.movement import joined
+from gradsurg.optimizer.report import Report
 
 __all__ = ["LaterMovement", "LaterReport", "catch_up", "settled", "stream_of"]
 

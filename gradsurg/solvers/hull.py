@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import mul
 from typing import Any
 
-from gradsurg.solvers.small import Matrix, Vector, solve_small
+from gradsurg.solvers.active_set import Matrix, Vector, solve_small
 
 __all__ = ["STATIONARY", "nearest", "program", "times"]
 

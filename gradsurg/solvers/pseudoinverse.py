@@ -8,7 +8,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from gradsurg.solvers.small import Matrix, Vector
+from gradsurg.solvers.active_set import Matrix, Vector
 
 __all__ = ["RANK", "equal_pull", "least_squares", "unit_rows"]
 

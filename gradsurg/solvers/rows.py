@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.solvers.nonnegative import nonnegative
-from gradsurg.solvers.small import Matrix, Vector
+from gradsurg.solvers.active_set import Matrix, Vector
 
 __all__ = ["project_lists", "project_rows"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["Surgery"]
 
@@ -44,7 +44,7 @@ class Surgery(ABC):
 
     @property
     def measures_excess(self) -> bool:
-        """Whether `weights` wants problem.excess, for which wrap() hands the rows to gradsurg.curvature."""
+        """Whether `weights` wants problem.excess, for which wrap() hands the rows to gradsurg.surgery.methods.excess_mtl."""
         return False
 
     @abstractmethod

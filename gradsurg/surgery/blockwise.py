@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.shortcut import vector
 
 __all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurg.problem import Problem, State
+from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 
 __all__ = ["ElementwiseSurgery"]

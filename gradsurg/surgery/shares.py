@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsurg.problem import Problem
+from gradsurg.solvers.problem import Problem
 
 __all__ = ["shares"]
 

@@ -126,7 +126,7 @@ def lacking(options: dict[str, Any]) -> tuple[dict[str, Tensor], list[str], Any]
 
 def gradsurg_entry(optimizer: Any) -> Any:
     """Return what a state dict says of the surgery."""
-    from gradsurg.memory import unsealed
+    from gradsurg.optimizer.checkpoint import unsealed
 
     return unsealed(optimizer.state_dict())["param_groups"][0]["gradsurg"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradsurg
-from gradsurg.local import local_of
+from gradsurg.gradients.dtensor import local_of
 
 
 def refused(what: str) -> str:

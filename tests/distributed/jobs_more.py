@@ -210,7 +210,7 @@ def functions() -> dict[str, Tensor]:
 
 def without_reset() -> dict[str, Tensor]:
     """A torch without reducer._reset_state: hooks on the DDP module, registered by wrap()."""
-    from gradsurg.distributed import reducer
+    from gradsurg.distributed import ddp_reducer as reducer
 
     reducer.RESET, kept = "_no_such_method", reducer.RESET
     try:

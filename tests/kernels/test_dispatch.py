@@ -8,13 +8,14 @@ from models import TASKS, AllShared
 from torch import nn
 
 import gradsurg
-from gradsurg.distributed import Layout
-from gradsurg.kernels import dispatch
-from gradsurg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
-from gradsurg.onboard.report import settled
-from gradsurg.operation import Patient, operate
-from gradsurg.rows import Row, TaskRows
-from gradsurg.settings import settings_from
+from gradsurg.distributed.layout import Layout
+from gradsurg.linalg.kernels import dispatch
+from gradsurg.linalg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
+from gradsurg.optimizer.report import settled
+from gradsurg.optimizer.inputs import Patient
+from gradsurg.optimizer.direction import operate
+from gradsurg.gradients.rows import Row, TaskRows
+from gradsurg.optimizer.options import settings_from
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLOAT = (torch.float32, torch.float32)

@@ -8,8 +8,8 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are compiled where it is")
 
-from gradsurg.kernels.machine_code import ARCHITECTURES, measure  # noqa: E402
-from gradsurg.kernels.shipped import shipped  # noqa: E402
+from benchmarks.kernels.machine_code import ARCHITECTURES, measure  # noqa: E402
+from benchmarks.kernels.shipped import shipped  # noqa: E402
 
 BUDGET = json.loads((Path(__file__).parents[2] / "benchmarks" / "kernel_budget.json").read_text())
 NAMES = [specialisation.name for specialisation in shipped()]

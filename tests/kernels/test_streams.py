@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradsurg.kernels import table
-from gradsurg.onboard.report import LaterMovement, LaterReport, catch_up, stream_of
-from gradsurg.report import Report
+from gradsurg.linalg.kernels import table
+from gradsurg.guarantee.movement import LaterMovement, catch_up, stream_of
+from gradsurg.optimizer.report import LaterReport
+from gradsurg.optimizer.report import Report
 
 CARD = torch.device("cuda:1")
 

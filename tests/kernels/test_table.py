@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradsurg.kernels import table
-from gradsurg.kernels.table import CHUNK_LEAST, CHUNK_MOST, CHUNK_TARGET_PROGRAMS, chunk_for, launches_for, plan
+from gradsurg.linalg.kernels import table
+from gradsurg.linalg.kernels.table import CHUNK_LEAST, CHUNK_MOST, CHUNK_TARGET_PROGRAMS, chunk_for, launches_for, plan
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,9 @@ from hostile import FAMILIES, draw
 from models import TASKS, build, equal_weights, same, twins
 
 import gradsurg
-from gradsurg.normalize import (
-    DWA,
-    FAMO,
-    IMTLL,
-    NORMALIZERS,
-    STCH,
-    GeneralizedMean,
-    GradNorm,
-    InitialLoss,
-    LogVariances,
-    Norm,
-    PriorLoss,
-    RandomWeights,
-    Tchebycheff,
-    Uncertainty,
-)
-from gradsurg.pipeline import Pipeline
-from gradsurg.problem import Problem
+from gradsurg.normalize import DWA, FAMO, IMTLL, NORMALIZERS, STCH, GeneralizedMean, GradNorm, InitialLoss, LogVariances, Norm, PriorLoss, RandomWeights, Tchebycheff, Uncertainty
+from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import SURGERIES
 
 PRIORS = PriorLoss({"left": 1.0, "right": 5.0, "whole": 0.2})

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsurg.solvers import nonnegative, project_rows
-from gradsurg.solvers.batched import TURNS, solve_batched
+from gradsurg.solvers.nonnegative import nonnegative
+from gradsurg.solvers.rows import project_rows
+from gradsurg.solvers.pivoting import TURNS, solve_batched
 from gradsurg.solvers.nonnegative import SMALL, path
-from gradsurg.solvers.small import bound, solve_small
+from gradsurg.solvers.active_set import bound, solve_small
 from tests.hostile import FAMILIES, draw
 
 EXACT = 4e-16

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsurg.solvers import simplex
+from gradsurg.solvers.simplex import simplex
 from tests.hostile import FAMILIES, draw
 from tests.solvers.test_nonnegative import KINDS, matrix
 

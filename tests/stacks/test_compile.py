@@ -205,7 +205,7 @@ def test_a_retained_graph_in_a_task_block_is_refused_once_something_compiles():
 
 def test_without_anything_compiled_a_graph_may_be_retained_in_a_task_block():
     optimizer = gradsurg.wrap(torch.optim.SGD((model := build()).parameters(), lr=0.1))
-    from gradsurg import compiled
+    from gradsurg.gradients import compile as compiled
 
     losses = model.losses(0)
     if not compiled.anything_compiled():

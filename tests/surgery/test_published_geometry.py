@@ -13,7 +13,7 @@ from torchjd.aggregation import GradVacWeighting as PeerGradVac
 from torchjd.aggregation import Mean as PeerMean
 
 import gradsurg
-from gradsurg.problem import Problem
+from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import AlignedMTL, GradVac, Random
 from tests.ordinary import matrix, preferences
 

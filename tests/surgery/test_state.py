@@ -7,7 +7,7 @@ import torch
 
 import gradsurg
 from gradsurg.surgery import SURGERIES, GradVac
-from gradsurg.surgery.elementwise import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery
 
 TASKS = ("left", "right", "pixels", "depth")
 REMEMBER = {"gradvac": GradVac(beta=0.3)}  # a beta at which five steps show

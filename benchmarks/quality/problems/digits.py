@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from benchmarks.quality.problems.base import Metric, Net, Problem, Split, Stream, Task, classes
-from gradsurg.demo import HEIGHT, VARIANCE, WIDTH, Pairs, overlaid
+from gradsurg.demo.digits import HEIGHT, VARIANCE, WIDTH, Pairs, overlaid
 from gradsurg.normalize import target_variance
 
 __all__ = ["digits"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gradsurg.kernels import combine
-from gradsurg.kernels.dispatch import DTYPES as PAIRS
-from gradsurg.kernels.vectors import HOLD, LEAVE, WRITE
+from gradsurg.linalg.kernels import combine
+from gradsurg.linalg.kernels.dispatch import DTYPES as PAIRS
+from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE
 from tests.kernels.interpreted.harness import SIZES, make_rows, reads, times_read
 
 COMBINATIONS = [(row, out) for row, outs in PAIRS.items() for out in sorted(outs, key=str)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradsurg import solvers
-from gradsurg.kernels import cone
+from gradsurg.linalg.kernels import cone
 from tests.hostile import FAMILIES, draw
 
 # From G alone u is known to its rounding over the square of the angle by which rows miss dependence.

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from gradsurg import reference
-from gradsurg.kernels import dots, gramian, pairs, table
-from gradsurg.kernels.dispatch import gramian_kernel
+from gradsurg.linalg import reference
+from gradsurg.linalg.kernels import dots, gramian, pairs, table
+from gradsurg.linalg.kernels.dispatch import gramian_kernel
 from tests.kernels.interpreted.harness import DTYPES, SIZES, make_rows, permuted, reads, times_read
 
 # Of |g_i| |g_j|: float64 sums of exact products, on Gaussian rows of any dtype.

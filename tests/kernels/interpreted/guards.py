@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradsurg.kernels import combine, gramian, inner
+from gradsurg.linalg.kernels import combine, gramian, inner
 from tests.kernels.interpreted.harness import DTYPES, guarded, make_rows
 
 SIZES = [1, 8, 1025]  # less than a vector of 16 bytes, one and no more, whole blocks and one element
@@ -26,7 +26,7 @@ def test_all_kernels_stay_inside(m, dtype):
 
 if __name__ == "__main__":  # the control: one element more than there are must be a fault
     lone = guarded(torch.ones(100))
-    from gradsurg.kernels import table
+    from gradsurg.linalg.kernels import table
 
     layout = table.plan([[lone], [lone]])
     layout.launches[0].items[0, 2] += 1

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gradsurg import reference
-from gradsurg.kernels import inner
-from gradsurg.kernels.dispatch import DTYPES as PAIRS
-from gradsurg.kernels.vectors import LEAVE, WRITE
+from gradsurg.linalg import reference
+from gradsurg.linalg.kernels import inner
+from gradsurg.linalg.kernels.dispatch import DTYPES as PAIRS
+from gradsurg.linalg.kernels.vectors import LEAVE, WRITE
 from tests.kernels.interpreted.harness import SIZES, make_rows, reads, times_read
 
 COMBINATIONS = [(row, out) for row, outs in PAIRS.items() for out in sorted(outs, key=str)]

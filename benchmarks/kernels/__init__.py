@@ -1,0 +1,1 @@
+"""Tools that inspect compiled kernels; nothing here is needed at run time."""

@@ -1,0 +1,86 @@
+"""One backward pass added to p.grad, and averaged over ranks when all of the enclosing pass is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from torch import Tensor
+
+from gradsurg.gradients.held import Aside
+from gradsurg.distributed.collectives import RanksError
+from gradsurg.distributed.layout import Exchange, Layout
+from gradsurg.gradients.rows import Row, added
+
+__all__ = ["Averaged"]
+
+
+class Averaged:
+    """A block whose backward passes fill p.grad; where it raises, p.grad is as before, on all ranks.
+
+    What stood in p.grad is averaged with the rest: where it was already, that changes nothing, and where it was not
+    (micro-batches in no_sync()) it has to be, as in DDP.
+
+    Args:
+        parameters: What the optimizers train.
+        layout: How they are spread over ranks.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout) -> None:
+        self._parameters = parameters
+        self._layout = layout
+        self._exchange: Exchange | None = None
+        self._quiet = layout.quiet()
+        self._results: tuple[Row, ...] = ()
+        self.aside = Aside(parameters)
+
+    def __enter__(self) -> Averaged:
+        self._quiet.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._quiet.__exit__(kind, error, trace)
+        except BaseException as said_better:
+            self.drop(said_better)
+            raise
+        if error is not None:
+            self.drop(error)
+
+    def begin(self) -> Averaged:
+        """Begin to average; from here on, other ranks hear of what is raised."""
+        self._exchange = self._layout.averaging()
+        return self
+
+    def add(self, *results: Row) -> None:
+        """Add results to p.grad: now, or when they are averaged; until then p.grad is empty."""
+        if self._exchange is None:
+            self.aside.add(*results)
+        else:
+            self._results = results
+
+    def complete(self) -> None:
+        """Average what stood in p.grad, what was added, and what the rest of the enclosing pass left there."""
+        if self._exchange is None:
+            return
+        together = self.aside.standing()
+        for p, gradient in (pair for row in (*self._results, self.aside.lift()) for pair in row.items()):
+            together[p] = added(together[p], gradient) if p in together else gradient
+        try:
+            delivery = self._exchange.finish(together, {})
+        except BaseException as error:
+            self.drop(error)
+            raise
+        self._exchange = None
+        for p in self._parameters:
+            p.grad = delivery.foreign.get(p)
+
+    def drop(self, error: BaseException | None = None) -> None:
+        """Give p.grad back as it was, and tell other ranks, unless the error is about them or an interruption."""
+        self.aside.restore()
+        exchange, self._exchange = self._exchange, None
+        about_them = isinstance(error, RanksError)
+        if exchange is not None and not about_them and (error is None or isinstance(error, Exception)):
+            exchange.fail()

@@ -1,0 +1,72 @@
+"""check_sync: are the parameters of all ranks really equal?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurg.distributed.detect import several_ranks
+from gradsurg.errors import MultiTaskError
+
+__all__ = ["check_sync"]
+
+
+def check_sync(model: nn.Module) -> None:
+    """Compare a model's parameters over ranks, bit by bit, and name the first that differs.
+
+    Every rank has to call it. Of every parameter the sum of its bytes, each weighted by its position, modulo 2⁶⁴, is
+    compared: two 8-byte numbers a parameter. Of a DTensor, ranks that hold the same shard are compared. Buffers are
+    not: BatchNorm's differ between ranks until the next forward pass, by DDP's design.
+
+    Args:
+        model: The model, wrapped by DDP or sharded or not.
+
+    Raises:
+        MultiTaskError: Some parameter differs; the message names the first, and the ranks that disagree with the first
+            rank that holds it.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> gradsurg.check_sync(torch.nn.Linear(2, 2))  # one process agrees with itself
+    """
+    if not several_ranks():
+        return
+    from gradsurg.distributed.fsdp import local, shard_of
+    from gradsurg.distributed.collectives import Group
+
+    named = list(model.named_parameters())
+    if not named:
+        return
+    group = Group(None, named[0][1].device)
+    sums = torch.stack([_checksum(local(p, p)).to(named[0][1].device) for _, p in named])
+    names = [name for name, _ in named]
+    everybody: list[tuple[list[str], list[Any]]] = group.objects((names, [shard_of(p) for _, p in named]))
+    if any(each[0] != names for each in everybody):
+        raise MultiTaskError(
+            "check_sync: the ranks have models with different parameters; build the same on every rank"
+        )
+    heard = group.gather(sums)
+    for k, name in enumerate(names):
+        first: dict[Any, int] = {}  # which shard -> the first rank that holds it
+        differing = []
+        for rank in range(group.size):
+            holder = first.setdefault(everybody[rank][1][k], rank)
+            if bool((heard[rank, k] != heard[holder, k]).any()):
+                differing.append((rank, holder))
+        if differing:
+            ranks = ", ".join(f"rank {rank} from rank {holder}" for rank, holder in differing)
+            raise MultiTaskError(
+                f"check_sync: the parameter {name!r} differs between ranks ({ranks}): they have left step. Gradients "
+                "that were never averaged do that, or a parameter that was changed on some ranks alone."
+            )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return two int64 that hardly any other bits of this shape have; NaN and -0 count as the bits they are."""
+    flat = tensor.contiguous().reshape(-1)
+    data = (torch.view_as_real(flat) if flat.is_complex() else flat).contiguous().view(torch.uint8).to(torch.int64)
+    position = torch.arange(1, data.numel() + 1, device=data.device)
+    mixed = (data + 1) * (position * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01)
+    return torch.stack([mixed.sum(), (mixed ^ (mixed >> 31)).sum()])

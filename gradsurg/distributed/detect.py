@@ -1,0 +1,143 @@
+"""Which way the parameters are spread over ranks, found out at the start of every run."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurg.distributed.layout import ALONE, Layout
+from gradsurg.distributed.modules import modules_of, refuse_fsdp1
+from gradsurg.errors import MultiTaskError
+
+__all__ = ["Ranks", "several_ranks"]
+
+
+def several_ranks() -> bool:
+    """Whether torch.distributed is initialised with more than one rank."""
+    return _is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class Ranks:
+    """Finds the layout, and keeps it while the parameters stay the same objects.
+
+    Args:
+        model: What wrap() was given as `model=`; None has it searched for. Held weakly.
+        whole_rows: Whether every rank needs whole rows.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *, whole_rows: bool = False) -> None:
+        self._whole_rows = whole_rows
+        self._model = None if model is None else weakref.ref(model)
+        self._layout: Layout | None = None
+        self._key: tuple[int, ...] = ()
+        self._group: Any = None
+        self._early: list[Any] = []
+
+    def know_early(self, parameters: Sequence[Tensor]) -> None:
+        """Register hooks before the first forward pass, where this torch has no other way."""
+        if several_ranks():
+            from gradsurg.distributed import ddp_reducer as reducer
+
+            if not hasattr(torch._C._distributed_c10d.Reducer, reducer.RESET):
+                self._early = self._replicas(parameters)
+
+    def layout(self, of: Callable[[], Sequence[Tensor]]) -> Layout:
+        """Return how the parameters are spread; one process alone does not ask for them.
+
+        Args:
+            of: Returns the parameters.
+
+        Raises:
+            MultiTaskError: Several ranks, and nothing that keeps plain parameters equal; or something unsupported.
+        """
+        parameters = of() if _is_initialized() else ()
+        if not parameters or (not several_ranks() and not _is_sharded(parameters)):
+            self._layout, self._key = None, ()
+            return ALONE
+        key, group = tuple(map(id, parameters)), torch.distributed.group.WORLD
+        if self._layout is None or key != self._key or group is not self._group or not self._alive():
+            self._layout, self._key, self._group = self._find(parameters), key, group
+        return self._layout
+
+    def _alive(self) -> bool:
+        from gradsurg.distributed.ddp import Slices
+
+        return not isinstance(self._layout, Slices) or all(replica.alive for replica in self._layout.replicas)
+
+    def _find(self, parameters: Sequence[Tensor]) -> Layout:
+        if _is_sharded(parameters):
+            from gradsurg.distributed.fsdp import Shards
+
+            return Shards(parameters, self._named())
+        return self._slices(parameters)
+
+    def _slices(self, parameters: Sequence[Tensor]) -> Layout:
+        from gradsurg.distributed.ddp_whole import Copies
+        from gradsurg.distributed.ddp import Slices
+        from gradsurg.distributed.collectives import Group
+
+        replicas = self._early or self._replicas(parameters)
+        if not replicas:
+            refuse_fsdp1(parameters, self._named())
+            inside = "" if self._named() is None else " inside the module given as model="
+            raise MultiTaskError(
+                f"{torch.distributed.get_world_size()} ranks are initialised, but no DistributedDataParallel module"
+                f"{inside} owns these parameters, and they are not sharded: every rank would train alone. Build "
+                "DistributedDataParallel(model) (and pass it as wrap(..., model=ddp) if it cannot be found), or "
+                "fully_shard(model) before the optimizer."
+            )
+        groups = {id(replica.module.process_group): replica.module.process_group for replica in replicas}
+        if len(groups) > 1:
+            raise MultiTaskError(
+                f"{len(replicas)} DistributedDataParallel modules own these parameters, in {len(groups)} process "
+                "groups: build them with one and the same process_group"
+            )
+        ids = {id(p) for p in parameters}
+        for replica in replicas:
+            for name, p in replica.ignored().items():
+                if id(p) in ids:
+                    raise MultiTaskError(
+                        f"DistributedDataParallel was told to ignore the parameter {name!r}, but this optimizer trains "
+                        "it: ranks would disagree about the tasks. Leave it to another optimizer."
+                    )
+        (group,) = groups.values()
+        kind = Copies if self._whole_rows else Slices
+        return kind(parameters, replicas, Group(group, parameters[0].device))
+
+    def _replicas(self, parameters: Sequence[Tensor]) -> list[Any]:
+        from torch.nn.parallel import DistributedDataParallel
+
+        from gradsurg.distributed.ddp_reducer import Replica
+
+        found = modules_of(DistributedDataParallel, parameters, self._named())
+        return [Replica(module) for module in sorted(found, key=_first_position(parameters))]
+
+    def _named(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+
+def _is_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Whether there are DTensors; one rank may have them too, on a mesh of its own."""
+    if not _is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
+def _first_position(parameters: Sequence[Tensor]) -> Any:
+    """Return a sort key that puts modules in the order of their parameters: the collector's order is no rank's else."""
+    position = {id(p): k for k, p in enumerate(parameters)}
+
+    def key(module: nn.Module) -> int:
+        return min((position.get(id(p), len(position)) for p in module.parameters()), default=len(position))
+
+    return key

@@ -1,0 +1,236 @@
+"""FSDP2 and tensor parallel: gradients arrive averaged and sharded; each element is counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gradsurg.distributed.layout import Delivery, Layout, generator_of
+from gradsurg.linalg.measure import Measure
+from gradsurg.distributed.modules import modules_of
+from gradsurg.distributed.collectives import Group, fingerprint, listening, of_backend
+from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.rows import Row
+
+__all__ = ["Shards", "local", "shard_of"]
+
+
+class Shards(Layout):
+    """Every rank holds its local shards, and counts of them its part where other ranks hold the same numbers.
+
+    The Gramian is that of the local parts, added up over ranks: m x m numbers. No gradient is gathered.
+
+    Args:
+        parameters: What the optimizers train; at least one is a DTensor.
+        model: Where to look for FSDP2 modules; None searches the process.
+    """
+
+    several = True
+    whole_rows = False
+
+    def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+        self.parameters = list(parameters)
+        self.group = _group_of(parameters)
+        self._cuts = {id(p): cut for p, cut in zip(parameters, _cuts(parameters, self.group), strict=True)}
+        self._position = {id(p): k for k, p in enumerate(parameters)}
+        self._modules = _sharded_modules(parameters, model)
+        self.plain = [p for p in parameters if not isinstance(p, DTensor)]
+        self.compared = not self.plain  # whether plain parameters were seen to get one gradient on all ranks
+
+    def begin(self) -> None:
+        """Switch gradient sync on: without it FSDP2 would give the next synced task the gradients of all."""
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            if state._state_ctx.post_backward_final_callback_queued:
+                raise MultiTaskError(
+                    "total(losses) runs inside the backward pass of an FSDP2 module: it was called in the module's "
+                    "forward(), or added to a loss that goes through the module. Call total() on what forward() "
+                    "returned, and pass other losses as total(losses, plain=other)."
+                )
+            module.set_requires_gradient_sync(True)
+            module.set_is_last_backward(True)
+
+    def sends(self, waiting: bool) -> bool:
+        """Gradients were reduced by the backward pass itself, so there is nothing to put off."""
+        return True
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let the model's own reduction run, and say what it means where another rank is lost to it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not of_backend(error):
+                raise
+            with listening("reducing the gradients of a task, inside its backward pass"):
+                raise
+
+    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> ShardExchange:  # noqa: D102
+        return ShardExchange(self, names)
+
+    def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
+        return [local(t, p) for p, t in zip(parameters, tensors, strict=True)]
+
+    def measure(self, parameters: Sequence[Tensor]) -> Measure:  # noqa: D102
+        return Measure([self._cuts[id(p)] for p in parameters], self.group.total)
+
+    def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
+        """Return one a parameter and shard: ranks that hold the same numbers draw the same."""
+        which = [(self._position[id(p)], shard_of(p)) for p in parameters]
+        return [generator_of(generator, *each) for each in which]
+
+    def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
+        return self.group.total(numbers)
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Return which flags are set on any rank: one shard may be zero where others are not."""
+        return self.total(flags.to(torch.int32)) > 0
+
+    def agree(self, number: int) -> bool:  # noqa: D102
+        return self.group.agree(number)
+
+    def mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        return self.group.mean(losses)
+
+    def of_features(self) -> Layout:  # noqa: D102
+        raise MultiTaskError(
+            "features= does not go with sharded parameters: the heads' backward passes run up to the features alone, "
+            "where FSDP2 and tensor parallel reduce nothing. Use refresh_every=, which costs as little between its "
+            "refreshes."
+        )
+
+    def whole(self, result: Row) -> Row:
+        """Return DTensors placed like the parameters; nothing is sent."""
+        return Row((p, _placed_like(p, u)) for p, u in result.items())
+
+
+class ShardExchange:
+    """Nothing is sent: it makes sure that the ranks have the same tasks, and localises rows."""
+
+    def __init__(self, shards: Shards, names: Sequence[str]) -> None:
+        self._shards = shards
+        self.names = list(names)
+        self._rows: dict[str, Row] = {}
+        heard = shards.group.gather(torch.tensor(fingerprint(names)))
+        if bool((heard != heard[0]).any()):
+            everybody = shards.group.objects(self.names)
+            raise MultiTaskError(
+                "the ranks have different tasks in this step: "
+                + "; ".join(f"rank {rank} {each}" for rank, each in enumerate(everybody))
+                + ". Backward passes of sharded models are collective, so every rank needs every task, in one order: "
+                "where a rank has no data of a task, give it 0 * output.sum()."
+            )
+
+    def offer(self, name: str, *parts: Row) -> None:
+        """Localise a row."""
+        for part in parts:
+            self._rows[name] = Row((p, local(g, p)) for p, g in part.items())
+
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
+        """Compare what is not sharded once, and average the losses."""
+        group = self._shards.group
+        if not self._shards.compared:
+            self._compare_plain()
+        means = group.mean({name: losses[name] for name in self.names if name in losses})
+        return Delivery(self._rows, foreign, means)
+
+    def fail(self) -> None:
+        """Backward passes of sharded models are collective: the others hear of it from the process group."""
+
+    def _compare_plain(self) -> None:
+        shards = self._shards
+        sums = [
+            row[p].double().square().sum().cpu() if p in row else torch.zeros(()).double()
+            for row in self._rows.values()
+            for p in shards.plain
+        ]
+        heard = shards.group.gather(torch.stack(sums))
+        if bool((heard != heard[0]).any()):
+            raise MultiTaskError(
+                f"{len(shards.plain)} of the optimizer's {len(shards.parameters)} parameters are not sharded, and the "
+                "ranks computed different gradients for them, which nobody averages: apply fully_shard to the whole "
+                "model, or leave those parameters to another optimizer"
+            )
+        shards.compared = True
+
+
+def local(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor shaped like the parameter, placed as the parameter is; a view if it can."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if isinstance(parameter, DTensor) and tensor.placements != parameter.placements:
+        tensor = tensor.redistribute(placements=parameter.placements)  # Partial, of sequence-parallel norms
+    shard = tensor.to_local()
+    wait = getattr(shard, "wait", None)
+    return shard if wait is None else wait()
+
+
+def shard_of(parameter: Tensor) -> tuple[Any, ...] | None:
+    """Return which part of a parameter this rank holds: equal on ranks that hold the same numbers."""
+    if not isinstance(parameter, DTensor):
+        return None
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return tuple(
+        None if placement.is_replicate() else (repr(placement), coordinate[d])
+        for d, placement in enumerate(parameter.placements)
+    )
+
+
+def _placed_like(parameter: Tensor, shard: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return shard
+    mesh, placements, whole = parameter.device_mesh, parameter.placements, parameter.detach()
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _group_of(parameters: Sequence[Tensor]) -> Group:
+    meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
+    mesh = max(meshes, key=lambda mesh: mesh.size())
+    group: Any = None
+    if mesh.size() < dist.get_world_size():
+        group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+    return Group(group, torch.device(mesh.device_type))
+
+
+def _cuts(parameters: Sequence[Tensor], group: Group) -> list[slice | None]:
+    """Return which part of its flat local shard this rank counts; None is all of it.
+
+    Ranks hold equal numbers along the Replicate dimensions of a parameter's mesh, and where it lives on several meshes
+    (those of FSDP2 beside a tensor-parallel one), or on none.
+    """
+    mine = [_ranks_of(p) for p in parameters]
+    everybody = group.objects(mine)
+    cuts: list[slice | None] = []
+    for k, p in enumerate(parameters):
+        if isinstance(p, DTensor):
+            twins = sorted({each[k] for each in everybody})
+            copies, which = len(twins), twins.index(mine[k])
+            coordinate = p.device_mesh.get_coordinate()
+            assert coordinate is not None
+            for d, placement in enumerate(p.placements):
+                if placement.is_replicate():
+                    size = p.device_mesh.size(d)
+                    copies, which = copies * size, which * size + coordinate[d]
+        else:
+            copies, which = group.size, group.rank
+        size = -(-local(p, p).numel() // copies)
+        cuts.append(None if copies == 1 else slice(which * size, (which + 1) * size))
+    return cuts
+
+
+def _ranks_of(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else ()
+
+
+def _sharded_modules(parameters: Sequence[Tensor], model: nn.Module | None) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return modules_of(FSDPModule, parameters, model)

@@ -1,0 +1,1 @@
+"""Losses come in, rows go out: one gradient per task and parameter."""

@@ -1,0 +1,255 @@
+"""How gradients come in: p.grad is put aside, each task's backward pass fills it, the fresh tensors become a row.
+
+autograd hands its own tensor over where `.grad` is None, so moving it costs no copy. torch.autograd.grad would break
+reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from gradsurg.gradients.rows import ByParameter
+from gradsurg.gradients.compile import anything_compiled
+from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.dtensor import on_every_rank, version_of
+from gradsurg.gradients.sentinel import Mark
+from gradsurg.gradients.reachability import Reach
+from gradsurg.gradients.rows import Row, TaskRows, added
+
+__all__ = ["Capture"]
+
+Held = list[tuple[Tensor, "Tensor | None"]]  # every parameter and what was in its p.grad
+
+
+class Capture:
+    """Owns the rows and knows whether what stands in `p.grad` is ours.
+
+    Rows are live only while every `p.grad` is the tensor that `write` put there, unchanged (its `_version` tells).
+    Otherwise somebody zeroed, clipped or added since: the rows are dropped, and what stands in `p.grad` is foreign,
+    which is kept and added to the next result, as a plain backward would do.
+
+    While surgery waits (`write_pending`) no result stands in `p.grad`, only a mark in one of them. Rows are then live
+    while the mark is there, and what others add to any `p.grad` meanwhile is foreign.
+    """
+
+    def __init__(self, parameters: Callable[[], list[Tensor]], row_dtype: torch.dtype | None = None) -> None:
+        self.parameters = parameters
+        self.row_dtype = row_dtype
+        self.rows = TaskRows(row_dtype)
+        self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
+        self.reach = Reach()
+        self.opened: object | None = None  # one token per run, while it lasts
+        self.fresh = TaskRows(row_dtype)
+        self._foreign, self._next_foreign = Row(), Row()
+        self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
+        self._mark: Mark | None = None
+        self._held: Held = []
+
+    def open(self) -> None:
+        """Put p.grad of every parameter aside, so that backward passes start from nothing."""
+        if self.opened is not None:  # the backward pass that opened it died, and nobody told us
+            self.abort()
+        self._was_live = self.is_live()
+        self._held = [(p, p.grad) for p in self.parameters()]
+        self._next_foreign = self._foreign_among(self._held)
+        self.fresh = TaskRows(self.row_dtype)
+        for p, _ in self._held:
+            p.grad = None
+        self.opened = object()
+
+    def take(self, name: str) -> None:
+        """Move what backward passes left in p.grad into the fresh row of a task."""
+        row = self._lift()
+        if anything_compiled():
+            self.fresh.leave_blank(self.reach.sift(name, row))
+        self.fresh.add(name, row)
+
+    def take_plain(self) -> None:
+        """Move what is in p.grad to the gradients that take no part in surgery."""
+        for p, g in self._lift().items():
+            other = self._next_foreign.get(p)
+            self._next_foreign[p] = g if other is None else added(other, g)
+
+    def give(self, name: str, gradients: Row) -> None:
+        """Add gradients that were computed elsewhere to the fresh row of a task."""
+        self.fresh.add(name, gradients)
+
+    def part_with(self, name: str) -> tuple[Row, ...]:
+        """Return a task's fresh row, and what of it was not sent before; the fresh one belongs to the caller now."""
+        fresh = Row()
+        if name in self.fresh:
+            fresh = self.fresh[name]
+            self.fresh.drop(name)
+        return (fresh, self.unsent[name]) if name in self.to_send() else (fresh,)
+
+    def to_send(self) -> list[str]:
+        """Return the tasks with rows that were not sent before, as far as these still count."""
+        return list(self.unsent) if self._was_live else []
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The parameters whose p.grad is put aside, in the run that is open."""
+        return [p for p, _ in self._held]
+
+    @property
+    def foreign(self) -> Row:
+        """What others put into p.grad, in the run that is open."""
+        return self._next_foreign
+
+    def arrived(self, rows: Iterable[tuple[str, Row]], foreign: Row) -> None:
+        """Take what the exchange between ranks made of the fresh rows and the foreign gradients."""
+        self.fresh = TaskRows(self.row_dtype)
+        for name, row in rows:
+            self.fresh.add(name, row)
+        self._next_foreign = foreign
+
+    def commit(self, sent: bool | None = None) -> Held:
+        """Make the fresh rows part of the rows and return what was in p.grad; it is None now.
+
+        Args:
+            sent: Over several ranks, whether rows were exchanged; those that were not are kept apart until they are.
+        """
+        self.take_plain()  # a penalty of the same backward pass may have run since our last task
+        self._foreign = self._next_foreign
+        if not self._was_live:
+            self.rows = TaskRows(self.row_dtype)
+        if not self._was_live or sent:
+            self.unsent = TaskRows(self.row_dtype)
+        if sent is False:
+            self.unsent.merge(self.fresh)
+        elif len(self.rows):
+            self.rows.merge(self.fresh)
+        else:
+            self.rows = self.fresh
+        held = self._held
+        self._close()
+        return held
+
+    def abort(self, opened: object = None) -> None:
+        """Drop the fresh rows and give p.grad back as it was; `opened` limits this to the run of that token."""
+        if self.opened is None or (opened is not None and opened is not self.opened):
+            return
+        self.give_back(self._held)
+        self._close()
+
+    def give_back(self, held: Held) -> None:
+        """Set p.grad to what it was."""
+        for p, gradient in held:
+            p.grad = gradient
+
+    def write(self, result: Row) -> None:
+        """Set p.grad to the result plus what is foreign, for every parameter that has either."""
+        parameters = self.parameters()
+        totals = result.at(parameters)
+        if self._foreign:
+            totals = list(map(_sum_of, totals, self._foreign.at(parameters)))
+        written = []
+        for p, total in zip(parameters, totals, strict=True):
+            p.grad = total
+            if total is not None:
+                written.append((p, (total, version_of(total))))
+        self._written, self._mark = ByParameter(written), None
+
+    def write_pending(self) -> None:
+        """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
+        somewhere = [p for p in self.parameters() if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
+        reached = [p for p in somewhere if on_every_rank(p)]
+        if somewhere and not reached:
+            raise MultiTaskError(
+                "surgery cannot wait here: of every parameter that the tasks reach, some rank holds nothing. Leave out "
+                "accumulate(), or shard over fewer ranks."
+            )
+        clean = [p for p in reached if p not in self._foreign or _is_zero(self._foreign[p])]
+        # In foreign gradients, a multiple is told from a sum by comparing numbers: one number cannot be compared.
+        others = [p for p in reached if p.numel() > 1]
+        parameter = min(clean or others or reached, key=Tensor.numel, default=None)
+        if clean and parameter is not None:
+            self._foreign.pop(parameter)
+        self.write(Row())
+        if parameter is not None:
+            self._mark = Mark(parameter)
+            assert parameter.grad is not None
+            self._written[parameter] = (parameter.grad, version_of(parameter.grad))
+
+    def clear(self) -> None:
+        """Forget rows, foreign gradients and marks; p.grad is left alone."""
+        if self.has_rows():
+            self.part_with_rows()
+        if self._written or self._foreign:
+            self._foreign, self._written = Row(), ByParameter()
+        self._mark = None
+        self._close()
+
+    def part_with_rows(self) -> None:
+        """Begin new rows; whoever holds the old ones keeps them as they are."""
+        self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
+
+    def has_rows(self) -> bool:
+        """Whether there are rows, alive or not."""
+        return bool(len(self.rows) or len(self.unsent))
+
+    def is_live(self) -> bool:
+        """Whether the rows still stand for what is in p.grad."""
+        if not self.has_rows() or not self._written:
+            return False
+        if self._mark is not None:
+            return self._mark.fate() != "gone"
+        parameters = self.parameters()
+        return all(map(_is_untouched, parameters, self._written.at(parameters)))
+
+    def still_ours(self, p: Tensor) -> bool:
+        """Whether p.grad is the tensor that we wrote, clipped or unscaled since or not."""
+        written = self._written.get(p)
+        return written is not None and p.grad is written[0]
+
+    def mark_was_scaled(self) -> bool:
+        """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
+        return self._mark is not None and self._mark.fate() == "scaled"
+
+    def _foreign_among(self, held: Held) -> Row:
+        """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
+        if self._was_live and self._mark is None:
+            return self._foreign.copy()
+        standing = Row((p, g) for p, g in held if g is not None)
+        if self._was_live and self._mark is not None:
+            standing.pop(self._mark.parameter)
+            below = self._mark.below()
+            if below is not None:
+                standing[self._mark.parameter] = below
+        return standing
+
+    def _lift(self) -> Row:
+        lifted = []
+        for p, _ in self._held:
+            gradient = p.grad
+            if gradient is not None:
+                p.grad = None
+                lifted.append((p, gradient))
+        return Row(lifted)
+
+    def _close(self) -> None:
+        if self.opened is not None:
+            self._held, self._next_foreign, self.fresh = [], Row(), TaskRows(self.row_dtype)
+            self.opened = None
+
+
+def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
+    gradient = p.grad
+    if written is None or gradient is None:
+        return written is None and gradient is None
+    return gradient is written[0] and version_of(gradient) == written[1]
+
+
+def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return added(a, b)
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    if hasattr(gradient, "to_local"):  # zero on this rank may not be so on others, and they must agree
+        return False
+    return not gradient.is_sparse and not bool(gradient.any())

@@ -1,0 +1,168 @@
+"""What users hand in, losses or gradients, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from gradsurg.errors import unknown_name
+from gradsurg.gradients.rows import Row
+
+__all__ = [
+    "Computations",
+    "Compute",
+    "Losses",
+    "check_row",
+    "check_scalar",
+    "detached",
+    "parse_losses",
+    "seed_of",
+    "task_name",
+    "value_of",
+]
+
+Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
+Compute = Callable[[], "Tensor | None"]
+Computations = Mapping[str, "Tensor | Compute | None"] | Sequence["Tensor | Compute | None"]
+
+
+@overload
+def parse_losses(losses: Losses, tasks: Sequence[str] | None, *, empty: bool = False) -> dict[str, Tensor | None]: ...
+@overload
+def parse_losses(
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool, empty: bool = False
+) -> dict[str, Tensor | Compute | None]: ...
+def parse_losses(
+    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool = False, empty: bool = False
+) -> dict[str, Tensor | None] | dict[str, Tensor | Compute | None]:
+    """Return name -> loss from a dict or a sequence; `functions` allows functions that compute a loss later.
+
+    `empty` allows that there is no task at all: other ranks may have some.
+
+    Raises:
+        ValueError: No task at all, a name that was not declared, two tasks of one name, or a loss that is not a
+            real scalar tensor; the message names the task.
+    """
+    given: object = losses
+    if isinstance(given, (Tensor, str)) or not isinstance(given, (Mapping, Sequence)):
+        raise ValueError(
+            f"losses is a {type(losses).__name__}: pass the task losses apart, as a dict {{'name': loss, …}} or a list"
+        )
+    if isinstance(losses, Mapping):
+        pairs = [(task_name("losses", name), loss) for name, loss in losses.items()]
+    else:
+        if tasks is not None and len(tasks) != len(losses):
+            raise ValueError(f"losses has {len(losses)} entries, but {len(tasks)} tasks are declared: {list(tasks)}")
+        pairs = list(zip(tasks or map(str, range(len(losses))), losses, strict=True))
+    result: dict[str, Tensor | Compute | None] = {}
+    for name, loss in pairs:
+        if name in result:
+            raise ValueError(f"losses has two tasks named {name!r}: names must differ")
+        if tasks is not None and name not in tasks:
+            raise unknown_name("losses", name, tasks)
+        if loss is None or (functions and callable(loss)):
+            result[name] = loss
+        else:
+            result[name] = check_scalar(f"losses[{name!r}]", loss)
+    if all(loss is None for loss in result.values()) and not empty:
+        raise ValueError(
+            f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
+        )
+    return result
+
+
+def task_name(label: str, name: object) -> str:
+    """Return a task's name as text, as reports and state dicts keep it; the label begins the message where it is None.
+
+    Raises:
+        ValueError: The name is None.
+    """
+    if name is None:
+        raise ValueError(f"{label} has a task named None: name it by a string, such as 'depth'")
+    return str(name)
+
+
+def check_scalar(label: str, loss: object) -> Tensor:
+    """Return the loss if it is a real scalar tensor, or raise a ValueError that begins with the label."""
+    if callable(loss):
+        raise ValueError(
+            f"{label} is a function: functions go into optimizer.backward(losses), without features= and without "
+            "refresh_every=. Pass the loss that it returns"
+        )
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None where "
+            "there is none in this step"
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"{label} has shape {tuple(loss.shape)}: reduce it to a scalar, e.g. with .mean()")
+    if loss.is_complex():
+        raise ValueError(f"{label} is complex ({loss.dtype}): a loss must be real, e.g. take .abs() or .real")
+    # A DTensor, of a loss that was computed in parallel, becomes the number that every rank has.
+    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+
+
+def value_of(
+    losses: Mapping[str, Tensor | None],
+    preferences: Mapping[str, float],
+    plain: Tensor | None,
+    elsewhere: Callable[[], torch.device],
+) -> Tensor:
+    """Return Σ r_i L_i (+ the plain loss), detached, float32 at least; on the first loss's device, or `elsewhere`."""
+    terms = [(loss.detach(), preferences.get(name, 1.0)) for name, loss in losses.items() if loss is not None]
+    if plain is not None:
+        terms.append((plain.detach(), 1.0))
+    if not terms:
+        return torch.zeros((), device=elsewhere())
+    device, total = terms[0][0].device, None
+    for loss, preference in terms:
+        wide = loss
+        if loss.dtype != torch.float32 or loss.dim() or loss.device != device:  # the three calls take 10 µs a task
+            wide = loss.reshape(()).to(device=device, dtype=torch.promote_types(loss.dtype, torch.float32))
+        if preference != 1:
+            wide = wide * preference
+        total = wide if total is None else total + wide
+    assert total is not None
+    return total
+
+
+def detached(loss: Tensor) -> Tensor:
+    """Return a loss without its graph, as a tensor of no dimensions."""
+    alone = loss.detach()
+    return alone.reshape(()) if alone.dim() else alone
+
+
+def seed_of(gradient: Tensor | None, loss: Tensor) -> Tensor:
+    """Return what a loss's backward pass starts from: one, or the gradient that autograd handed to a scaled total."""
+    if gradient is None:
+        return torch.ones_like(loss)
+    if gradient.shape == loss.shape and gradient.dtype == loss.dtype and gradient.device == loss.device:
+        return gradient  # the usual case; the two calls below take 12 µs
+    return gradient.to(device=loss.device, dtype=loss.dtype).reshape(loss.shape)
+
+
+def check_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tensor]) -> Row:
+    """Return a task's gradients as a row of copies, or raise a ValueError that names task and position."""
+    given: object = tensors
+    if not isinstance(given, Sequence) or len(given) != len(parameters):
+        count = f"a list of {len(given)}" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"gradients[{name!r}] is {count} for {len(parameters)} shared parameters: pass one tensor, "
+            "or None, per parameter (those of shared=, else all that the optimizer trains)"
+        )
+    row = Row()
+    for i, (g, p) in enumerate(zip(tensors, parameters, strict=True)):
+        if g is None:
+            continue
+        if not isinstance(g, Tensor):
+            raise ValueError(f"gradients[{name!r}][{i}] is a {type(g).__name__}: pass a tensor, or None")
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+            raise ValueError(
+                f"gradients[{name!r}][{i}] is {tuple(g.shape)} {g.dtype} on {g.device}, its parameter {tuple(p.shape)} "
+                f"{p.dtype} on {p.device}: they must agree"
+            )
+        row[p] = g.detach().clone()
+    return row

@@ -1,0 +1,132 @@
+"""Per task name, one gradient tensor per parameter: what the surgery works on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurg.gradients.rows import ByParameter
+from gradsurg.linalg.packing import Table
+
+__all__ = ["Row", "TaskRows", "added", "is_finite"]
+
+if TYPE_CHECKING:
+    Row = ByParameter[Tensor]
+else:
+    Row = ByParameter  # calling ByParameter[Tensor] takes as long again as the call itself, and a step makes thirty
+
+
+class TaskRows:
+    """The task gradients gathered since the last step, in the order in which the tasks first came.
+
+    Gradients of the same task add up, as they do in `p.grad`. A parameter that no backward pass of a task reached is
+    missing from its row; that is how shared and task-specific parameters are told apart.
+
+    Args:
+        dtype: What to store the gradients of shared parameters in (row_dtype); None keeps them as they come. A
+            parameter that only one task reached keeps its gradient to the bit, and so do complex and sparse ones.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.blank: Row | None = (
+            None  # zeros of parameters that no task reached, and compiled code returned all the same
+        )
+        self._rows: dict[str, Row] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor]) -> None:
+        """Add a task's gradients to its row. The tensors now belong to the rows, and so does a Row itself."""
+        if name not in self._rows:
+            self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
+            if self.dtype is not None:
+                self._narrow(self._rows[name])
+            return
+        row = self._rows[name]
+        for parameter, gradient in gradients.items():
+            have = row.get(parameter)
+            if have is None:
+                row[parameter] = gradient
+            elif have.is_sparse or gradient.is_sparse:
+                row[parameter] = added(have, gradient)
+            else:
+                have.add_(gradient)
+        if self.dtype is not None:
+            self._narrow(row)
+
+    def merge(self, other: TaskRows) -> None:
+        """Add all rows of `other`, which must not be used afterwards."""
+        for name in other:
+            self.add(name, other[name])
+        if other.blank is not None:
+            self.leave_blank(other.blank)
+
+    def leave_blank(self, zeros: Row) -> None:
+        """Note zeros of parameters that no task reached."""
+        self.blank = self.blank or Row()
+        self.blank.update(zeros)
+
+    def drop(self, name: str) -> None:
+        """Forget a task's row."""
+        del self._rows[name]
+
+    def nonfinite(self) -> list[str]:
+        """Return the tasks that have a NaN or an infinity."""
+        return [name for name, row in self._rows.items() if not all(map(is_finite, row.values()))]
+
+    def reach(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Return how many tasks reached each of `parameters`."""
+        counts: Counter[int] = Counter()
+        for row in self._rows.values():
+            counts.update(row.ids())
+        return [counts[key] for key in map(id, parameters)]
+
+    def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of `parameters` that at least two tasks reached."""
+        once: set[int] = set()
+        twice: set[int] = set()
+        for row in self._rows.values():
+            twice.update(once.intersection(row.ids()))
+            once.update(row.ids())
+        return [p for p in parameters if id(p) in twice]
+
+    def table(self, parameters: Sequence[Tensor]) -> Table:
+        """Return m lists of one gradient (or None) per parameter."""
+        return Table(row.at(parameters) for row in self._rows.values())
+
+    def of(self, parameter: Tensor) -> list[Tensor]:
+        """Return every gradient that a task has of a parameter."""
+        return [row[parameter] for row in self._rows.values() if parameter in row]
+
+    def _narrow(self, row: Row) -> None:
+        for parameter in list(row):
+            holders = [other for other in self._rows.values() if parameter in other]
+            if len(holders) >= 2 and parameter.is_floating_point():
+                for holder in (row for row in holders if not row[parameter].is_sparse):
+                    holder[parameter] = holder[parameter].to(self.dtype)
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """Return a + b as a new tensor; torch adds sparse to dense, but not dense to sparse."""
+    return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether a gradient has neither NaN nor infinity."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(torch.isfinite(values).all())

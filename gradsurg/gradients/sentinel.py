@@ -1,0 +1,75 @@
+"""The mark that stands in one p.grad while surgery waits, and what can be read off it later."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradsurg.gradients.dtensor import local_of, version_of
+
+__all__ = ["Mark"]
+
+Fate = Literal["there", "gone", "added to", "scaled"]
+
+
+class Mark:
+    """Zeros but for one number too small to matter, in a p.grad that is otherwise empty.
+
+    Where the parameter has a foreign gradient, that is the mark. What happened to it is read off its numbers, because
+    `_version` alone would not do: GradScaler unscales without changing it.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self._signal: float | None = None
+        if parameter.grad is None:
+            self._signal = _small(parameter.dtype)
+            parameter.grad = torch.zeros_like(parameter)
+            numbers = local_of(parameter.grad)
+            numbers[_first(numbers)] = self._signal
+        self._tensor, self._version = parameter.grad, version_of(parameter.grad)
+        self._before = None if self._tensor.is_sparse else local_of(self._tensor).clone()
+
+    def fate(self) -> Fate:
+        """Return what became of it: gone is zeroed or replaced; added to, by a backward pass of somebody else."""
+        gradient = self.parameter.grad
+        if gradient is None or gradient is not self._tensor:
+            return "gone"
+        untouched = version_of(gradient) == self._version
+        if self._before is None:
+            return "there" if untouched else "added to"
+        numbers = local_of(gradient)
+        if not bool(numbers.any()):
+            return "gone"
+        if torch.equal(numbers, self._before):
+            return "there" if untouched else "scaled"
+        return "scaled" if _is_shrunk(numbers, self._before) else "added to"
+
+    def below(self) -> Tensor | None:
+        """Return what is foreign in the marked p.grad."""
+        if self._signal is None:
+            return self._tensor
+        if self.fate() == "there":
+            return None
+        foreign = self._tensor.clone()
+        numbers = local_of(foreign)
+        numbers[_first(numbers)] -= self._signal
+        return foreign
+
+
+def _is_shrunk(now: Tensor, before: Tensor) -> bool:
+    """Whether `now` is a positive multiple of `before`, below one: clipping and unscaling do that, gradients do not."""
+    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (now, before))
+    factor = float((a * b).sum() / b.square().sum())
+    return 0 < factor < 1 and torch.allclose(a, factor * b, rtol=1e-2, atol=0)  # 1e-2: what bfloat16 rounds away
+
+
+def _first(tensor: Tensor) -> tuple[int, ...]:
+    return (0,) * tensor.dim()
+
+
+def _small(dtype: torch.dtype) -> float:
+    """Return a number that is lost in any sum, and is still not zero when a scale of 2²⁴ is divided out of it."""
+    return 2.0**-24 if dtype == torch.float16 else 2.0**-100

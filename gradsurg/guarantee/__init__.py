@@ -1,0 +1,1 @@
+"""Keeps the promise for the movement that the parameters really made."""

@@ -1,0 +1,113 @@
+"""The rows by which the inner optimizer's next update is judged, and the judging of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurg.guarantee.copies import Before, Part
+from gradsurg.distributed.layout import ALONE, Layout
+from gradsurg.guarantee.movement import Movement
+from gradsurg.guarantee.update import guard
+from gradsurg.surgery.margin import Margin, attainable
+from gradsurg.linalg.packing import Packed, Table
+from gradsurg.solvers.tolerances import ROUNDING_QUICK
+from gradsurg.gradients.rows import TaskRows
+
+if TYPE_CHECKING:
+    from gradsurg.guarantee.movement import LaterMovement
+
+__all__ = ["Judgement", "joined", "signs_of", "trained"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What every update until the next surgery has to respect.
+
+    Attributes:
+        rows: The task gradients.
+        blocks: The shared parameters, in blocks that are treated apart.
+        gramians: One Gramian per block, shape (blocks, m, m).
+        allowed: Which tasks are protected, bool (m,); None is all.
+        layout: What of rows and parameters this rank holds.
+        margin: What is asked beyond no conflict.
+        tables: The rows of each block, as surgery read them; None makes them anew.
+    """
+
+    rows: TaskRows
+    blocks: list[list[Tensor]]
+    gramians: Tensor
+    allowed: Tensor | None
+    layout: Layout = ALONE
+    margin: Margin = 0.0
+    tables: Sequence[Table] | None = None
+
+    def among(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of some parameters that tasks share."""
+        shared = set().union(*(map(id, block) for block in self.blocks))
+        return [p for p in parameters if id(p) in shared]
+
+    def packs(self) -> list[tuple[Packed, list[Tensor]]]:
+        """Return what is packed of the rows of each block, with the block; nothing where ranks hold parts of them."""
+        if self.tables is None or self.layout is not ALONE:
+            return []
+        pairs = ((table.packed(), block) for table, block in zip(self.tables, self.blocks, strict=True))
+        return [(small, block) for small, block in pairs if small is not None]
+
+    def hold(self, optimizer: Optimizer, before: Before) -> Movement | LaterMovement | None:
+        """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
+        sign = signs_of(optimizer)
+        ours = before.ids().intersection(sign)
+        movements = []
+        for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
+            mine = [p for p in block if id(p) in ours]
+            if not mine:
+                continue
+            whole = self.tables is not None and len(mine) == len(block)
+            table = self.tables[k] if self.tables is not None and whole else self.rows.table(mine)
+            measure = self.layout.measure(mine)
+            if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
+                G = measure.gramian(table, exact=True)
+            old: Sequence[Tensor] = Part(before, mine)
+            new = mine
+            if self.layout is not ALONE:
+                old = self.layout.held(mine, [before[p] for p in mine])
+                new = self.layout.held(mine, [p.detach() for p in mine])
+            asked = None
+            if self.margin:
+                asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)
+            movement = guard(table, G, old, new, [sign[id(p)] for p in mine], self.allowed, measure, asked)
+            if movement.corrected:
+                self.layout.put_back(mine, new)
+            movements.append(movement)
+        return joined(movements)
+
+
+def joined(movements: Sequence[Movement]) -> Movement | None:
+    """Return the movement of several sets of parameters taken together, or None where there is none."""
+    if len(movements) <= 1:
+        return movements[0] if movements else None
+    return Movement(
+        inner=torch.stack([movement.inner for movement in movements]).sum(0),
+        square=sum(movement.square for movement in movements),
+        corrected=any(movement.corrected for movement in movements),
+        held=any(movement.held for movement in movements),
+    )
+
+
+def signs_of(optimizer: Optimizer) -> dict[int, float]:
+    """Return by id(parameter) what turns its movement into a descent: −1 where the optimizer maximises, else 1."""
+    signs: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))
+    return signs
+
+
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of an optimizer that require grad; never to be kept: trainers replace them."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

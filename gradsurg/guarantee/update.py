@@ -1,0 +1,166 @@
+"""The promise belongs to the update: project what the inner optimizer really did onto the dual cone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.measure import Measure
+from gradsurg.guarantee.first_look import glance
+from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.combine import correct_
+from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK
+from gradsurg.solvers.tolerances import STATIONARY
+from gradsurg.surgery.pipeline_small import norms_of
+from gradsurg.solvers.nonnegative import nonnegative
+
+__all__ = ["Movement", "guard"]
+
+# What rounding the parameters may do to cos(d, g_i). Parameters of 16 bits move by few units in the last place, so
+# theirs is wider: half of bfloat16's last place is 2e-3 of a number.
+TOLERANCE = 1e-4
+TOLERANCE_16_BIT = 1e-2
+# Attempts to push the rounded parameters back into the cone before the step is taken back on the shared parameters.
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What the parameters did in one step, d = before − after (sign turned where the optimizer maximises).
+
+    Attributes:
+        inner: ⟨d, g_i⟩, shape (m,), float64.
+        square: ‖d‖².
+        corrected: Whether d had to be projected.
+        held: Whether d was set to 0, because nothing else satisfies every task within rounding.
+    """
+
+    inner: Tensor
+    square: float
+    corrected: bool = False
+    held: bool = False
+
+
+@torch.no_grad()
+def guard(
+    rows: Rows,
+    G: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    signs: Sequence[float],
+    allowed: Tensor | None,
+    measure: Measure | None = None,
+    asked: Tensor | None = None,
+) -> Movement:
+    """Move the parameters so that ⟨d, g_i⟩ ≥ 0 for every protected task, changing d as little as possible.
+
+    d ← d + Σ λ_i g_i, λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀJd: one pass over the gradients for Jd, and, only where some task
+    would get worse, one for the correction. Parameters are stored rounded, and the promise is about what is stored:
+    where the rounding cannot be shown to be harmless (its length, half a last place of ‖θ‖, against 1e-4 of ‖d‖) the
+    stored movement is measured and pushed back into the cone.
+
+    Args:
+        rows: m lists of gradients per parameter.
+        G: Their Gramian, (m, m), float64, finite.
+        before: The parameters before the step.
+        after: The same parameters now; written.
+        signs: +1 per parameter, −1 where the optimizer maximises.
+        allowed: Which tasks are protected, bool (m,); None is all.
+        measure: What measures lengths and inner products over all ranks, where each holds only a part; None is alone.
+        asked: Cosines a_i ≥ 0, shape (m,), that make it ⟨d, g_i⟩ ≥ a_i ‖g_i‖ ‖d_0‖, d_0 the movement of the inner
+            optimizer: margins, see gradsurg.surgery.margin. None asks for 0.
+
+    Returns:
+        The movement as it stands.
+
+    Source: math.md's section on the update, after Su Jianlin 2022, kexue.fm 8896, which asks the property of the
+    update and not of the gradient.
+    """
+    measure = Measure() if measure is None else measure
+    if asked is None and measure.alone:
+        seen = glance(rows, norms_of(G.tolist()), before, after, signs)
+        if seen is not None:
+            return Movement(torch.tensor(seen[0], dtype=torch.float64), seen[1])
+    inner, square = measure.inner_update(rows, before, after, signs)
+    products = inner.tolist()
+    if square == 0 or not all(map(isfinite, products)) or (asked is None and min(products) >= 0):
+        return Movement(inner, square)
+    least = _least(G, asked, square)
+    coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_QUICK)
+    if not coefficients.any():
+        return Movement(inner, square)
+    left, spread = _lengths(G, inner + least, square, coefficients)
+    if not left * CANCELLATION_GRAMIAN**2 > spread:  # most of d has to go: its remainder needs every digit
+        G = measure.gramian(rows, exact=True)
+        inner, square = measure.inner_update(rows, before, after, signs, exact=True)
+        least = _least(G, asked, square)
+        coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
+        left, spread = _lengths(G, inner + least, square, coefficients)
+    if left <= STATIONARY * ROUNDING_EXACT * spread:
+        return _hold(before, after, inner)
+    correct_(rows, coefficients.tolist(), after, signs, exact=left * CANCELLATION_SUM**2 < spread)
+    tolerance = _tolerance(after)
+    half_place = max(torch.finfo(p.dtype).eps for p in after) / 2
+    if half_place * measure.norm(after) <= 0.5 * tolerance * left**0.5:
+        return Movement(inner + G @ coefficients, left, corrected=True)
+    return _settle_rounding(rows, G, before, after, signs, allowed, tolerance, measure, least)
+
+
+def _settle_rounding(
+    rows: Rows,
+    G: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    signs: Sequence[float],
+    allowed: Tensor | None,
+    tolerance: float,
+    measure: Measure,
+    least: Tensor,
+) -> Movement:
+    """Measure the stored movement; while it leaves the cone, aim further inside by what was missed."""
+    norms = G.diagonal().sqrt()
+    watched = norms > 0 if allowed is None else (norms > 0) & allowed
+    margin = torch.zeros_like(norms)
+    movement = Movement(norms, 0.0)
+    for _ in range(ATTEMPTS):
+        inner, square = measure.inner_update(rows, before, after, signs, exact=True)
+        movement = Movement(inner, square, corrected=True)
+        missing = least - inner
+        slack = tolerance * norms * square**0.5 - missing
+        if not (watched & (slack < 0)).any():
+            return movement
+        margin = margin + torch.where(watched, missing.clamp(min=0), 0)
+        step = nonnegative(G, -missing - margin, allowed=allowed, scale=_length(square))
+        if float(step @ norms) > 2 * square**0.5:
+            break  # the cone has no inside worth the name: tasks are opposed to within rounding
+        correct_(rows, step.tolist(), after, signs, exact=True)
+    return _hold(before, after, movement.inner)
+
+
+def _hold(before: Sequence[Tensor], after: Sequence[Tensor], inner: Tensor) -> Movement:
+    for old, new in zip(before, after, strict=True):
+        new.copy_(old)
+    return replace(Movement(torch.zeros_like(inner), 0.0), corrected=True, held=True)
+
+
+def _least(G: Tensor, asked: Tensor | None, square: float) -> Tensor:
+    """Return the least ⟨d, g_i⟩ that is asked of every task."""
+    return torch.zeros_like(G[0]) if asked is None else asked * G.diagonal().sqrt() * square**0.5
+
+
+def _lengths(G: Tensor, both: Tensor, square: float, coefficients: Tensor) -> tuple[float, float]:
+    """Return ‖d + Σ λ_i g_i‖², by complementary slackness, and (‖d‖ + Σ λ_i ‖g_i‖)²; both: ⟨d, g_i⟩ + its least."""
+    total = square**0.5 + float(coefficients @ G.diagonal().sqrt())
+    return square + float(coefficients @ both), total**2
+
+
+def _length(square: float) -> Tensor:
+    return torch.tensor(square, dtype=torch.float64).sqrt()
+
+
+def _tolerance(parameters: Sequence[Tensor]) -> float:
+    return TOLERANCE_16_BIT if any(p.element_size() <= 2 for p in parameters) else TOLERANCE

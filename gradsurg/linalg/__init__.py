@@ -1,0 +1,1 @@
+"""The only code that reads or writes as many numbers as there are parameters."""

@@ -1,0 +1,292 @@
+"""The nonnegative and the simplex program on the device: many programs in one launch, and no host in between."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
+# ruff: noqa: PIE808
+# Kernels are written in Triton's language: its types and idioms are not Python's.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
+from gradsurg.linalg.kernels.table import guard
+
+__all__ = [
+    "MOST_TASKS",
+    "cone_kernel",
+    "nonnegative",
+    "project_rows",
+    "registers_for",
+    "simplex",
+    "tasks_for",
+    "upgrad",
+    "warps_for",
+]
+
+MOST_TASKS = PROGRAM_UP_TO
+ROUNDING = 4e-16  # of an exact Gramian: see solvers/nonnegative.py
+
+
+@triton.jit(do_not_specialize=["m", "shared"])
+def cone_kernel(
+    gramians,  # float64 (programs / shared, m, m)
+    linears,  # float64 (programs, m): b; not read where SIMPLEX
+    allowed,  # int8 (programs, m)
+    scales,  # float64 (programs,): ‖t‖; negative is max |b_i| / ‖g_i‖; not read where SIMPLEX
+    roundings,  # float64 (1,)
+    answers,  # float64 (programs, m)
+    turns,  # int32 (programs,): how many steps were done
+    m,
+    shared,  # how many consecutive programs have one Gramian
+    M: tl.constexpr,  # m rounded up to a power of two
+    SIMPLEX: tl.constexpr,
+):
+    """λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb; or, where SIMPLEX, α = argmin_{α ≥ 0, Σα = 1} αᵀGα.
+
+    The active-set method of solvers/batched.py, with the same rules and thresholds. Where that factorises the passive
+    part, this eliminates it from the whole tableau (A, q), one index after the other, anew in every step: the
+    multipliers, what every refused task would add (its Schur complement), and no error carried from step to step.
+    One correction against A itself makes up for elimination leaving larger residuals than Cholesky substitution.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, M)
+    j = tl.arange(0, M)
+    diagonal = i[:, None] == j[None, :]
+    inside = i < m
+    square = inside[:, None] & (j < m)[None, :]
+    entries = gramians + (program // shared) * m * m + i[:, None] * m + j[None, :]
+    A = tl.load(entries, mask=square, other=0.0)
+    usable = (tl.load(allowed + program * m + i, mask=inside, other=0) != 0) & inside
+    rounding = tl.load(roundings)
+    lengths = tl.sum(tl.where(diagonal, A, 0.0), axis=1)
+    at_origin = usable & (lengths <= 0.0)
+    if SIMPLEX:
+        # The nonnegative program of G + c·11ᵀ and b = −c·1, whose answer is a multiple of α: see solvers/simplex.py.
+        least = tl.min(tl.where(usable & (lengths > 0.0), lengths, float("inf")), axis=0)
+        c = tl.where(least < float("inf"), least, 1.0)
+        A = tl.where(square, A + c, 0.0)
+        b = tl.where(inside, -c, 0.0)
+        lengths = tl.where(inside, lengths + c, 0.0)
+    else:
+        b = tl.load(linears + program * m + i, mask=inside, other=0.0)
+    s = tl.where(lengths > 0.0, 1.0 / tl.sqrt(tl.where(lengths > 0.0, lengths, 1.0)), 0.0)
+    A = A * s[:, None] * _transposed(s, diagonal)
+    q = b * s
+    size = tl.max(tl.abs(q), axis=0)
+    if not SIMPLEX:
+        given = tl.load(scales + program)
+        size = tl.where(given >= 0.0, given, tl.where(given < 0.0, size, given))
+    # x − x is 0 for finite x alone; a maximum would drop a NaN.
+    wrong = tl.sum(tl.sum(tl.where(A - A == 0.0, 0, 1), axis=1), axis=0)
+    wrong += tl.sum(tl.where(b - b == 0.0, 0, 1), axis=0) + tl.where(size - size == 0.0, 0, 1)
+    if not SIMPLEX:  # nobody is in conflict: 0, whatever G is
+        wrong = tl.where(tl.sum(tl.where(b >= 0.0, 0, 1), axis=0) > 0, wrong, 0)
+        size = tl.where(tl.sum(tl.where(b >= 0.0, 0, 1), axis=0) > 0, size, 0.0)
+    idle = tl.where((wrong > 0) | (size == 0.0), 1, 0)
+    q = tl.where(idle > 0, 0.0, q / tl.where(idle > 0, 1.0, size))
+    usable = usable & (s > 0.0)
+    # Sets are int32, not bool: the interpreter cannot combine a block's mask with a single condition.
+    passive = tl.zeros([M], tl.int32)
+    banned = tl.zeros([M], tl.int32)
+    multipliers = tl.zeros([M], tl.float64)
+    turn = 0
+    going = 1 - idle
+    while going > 0:
+        goal, added = _eliminated(A, q, passive, diagonal, i, m, M)
+        blocking = (passive > 0) & (goal <= 0.0)
+        blocked = tl.max(blocking.to(tl.int32), axis=0)
+        # Where a multiplier would turn negative, walk as far as may be and let that task go.
+        down = multipliers > goal
+        way = tl.where(down, multipliers / tl.where(down, multipliers - goal, 1.0), 0.0)
+        way = tl.where(blocking, way, 2.0)
+        share = tl.min(way, axis=0)
+        out = tl.min(tl.where(way == share, i, M), axis=0)
+        walked = tl.where(passive > 0, tl.maximum(multipliers + share * (goal - multipliers), 0.0), 0.0)
+        leaving = tl.where(i == out, blocked, 0)
+        new = tl.where(leaving > 0, 0.0, tl.where(blocked > 0, walked, goal))
+        changed = tl.max((new != multipliers).to(tl.int32), axis=0)
+        moved = tl.where(blocked > 0, tl.where(share > 0.0, 1, 0), changed)
+        # A task that could not move is not taken back before something else has: no cycles.
+        banned = tl.where(moved > 0, 0, tl.maximum(banned, leaving))
+        multipliers = new
+        passive = tl.where(leaving > 0, 0, passive)
+        # Else take in the task that is most violated, beyond what rounding can do to a residual.
+        residual = q + tl.sum(A * _transposed(multipliers, diagonal), axis=1)
+        tolerance = 4.0 * rounding * (1.0 + tl.sum(multipliers, axis=0))
+        candidate = usable & (passive == 0) & (banned == 0) & (residual < -tolerance)
+        worst = tl.min(tl.where(candidate, residual, float("inf")), axis=0)
+        enter = tl.min(tl.where(candidate, tl.where(residual == worst, i, M), M), axis=0)
+        entering = tl.where(i == enter, 1 - blocked, 0)
+        independent = tl.where(added > 8.0 * rounding, entering, 0)
+        passive = tl.maximum(passive, independent)
+        banned = tl.maximum(banned, entering - independent)
+        turn += 1
+        going = tl.where((blocked == 0) & (enter == M), 0, tl.where(turn < 8 * m + 16, 1, 0))
+    answer = tl.where(idle > 0, 0.0, size) * multipliers * s
+    if SIMPLEX:
+        # Tasks at the origin are the minimum and share it; else the mass is what the multipliers say.
+        anyone = tl.sum(at_origin.to(tl.int32), axis=0) > 0
+        mass = tl.where(anyone, at_origin.to(tl.float64), answer)
+        total = tl.sum(mass, axis=0)
+        answer = tl.where(total == 0.0, 0.0, mass / tl.where(total == 0.0, 1.0, total))
+    answer = tl.where(wrong > 0, float("nan"), answer)
+    tl.store(answers + program * m + i, answer, mask=inside)
+    tl.store(turns + program, turn)
+
+
+@triton.jit
+def _transposed(x, diagonal):
+    """Return a vector over rows as one over columns, (1, M): a sum, because layouts differ between the two."""
+    return tl.sum(tl.where(diagonal, x[:, None], 0.0), axis=0)[None, :]
+
+
+@triton.jit
+def _eliminated(A, q, passive, diagonal, i, m, M: tl.constexpr):
+    """Return −A_PP⁻¹ q_P (0 elsewhere) for the passive set P, and what is left of every diagonal entry.
+
+    Eliminated downwards, then substituted backwards: A_PP = LDLᵀ, whose residual is a rounding of Σλ however nearly
+    dependent the rows are. Gauss and Jordan's elimination in both directions leaves √cond times as much, 6e-8 where two
+    rows are 1e-7 from opposite, and corrections by its inverse do not converge there.
+    """
+    j = tl.arange(0, M)[None, :]
+    T = A
+    c = q
+    waiting = i >= 0  # rows that are not yet eliminated
+    for k in range(0, m):
+        if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
+            row = tl.sum(tl.where(i[:, None] == k, T, 0.0), axis=0)
+            column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
+            pivot = tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            ck = tl.sum(tl.where(i == k, c, 0.0), axis=0)
+            waiting = waiting & (i != k)
+            factor = tl.where(waiting, column / pivot, 0.0)
+            T = T - factor[:, None] * row[None, :]
+            c = c - factor * ck
+    goal = tl.zeros([M], tl.float64)
+    for back in range(0, m):
+        k = m - 1 - back
+        if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
+            column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
+            x = tl.sum(tl.where(i == k, c, 0.0), axis=0) / tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            goal = tl.where(i == k, -x, goal)
+            c = tl.where(i < k, c - column * x, c)
+    return goal, tl.sum(tl.where(diagonal, T, 0.0), axis=1)
+
+
+def nonnegative(
+    gramian: Tensor,
+    linear: Tensor,
+    *,
+    allowed: Tensor | None = None,
+    scale: Tensor | None = None,
+    rounding: float = ROUNDING,
+) -> Tensor:
+    """Return λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb: the twin of solvers.nonnegative, same arguments and same answers.
+
+    All programs run in one launch, one to a program of 1 to 4 warps; at most 8m + 16 steps each. m ≤ 32.
+    """
+    m = _checked(gramian)
+    shape = torch.broadcast_shapes(
+        gramian.shape[:-2],
+        linear.shape[:-1],
+        () if allowed is None else allowed.shape[:-1],
+        () if scale is None else scale.shape,
+    )
+    device = gramian.device
+    sizes = torch.full((), -1.0, dtype=torch.float64, device=device) if scale is None else scale.to(torch.float64)
+    b = linear.to(torch.float64).expand(*shape, m)
+    return _solve(gramian, b, _mask(allowed, shape, m, device), sizes.expand(shape), rounding)
+
+
+def project_rows(gramian: Tensor, *, rounding: float = ROUNDING) -> Tensor:
+    """Return Λ, every gradient's projection by itself: the twin of solvers.project_rows, same answers."""
+    return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
+
+
+def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING) -> Tensor:
+    """Return the weights of Σ r_i Π(g_i): every task's gradient projected by itself, m programs with one Gramian.
+
+    Args:
+        gramian: G, (..., m, m), float64.
+        preferences: r, (m,), float64.
+        rounding: As for `nonnegative`.
+
+    Returns:
+        w, (..., m); see surgery/upgrad.py.
+    """
+    multipliers = project_rows(gramian, rounding=rounding)
+    return preferences + (preferences.unsqueeze(-1) * multipliers).sum(-2)
+
+
+def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
+    """Return α = argmin_{α ≥ 0, Σα = 1} αᵀGα: the twin of solvers.simplex, same arguments and same answers."""
+    m = _checked(gramian)
+    shape = torch.broadcast_shapes(gramian.shape[:-2], () if allowed is None else allowed.shape[:-1])
+    return _solve(gramian, None, _mask(allowed, shape, m, gramian.device), None, ROUNDING)
+
+
+def tasks_for(m: int) -> int:
+    """Return the size of the tableau that m tasks are solved in."""
+    return next(size for size in (4, 8, 16, MOST_TASKS) if m <= size)
+
+
+def warps_for(tasks: int) -> int:
+    """Return the warps of one program: as few as hold the tableau, because each step is a chain of sums over it.
+
+    32 x 32 float64 and A beside it take 192 to 236 registers in 4 warps; in 8, ptxas aims at 128 and spills on sm_90.
+    """
+    return {4: 1, 8: 1, 16: 2, MOST_TASKS: 4}[tasks]
+
+
+def registers_for(tasks: int) -> int | None:
+    """Return how many registers ptxas may use; None leaves it to it.
+
+    Left alone it stops at 128 for 16 tasks on sm_90 and sm_100, and spills 8 times; told so it takes 120 to 130.
+    """
+    return 168 if tasks == 16 else None
+
+
+def _checked(gramian: Tensor) -> int:
+    m = gramian.shape[-1]
+    if gramian.shape[-2] != m or m > MOST_TASKS:
+        raise ValueError(f"gramian {tuple(gramian.shape)}: must be (..., m, m) with m of at most {MOST_TASKS}")
+    return m
+
+
+def _mask(allowed: Tensor | None, shape: torch.Size, m: int, device: torch.device) -> Tensor:
+    if allowed is None:
+        return torch.ones(*shape, m, dtype=torch.int8, device=device)
+    return allowed.to(torch.int8).expand(*shape, m)
+
+
+def _solve(gramian: Tensor, linear: Tensor | None, mask: Tensor, sizes: Tensor | None, rounding: float) -> Tensor:
+    m, device, shape = gramian.shape[-1], gramian.device, mask.shape[:-1]
+    programs = shape.numel()
+    gramian = gramian.detach().to(torch.float64)
+    one_for_all = gramian.ndim == 2
+    one_for_a_row = gramian.ndim > 2 and gramian.shape[-3] == 1 and gramian.shape[:-3] == shape[:-1]
+    if one_for_all or one_for_a_row:
+        shared = programs // max(gramian[..., 0, 0].numel(), 1)
+    else:
+        gramian, shared = gramian.expand(*shape, m, m), 1
+    answers = torch.empty(*shape, m, dtype=torch.float64, device=device)
+    nothing = answers  # an argument that is not read
+    with guard(device):
+        cone_kernel[(programs,)](
+            gramian.contiguous(),
+            nothing if linear is None else linear.detach().contiguous(),
+            mask.contiguous(),
+            nothing if sizes is None else sizes.contiguous(),
+            torch.full((1,), rounding, dtype=torch.float64, device=device),
+            answers,
+            torch.empty(programs, dtype=torch.int32, device=device),
+            m,
+            max(shared, 1),
+            M=tasks_for(m),
+            SIMPLEX=linear is None,
+            num_warps=warps_for(tasks_for(m)),
+            maxnreg=registers_for(tasks_for(m)),
+            enable_fp_fusion=True,
+        )
+    return answers

@@ -1,0 +1,253 @@
+"""Where gradients are and how their numbers are shared out: tables of pointers and of work items, on the device.
+
+Gradients stay where autograd put them. A kernel gets one table of addresses, a row per parameter, and a table of
+items: pieces of one parameter, each the work of one program. Addresses change when memory is allocated anew, sizes do
+not; the two tables are cached apart. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.blocks import Block, flat_column
+from gradsurg.errors import MultiTaskError
+from gradsurg.linalg.kernels.dispatch import vector
+
+__all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "guard", "launches_for", "plan"]
+
+T = TypeVar("T")
+
+# Fields of an item: parameter, first element, number of elements, slot of its partial sums, block, sign.
+FIELDS = 6
+# Items are cut from a parameter in this range of sizes. The larger, the fewer partial sums (36 float64 at m = 8 beside
+# 8 rows x 65 536 float32: 0.01 % of the traffic); the smaller, the sooner all of a card is busy: the least gives
+# 1 M parameters 244 programs, and is 0.2 % of the traffic.
+CHUNK_LEAST, CHUNK_MOST = 4096, 65_536
+# From here on the largest pieces still give each of 132 processors (an H100) eight programs.
+CHUNK_TARGET_PROGRAMS = 1056
+# How many tables of each kind are kept: two a step for each of gradients and movement, and as many again for a second
+# model, before the oldest is dropped.
+KEPT = 64
+# Addresses that tables made while a CUDA graph is captured may hold, all together: 1 MiB of pinned memory, 40 graphs
+# of a model with 400 parameters and 8 tasks.
+RESERVE = 131_072
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The items of one kernel launch: all of the same dtypes and alignment."""
+
+    dtypes: tuple[torch.dtype, ...]
+    aligned: bool
+    items: Tensor  # int64 (n, FIELDS)
+
+    @property
+    def vector(self) -> int:
+        """How many elements one thread loads at once."""
+        return vector(self.dtypes, self.aligned)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables of one pass over the numbers.
+
+    Attributes:
+        pointers: Addresses, int64 (parameters, width); 0 for a tensor that is not there.
+        width: Number of addresses per parameter.
+        launches: The items, by dtypes and alignment.
+        slots: Number of items of all launches.
+        bounds: First slot of each block and the end, int64 (blocks + 1,).
+        blocks: Number of blocks.
+        keep: What the addresses point into, where that had to be copied; must outlive the launches.
+    """
+
+    pointers: Tensor
+    width: int
+    launches: tuple[Launch, ...]
+    slots: int
+    bounds: Tensor
+    blocks: int
+    keep: tuple[Block, ...]
+
+
+def plan(
+    lists: Sequence[Sequence[Tensor | None]],
+    *,
+    blocks: Sequence[int] | None = None,
+    signs: Sequence[float] | None = None,
+    roles: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Plan:
+    """Lay out one pass over parallel lists of tensors.
+
+    Args:
+        lists: `width` lists of one tensor or None per parameter, of equal shapes. Dense with equal strides or
+            contiguous: read in place. Otherwise copied.
+        blocks: Which block each parameter belongs to, ascending from 0; None is one block.
+        signs: +1 or −1 per parameter; None is +1.
+        roles: Which lists must share a dtype: roles[i] numbers the role of list i, and the key of a launch holds one
+            dtype per role. None: all lists are of one role. A list whose dtype differs from the first of its role
+            (for one parameter) is copied.
+        device: Where the tensors are; None looks for the first.
+
+    Returns:
+        The tables. A parameter without elements, or that no list has, has no items.
+    """
+    width = len(lists)
+    roles = [0] * width if roles is None else roles
+    columns, addresses, shapes = [], [], []
+    for k, column in enumerate(zip(*lists, strict=True)):
+        # A flat view may have a stride, as that of a[:, ::2] has: kernels read neighbours.
+        flat = [None if t is None else t.contiguous() for t in flat_column(column)]
+        flat = _same_dtypes(flat, roles)
+        columns.append(flat)
+        present = [t for t in flat if t is not None]
+        here = [0 if t is None else t.data_ptr() for t in flat]
+        addresses.extend(here)
+        dtypes = _dtypes(flat, roles)
+        aligned = all(address % 16 == 0 for address in here)
+        size = present[0].numel() if present else 0
+        sign = 1 if signs is None else int(signs[k])
+        shapes.append((dtypes, aligned, size, 0 if blocks is None else blocks[k], sign))
+    device = device_of(lists) if device is None else device
+    count = (1 + (blocks[-1] if blocks else 0)) if columns else 1
+    launches, slots, bounds = _cached((device, count, tuple(shapes)), device, lambda: _items(shapes, count, device))
+    pointers = _cached(
+        (device, width, tuple(addresses)), device, lambda: _upload(addresses, device).view(-1, width), fleeting=True
+    )
+    return Plan(pointers, width, launches, slots, bounds, count, tuple(columns))
+
+
+def chunk_for(total: int) -> int:
+    """Return how many elements an item holds.
+
+    A function of the number of elements alone, so that sums are the same on every card.
+    """
+    chunk = CHUNK_LEAST
+    while chunk < CHUNK_MOST and total >= 2 * chunk * CHUNK_TARGET_PROGRAMS:
+        chunk *= 2
+    return chunk
+
+
+def launches_for(sizes: Sequence[int], chunk: int) -> list[tuple[int, int, int]]:
+    """Return (parameter, first element, number of elements) of all items, in order."""
+    return [(k, first, min(chunk, size - first)) for k, size in enumerate(sizes) for first in range(0, size, chunk)]
+
+
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return the numbers as a tensor on the device, uploaded once."""
+    return _cached((device, dtype, tuple(values)), device, lambda: _upload(list(values), device, dtype))
+
+
+def device_of(lists: Sequence[Sequence[Tensor | None]]) -> torch.device:
+    """Return the device of the first tensor there is."""
+    return next((t.device for one in lists for t in one if t is not None), torch.device("cpu"))
+
+
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_tables: OrderedDict[Hashable, object] = OrderedDict()
+# Tables that a captured CUDA graph reads: it does so for as long as it lives, of which nobody tells us.
+_captured: list[object] = []
+_reserve: list[Tensor] = []
+
+
+def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting: bool = False) -> T:
+    """Return what `make` made for this key on this stream; a `fleeting` table made in a capture is valid only there."""
+    capturing = _is_capturing(device)
+    # A table is written on the current stream: work on another would not wait for it.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (key, stream)
+    found = _tables.get(key)
+    if found is not None and not (capturing and fleeting):
+        _tables.move_to_end(key)
+    elif capturing:
+        # Nothing runs in a capture: the table is filled when the graph is replayed, and not for anybody else.
+        found = make()
+    else:
+        found = _tables[key] = make()
+        if len(_tables) > KEPT:
+            _tables.popitem(last=False)
+    if capturing:
+        _captured.append(found)
+    return found  # type: ignore[return-value]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured; torch asks that of the current device alone."""
+    with guard(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _upload(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host
+    if not _reserve:
+        _reserve.append(torch.empty(RESERVE, dtype=torch.int64).pin_memory())
+    capturing = _is_capturing(device)
+    host = _from_reserve(host) if capturing else host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _from_reserve(host: Tensor) -> Tensor:
+    """Move the numbers to pinned memory that nobody writes to again: a replayed graph copies from there."""
+    left = _reserve[0]
+    size = -(-host.numel() * host.itemsize // left.itemsize)  # of other numbers: in units of an address
+    if size > left.numel():
+        raise MultiTaskError(
+            f"CUDA graphs captured so far and this one need more than {RESERVE} addresses of gradients: capture fewer "
+            "graphs, or raise gradsurg.linalg.kernels.table.RESERVE before the first step"
+        )
+    taken, _reserve[0] = left[:size], left[size:]
+    return taken.view(host.dtype)[: host.numel()].copy_(host)
+
+
+Shape = tuple[tuple[torch.dtype, ...], bool, int, int, int]
+
+
+def _items(shapes: Sequence[Shape], blocks: int, device: torch.device) -> tuple[tuple[Launch, ...], int, Tensor]:
+    pieces = launches_for([shape[2] for shape in shapes], chunk_for(sum(shape[2] for shape in shapes)))
+    items: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
+    counts = [0] * blocks
+    for slot, (k, first, count) in enumerate(pieces):
+        dtypes, aligned, _, block, sign = shapes[k]
+        items.setdefault((dtypes, aligned), []).extend((k, first, count, slot, block, sign))
+        counts[block] += 1
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    launches = tuple(
+        Launch(dtypes, aligned, _upload(values, device).view(-1, FIELDS)) for (dtypes, aligned), values in items.items()
+    )
+    return launches, len(pieces), _upload(bounds, device)
+
+
+def _dtypes(flat: Block, roles: Sequence[int]) -> tuple[torch.dtype, ...]:
+    """Return one dtype per role; a role that nobody plays here takes another's."""
+    found: dict[int, torch.dtype] = {}
+    for t, role in zip(flat, roles, strict=True):
+        if t is not None:
+            found.setdefault(role, t.dtype)
+    return tuple(found.get(role, next(iter(found.values()))) for role in range(max(roles) + 1)) if found else ()
+
+
+def _same_dtypes(flat: Block, roles: Sequence[int]) -> Block:
+    first: dict[int, torch.dtype] = {}
+    for t, role in zip(flat, roles, strict=True):
+        if t is not None and t.dtype != first.setdefault(role, t.dtype):
+            wide = torch.promote_types(t.dtype, first[role])
+            return _same_dtypes(
+                [u.to(wide) if u is not None and r == role else u for u, r in zip(flat, roles, strict=True)], roles
+            )
+    return flat

@@ -1,0 +1,1 @@
+"""What many steps did: histories, files, plots, loggers and advice."""

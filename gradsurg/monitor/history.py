@@ -1,0 +1,256 @@
+"""What many steps did: every k-th report, kept without waiting for the device until somebody reads."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsurg.gradients.param_groups import parameter_names
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
+from gradsurg.monitor.files import Packed, from_json, to_json
+from gradsurg.optimizer.report import Report
+from gradsurg.monitor.files import read_csv, write_csv
+
+__all__ = ["History"]
+
+
+class History:
+    """Records every k-th step of a wrapped optimizer, on its device, in bounded memory.
+
+    A hook on step() copies the few m x m numbers of the report; nothing waits for a GPU before `reports` or
+    `save`, but where its kernels did the step: then every step that is recorded waits for its report.
+    When the memory is used up, every second record is dropped and `every` doubled: the whole run stays in view, in
+    less detail. Task sets may change from step to step. Under several ranks each has a history of its own, and they
+    differ in nothing but the losses: recording sends nothing over the network, so one rank's is enough.
+
+    A history can be pickled and copied; the copy is not attached to the optimizer. It stops recording when it is
+    deleted, or by `close`.
+
+    Args:
+        optimizer: A wrapped optimizer, or a trainer's proxy around one; None for a history that is filled by hand.
+        every: Record steps 0, every, 2 · every …
+        megabytes: About how much to keep, at most.
+        model: Whose parameters' names the blocks get under granularity="tensor", where the optimizer knows none.
+
+    Raises:
+        TypeError: The optimizer is not wrapped.
+        ValueError: `every` is not a positive integer, or `megabytes` not a positive number.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+        >>> history = gradsurg.History(optimizer, every=2)
+        >>> for _ in range(5):
+        ...     optimizer.backward({"a": w[0] ** 2, "b": (w[0] - w[1] - 3) ** 2})
+        ...     optimizer.step()
+        >>> [report.step for report in history.reports]
+        [0, 2, 4]
+    """
+
+    def __init__(
+        self,
+        optimizer: Any = None,
+        every: int = 10,
+        *,
+        megabytes: float = 32.0,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}: pass a positive integer; 1 records every step")
+        if not megabytes > 0:
+            raise ValueError(f"megabytes={megabytes!r}: pass a positive number")
+        self.every = every
+        self.megabytes = megabytes
+        self._entries: list[tuple[int, Packed]] = []  # with a running number
+        self._recorded = 0
+        self._nbytes = 0
+        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._last: Report | None = None
+        self._optimizer: weakref.ref[MultiTaskOptimizer] | None = None
+        self._handles: list[Any] = []
+        self._names: dict[str, str] = {}
+        if optimizer is not None:
+            self._attach(find_wrapped(optimizer), model)
+
+    def _attach(self, optimizer: MultiTaskOptimizer, model: torch.nn.Module | None) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        optimizers = optimizer._gradsurg.optimizers
+        if model is not None:
+            better = {id(p): name for name, p in model.named_parameters()}
+            self._names = {old: better.get(key, old) for key, old in parameter_names(optimizers).items()}
+        owner = weakref.ref(self)
+
+        def after_step(stepped: Any, args: Any, kwargs: Any) -> None:
+            history = owner()
+            if history is not None:
+                history._after_step(stepped)
+
+        self._handles = [each.register_step_post_hook(after_step) for each in optimizers]
+
+    # -- recording --------------------------------------------------------------------------------------------------
+
+    def record(self, report: Report | None = None) -> None:
+        """Record a report now, whatever `every` says: this one, or the optimizer's last.
+
+        Args:
+            report: The report; None for the last one of the optimizer that the history is attached to.
+
+        Raises:
+            ValueError: There is no report: nothing is attached, or no step was done yet.
+        """
+        if report is None:
+            optimizer = None if self._optimizer is None else self._optimizer()
+            report = None if optimizer is None else optimizer.report
+        if report is None:
+            raise ValueError("there is no report to record: pass one, or attach an optimizer and do a step first")
+        self._last = report
+        if self._names:
+            report = replace(report, blocks=tuple(self._names.get(name, name) for name in report.blocks))
+        packed = Packed(report)
+        self._entries.append((self._recorded, packed))
+        self._recorded += 1
+        self._nbytes += packed.nbytes
+        while self._nbytes > self.megabytes * 2**20 and len(self._entries) > 1:
+            self._entries = self._entries[::2]
+            self._nbytes = sum(entry.nbytes for _, entry in self._entries)
+            self.every *= 2
+
+    def close(self) -> None:
+        """Stop recording; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _after_step(self, optimizer: MultiTaskOptimizer) -> None:
+        surgeon = optimizer._gradsurg
+        latest = surgeon.latest
+        if surgeon.stepped or latest is None or latest is self._last:
+            return  # others that share the rows have yet to step; or a step in which no surgery was done
+        if latest.step % self.every == 0:
+            self.record(surgeon.report)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def reports(self) -> list[Report]:
+        """What was recorded, oldest first, on the CPU; this waits for the device."""
+        return [entry.report() for _, entry in self._fetched(self._entries)]
+
+    def new(self, reader: Any) -> list[Report]:
+        """Return what this reader (any object; it is not called) has not got from here yet.
+
+        Raises:
+            TypeError: The reader cannot be referred to weakly, as None and numbers cannot.
+        """
+        start = self._seen.get(reader, 0)
+        self._seen[reader] = self._recorded
+        return [entry.report() for _, entry in self._fetched([e for e in self._entries if e[0] >= start])]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Report]:
+        return iter(self.reports)
+
+    def __repr__(self) -> str:
+        steps = [entry.step for _, entry in self._entries]
+        span = f", steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f", step {steps[0]}" if steps else ""
+        return f"History of {len(steps)} report{'s' * (len(steps) != 1)}{span}, every={self.every}"
+
+    @staticmethod
+    def _fetched(entries: Sequence[tuple[int, Packed]]) -> Sequence[tuple[int, Packed]]:
+        """Bring what is still on devices to the CPU, in one transfer a device."""
+        waiting: dict[torch.device, list[Packed]] = {}
+        for _, entry in entries:
+            for device in entry.devices:
+                waiting.setdefault(device, []).append(entry)
+        for device, packed in waiting.items():
+            together = torch.cat([entry.numbers[device] for entry in packed]).cpu()
+            sizes = [entry.numbers[device].numel() for entry in packed]
+            for entry, numbers in zip(packed, together.split(sizes), strict=True):
+                entry.numbers[device] = numbers.clone()
+        return entries
+
+    # -- files and copies -------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a file that `load` reads: .jsonl has everything, one report a line; .csv is a table to look at.
+
+        The table has a row for each step and task, and the per-block numbers only as their sum or mean.
+
+        Args:
+            path: The file; one that is there is overwritten.
+
+        Raises:
+            ValueError: Another ending.
+
+        Example:
+            >>> import os, tempfile, torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> history = gradsurg.History(optimizer, every=1)
+            >>> optimizer.backward({"a": w[0] ** 2, "b": (w[0] - w[1] - 3) ** 2})
+            >>> optimizer.step()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     history.save(os.path.join(folder, "run.jsonl"))
+            ...     again = gradsurg.History.load(os.path.join(folder, "run.jsonl"))
+            >>> again
+            History of 1 report, step 0, every=1
+        """
+        path = _checked(path)
+        if path.suffix == ".csv":
+            write_csv(path, self.reports)
+        else:
+            lines = (json.dumps(to_json(report), allow_nan=False, ensure_ascii=False) for report in self.reports)
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> History:
+        """Read what `save` wrote, into a history that is attached to nothing.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: Another ending, or a line that is no report; the message has its number.
+        """
+        path = _checked(path)
+        history = cls(every=1, megabytes=float("inf"))
+        for report in read_csv(path) if path.suffix == ".csv" else _read_jsonl(path):
+            history.record(report)
+        return history
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._fetched(self._entries)
+        return {**self.__dict__, "_optimizer": None, "_handles": [], "_last": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _seen=weakref.WeakKeyDictionary())
+
+
+def _read_jsonl(path: Path) -> Iterator[Report]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            yield from_json(entry)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def _checked(path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{str(path)!r}: a history is a .jsonl or a .csv file")
+    return path

@@ -1,0 +1,81 @@
+"""What the pictures show, as tensors: one column a recorded step, NaN where a task was absent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurg.optimizer.report import Report
+
+__all__ = [
+    "Reports",
+    "aligned_cosines",
+    "degrees",
+    "per_task",
+    "reports_of",
+    "several",
+    "share_in_conflict",
+    "steps_of",
+    "tasks_of",
+]
+
+Reports = Iterable[Report]
+
+
+def reports_of(history: Reports) -> list[Report]:
+    """Return the reports, or raise a TypeError where there are none to be had."""
+    given: object = history
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"a picture was asked of a {type(given).__name__}: pass a gradsurg.History(optimizer) that was there while "
+            "it trained, or a list of reports"
+        )
+    return list(history)
+
+
+def several(history: Reports) -> list[Report]:
+    """Return the reports that have several tasks over shared parameters."""
+    reports = [report for report in reports_of(history) if len(report.tasks) > 1 and not report.norms.isnan().all()]
+    if not reports:
+        raise ValueError("no recorded step has several tasks that share parameters: there is nothing to draw")
+    return reports
+
+
+def tasks_of(reports: Sequence[Report]) -> list[str]:
+    """Return the names of all tasks, in the order in which they came."""
+    return list(dict.fromkeys(name for report in reports for name in report.tasks))
+
+
+def steps_of(reports: Sequence[Report]) -> Tensor:
+    """Return the step of each report, shape (T,)."""
+    return torch.tensor([report.step for report in reports], dtype=torch.float64)
+
+
+def aligned_cosines(reports: Sequence[Report], names: Sequence[str]) -> Tensor:
+    """Return the cosines of all pairs, (T, m, m) in the order of `names`; NaN where one of the two is absent."""
+    cosines = torch.full((len(reports), len(names), len(names)), math.nan, dtype=torch.float64)
+    for k, report in enumerate(reports):
+        place = torch.tensor([names.index(name) for name in report.tasks])
+        cosines[k, place[:, None], place] = report.cosines
+    return cosines
+
+
+def share_in_conflict(cosines: Tensor) -> Tensor:
+    """Return 100 where a cosine is negative, 0 where not, NaN where it is NaN."""
+    return 100 * (cosines < 0).double().where(~cosines.isnan(), math.nan)
+
+
+def per_task(reports: Sequence[Report], names: Sequence[str], value: Callable[[Report], Tensor]) -> dict[str, Tensor]:
+    """Return task -> one value a report, shape (T,)."""
+    table = torch.full((len(names), len(reports)), math.nan, dtype=torch.float64)
+    for k, report in enumerate(reports):
+        table[[names.index(name) for name in report.tasks], k] = value(report)
+    return dict(zip(names, table, strict=True))
+
+
+def degrees(cosines: Tensor) -> Tensor:
+    """Return the angles of cosines."""
+    return cosines.clamp(-1, 1).arccos().rad2deg()

@@ -1,0 +1,90 @@
+"""What normalisers ask of losses and options, checked in one place so that every refusal reads alike."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradsurg.solvers.problem import Problem
+
+__all__ = ["check_number", "checked_values", "inverse", "losses_of", "per_block"]
+
+# What a normaliser wants to be silent still needs a direction: a row of length 0 constrains nothing, and cone or
+# guarantee would not protect its task. 1e-30 is nothing in a sum of float64 whatever the norms, and its square times
+# that of a gradient of 1e-12 is far from underflow.
+FLOOR = 1e-30
+
+
+def losses_of(problem: Problem, method: str, *, positive: bool = False) -> Tensor:
+    """Return the m losses, shape (m,), float64, finite.
+
+    Args:
+        problem: The step.
+        method: The normaliser's name, for messages.
+        positive: Refuse losses that are zero or negative.
+
+    Raises:
+        ValueError: There are none, one is not finite, or one is not positive; the message names task and value.
+    """
+    if problem.losses is None:
+        raise ValueError(
+            f"normalize={method!r} reads the values of the losses, and not all of {list(problem.tasks)} have one: hand "
+            "them in with total(losses) or backward(losses) (task() and set_gradients() carry gradients only), "
+            "with losses= in gradsurg.weights, or use normalize='norm', which needs none"
+        )
+    losses = problem.losses.detach().double().to(problem.gramian.device)
+    if losses.shape != (len(problem.tasks),):
+        raise ValueError(
+            f"losses has shape {tuple(losses.shape)}: pass one number per task, {len(problem.tasks)} of them"
+        )
+    for task, value in zip(problem.tasks, losses.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"normalize={method!r}: the loss of task {task!r} is {value!r}, and it must be finite")
+        if positive and value <= 0:
+            raise ValueError(
+                f"normalize={method!r}: the loss of task {task!r} is {value!r}, and this method needs a positive one: "
+                "add to the loss what it lacks (its lower bound), or use normalize='norm', which takes any loss"
+            )
+    return losses
+
+
+def per_block(problem: Problem, scales: Tensor) -> Tensor:
+    """Return scales of shape (m,), nonnegative, as positive ones for every block, (..., m)."""
+    scales = scales.to(problem.gramian.device)
+    return torch.maximum(scales, FLOOR * scales.max()).expand(problem.gramian.shape[:-1])
+
+
+def inverse(values: Tensor) -> Tensor:
+    """Return numbers proportional to 1 / values, the largest 1: the reciprocal of 1e-320 would overflow."""
+    return values.min() / values
+
+
+def check_number(
+    option: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise a ValueError unless above < value < below and at_least ≤ value."""
+    if isinstance(value, numbers.Real) and above < float(value) < below and float(value) >= at_least:
+        return
+    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {at_least:g}"] * (at_least > -math.inf)
+    bounds += [f"below {below:g}"] * (below < math.inf)
+    raise ValueError(f"{option}={value!r}: pass a finite number{', ' if bounds else ''}{', '.join(bounds)}")
+
+
+def checked_values(option: str, values: object, *, above: float = -math.inf) -> dict[str, float]:
+    """Return a copy of a mapping from task name to finite number, or raise a ValueError that names the task."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{option}={values!r}: pass a dict from task name to number, such as {{'depth': 0.5}}")
+    for task, value in values.items():
+        if not isinstance(task, str):
+            raise ValueError(f"{option}[{task!r}]: the keys are task names, such as {{'depth': 0.5}}")
+        check_number(f"{option}[{task!r}]", value, above=above)
+    return {task: float(value) for task, value in values.items()}

@@ -1,0 +1,1 @@
+"""Options that save backward passes: features=, refresh_every= and batched=."""

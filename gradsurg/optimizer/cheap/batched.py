@@ -1,0 +1,221 @@
+"""batched=True: one backward pass through what the tasks share, over all of their gradients at once (torch's vmap).
+
+Where a step's time goes into starting operations and not into arithmetic, m passes cost m times the starts. The heads
+run first, in one pass up to the border of what several losses reach; what crosses it is stacked, one entry a task, and
+goes through the rest in one batched pass. The rows are those of m passes up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradsurg.gradients.held import deposit
+from gradsurg.gradients.compile import in_compiled_autograd
+from gradsurg.distributed.layout import ALONE, Layout
+from gradsurg.errors import MultiTaskError, warn
+from gradsurg.gradients.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
+from gradsurg.gradients.hooks import hooked_among
+from gradsurg.gradients.losses import seed_of
+from gradsurg.gradients.rows import Row
+
+if TYPE_CHECKING:
+    from gradsurg.optimizer.engine import Surgeon
+
+__all__ = ["Batched", "run_batched"]
+
+Sent = tuple["Tensor | None", ...]
+OBSTACLES = {
+    REENTRANT: "torch.utils.checkpoint runs with use_reentrant=True (use_reentrant=False can be batched)",
+    "CompiledFunctionBackward": "compiled backward code takes one gradient at a time",
+    SINK: "the model is wrapped in DistributedDataParallel",
+}
+
+
+class Batched:
+    """Whether passes may be batched: `works` is None until the first one has been tried."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.works: bool | None = None if wanted else False
+
+    def give_up(self, reason: str) -> None:
+        """Run passes one by one from now on, and say why."""
+        if self.works is False:
+            return
+        self.works = False
+        warn(
+            f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
+            "batched= to ask for that."
+        )
+
+
+def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
+    """Fill the fresh rows of all these tasks; False where they have to run one by one, and nothing has happened.
+
+    Args:
+        surgeon: Whose rows they become.
+        losses: Name -> loss that requires grad.
+        gradient: What to scale every loss by, as autograd hands it to a scaled total.
+        keep: Keep the graph for another run.
+
+    Raises:
+        MultiTaskError: The pass failed where earlier steps' went through, so that the graph is used up.
+    """
+    state = surgeon.batched
+    if state.works is False or len(losses) < 2:
+        return False
+    parameters = surgeon.capture.held
+    seeds = [seed_of(gradient, loss) for loss in losses.values()]
+    graph = map_of(list(losses.values()))
+    obstacle = _obstacle(surgeon.traffic.layout, parameters, graph)
+    if obstacle is not None:
+        state.give_up(obstacle)
+        return False
+    tried = state.works is None
+    try:
+        # Kept the first time: where the batched pass fails, the graph is still there for passes one by one.
+        rows = _rows(list(losses.values()), seeds, graph, keep or tried)
+        if any(p.grad is not None for p in parameters):
+            raise MultiTaskError("a backward pass within the backward pass wrote to p.grad")
+    except Exception as error:
+        if not tried:
+            raise MultiTaskError(
+                f"batched=True: the pass over all tasks failed where earlier ones went through ({_first_line(error)}). "
+                "p.grad is as before. Leave out batched= to run the tasks one by one."
+            ) from error
+        for p in parameters:
+            p.grad = None
+        state.give_up(_first_line(error))
+        return False
+    state.works = True
+    ours = set(map(id, parameters))
+    for name, row in zip(losses, rows, strict=True):
+        if not ours.issuperset(row.ids()):
+            for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
+                deposit(leaf, g)
+                row.pop(leaf)
+        surgeon.capture.give(name, row)
+    return True
+
+
+def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str | None:
+    if layout is not ALONE:
+        return "the model is trained by several ranks, which exchange rows as each pass ends"
+    if hooked_among(parameters):
+        return "hooks of register_post_accumulate_grad_hook run once a task's pass"
+    if in_compiled_autograd():
+        return "compiled autograd traces passes one by one"
+    return next((OBSTACLES[kind] for kind in graph.kinds if kind in OBSTACLES), None)
+
+
+def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: bool) -> list[Row]:
+    rows, crossing = _heads(losses, seeds, graph, keep)
+    tasks = [i for i, edges in enumerate(crossing) if edges]
+    if not tasks:
+        return rows
+    edges = list(dict.fromkeys(edge for i in tasks for edge in crossing[i]))
+    stacked = [_stacked([crossing[i].get(edge) for i in tasks]) for edge in edges]
+    found = torch.autograd.grad(
+        [GradientEdge(*edge) for edge in edges],
+        graph.leaves,
+        stacked,
+        retain_graph=keep,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    gradients = [() if g is None else g.unbind(0) for g in _owned(found)]
+    entries = [frozenset(node for node, _ in crossing[i]) for i in tasks]
+    alike = len(set(entries)) == 1  # then every task reaches all of them
+    for k, i in enumerate(tasks):
+        row = Row((leaf, each[k]) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
+        if not alike:
+            reached = set(map(id, leaves_after(entries[k])))
+            row = Row(pair for pair in row.items() if id(pair[0]) in reached)
+        rows[i].update(row)
+    return rows
+
+
+def _heads(
+    losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: bool
+) -> tuple[list[Row], list[dict[Edge, Tensor]]]:
+    """Return every task's gradients of what it alone reaches, and what it sends across each edge into the rest."""
+    rows = [Row() for _ in losses]
+    crossing: list[dict[Edge, Tensor]] = [{} for _ in losses]
+    parts: list[tuple[int, Edge, list[Tensor]]] = []
+    hooks = []
+    for border in graph.borders:
+        slots: dict[int, list[Tensor]] = {k: [] for k in border.edges}
+        # Read off before the hooks of the tensor at the border: these run in the batched pass, once, as they should.
+        hooks.append(border.node.register_hook(_reading(slots)))
+        for k, slot in slots.items():
+            node, output = border.node.next_functions[k]
+            assert node is not None
+            parts.append((border.task, (node, output), slot))
+    edges = list(dict.fromkeys(edge for _, edge, _ in parts))
+    if graph.nested:  # what torch runs to reach one border would lead on through another
+        hooks += [blocking(edge) for edge in edges if leaf_of(edge[0]) is None]
+        keep = True
+    alone = [i for i, (node, _) in enumerate(graph.roots) if node not in graph.common]
+    own = [(i, node) for i in alone for node in graph.own[i]]
+    inputs = [*((node, 0) for _, node in own), *edges]
+    try:
+        found: Sequence[Tensor | None] = ()
+        if inputs:
+            found = torch.autograd.grad(
+                [losses[i] for i in alone],
+                [GradientEdge(*edge) for edge in inputs],
+                [seeds[i] for i in alone],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (i, node), g in zip(own, found, strict=False):
+        leaf = leaf_of(node)
+        if g is not None and leaf is not None:
+            rows[i][leaf] = g.clone()  # may be expanded, or one tensor for several leaves
+    for i, root in enumerate(graph.roots):
+        if i not in alone:
+            crossing[i][root] = seeds[i]
+    for i, edge, slot in parts:
+        for g in slot:
+            have = crossing[i].get(edge)
+            crossing[i][edge] = g if have is None else have + g
+    return rows, crossing
+
+
+def _reading(slots: Mapping[int, list[Tensor]]) -> Callable[[Sent, Sent], None]:
+    """Return a hook that keeps what a node sends along some of its edges."""
+
+    def read(sent: Sent, _: Sent) -> None:
+        for k, slot in slots.items():
+            g = sent[k]
+            if g is not None:
+                slot.append(g)
+
+    return read
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
+    """Return one entry a task; zeros for those that send nothing along this edge."""
+    some = next(part for part in parts if part is not None)
+    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
+
+
+def _owned(found: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Yield what rows may add to in place: what comes back may be expanded, or one tensor for several leaves."""
+    seen: set[int] = set()
+    for g in found:
+        if g is not None:
+            g = g.clone() if g.data_ptr() in seen else g.contiguous()
+            seen.add(g.data_ptr())
+        yield g
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,250 @@
+"""features=: surgery on the losses' gradients with respect to a shared representation, one backward pass before it.
+
+For h = f(x; θ), ‖Σ w_i ∂L_i/∂θ‖ ≤ ‖∂h/∂θ‖ · ‖Σ w_i ∂L_i/∂h‖: weights found on ∂L_i/∂h bound what happens in θ, and do
+not decide it. What the surgery promises of u then holds for the features: a small move of h along Σ w_i ∂L_i/∂h hurts
+no task. The guarantee on the update would need every task's gradient with respect to θ, which is what is saved here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurg.gradients.held import Aside
+from gradsurg.distributed.averaging import Averaged
+from gradsurg.gradients.compile import Watch, advise, anything_compiled
+from gradsurg.distributed.layout import Layout
+from gradsurg.distributed.collectives import RanksError, fingerprint
+from gradsurg.gradients.total import Finish, at_once
+from gradsurg.errors import MultiTaskError, warn
+from gradsurg.gradients.graph import blocking, edge_of, leaves_past
+from gradsurg.gradients.losses import seed_of
+from gradsurg.optimizer.report import settled
+from gradsurg.optimizer.inputs import Patient
+from gradsurg.optimizer.direction import operate
+from gradsurg.optimizer.report import Report
+from gradsurg.gradients.rows import Row, TaskRows, added
+from gradsurg.optimizer.options import Settings
+
+if TYPE_CHECKING:
+    from gradsurg.optimizer.engine import Surgeon
+
+__all__ = ["check_features", "run_on_features"]
+
+
+def check_features(features: Tensor | Sequence[Tensor], settings: Settings) -> list[Tensor]:
+    """Return the features as a list, or raise a ValueError that says which of them cannot be used and why."""
+    if settings.refresh_every > 1 or settings.rotate is not None:
+        option = "rotate" if settings.refresh_every == 1 else "refresh_every"
+        raise ValueError(f"features= and wrap(..., {option}=...) both save backward passes: choose one")
+    if settings.granularity != "model":
+        raise ValueError(f"features= needs granularity='model', and it is {settings.granularity!r}")
+    if settings.pipeline.surgery.measures_excess:
+        raise ValueError(
+            f"features= are new tensors in every step, and surgery={settings.pipeline.surgery!r} remembers numbers of "
+            "each parameter: use curvature='task'"
+        )
+    given: object = [features] if isinstance(features, Tensor) else features
+    if not isinstance(given, Sequence) or not given or not all(isinstance(h, Tensor) for h in given):
+        raise ValueError(f"features={features!r}: pass the tensor that the heads read, or a list of such tensors")
+    for i, h in enumerate(given):
+        if h.grad_fn is None:
+            what = "a leaf" if h.requires_grad else "detached"
+            raise ValueError(
+                f"features[{i}] is {what}: pass the very tensor that the shared part of the model returned and the "
+                "heads read, with its graph"
+            )
+        if h._backward_hooks:
+            raise ValueError(
+                f"features[{i}] has a gradient hook, which would act twice, once on every task's gradient and once on "
+                "the sum: register it on what the heads make of the features"
+            )
+        if any(h is other for other in given[:i]):
+            raise ValueError(f"features has the same tensor twice, at {i}: pass each once")
+    return list(given)
+
+
+def run_on_features(
+    surgeon: Surgeon,
+    losses: Mapping[str, Tensor | None],
+    features: list[Tensor],
+    plain: Tensor | None = None,
+    gradient: Tensor | None = None,
+    retain_graph: bool = False,
+    finish: Finish | None = None,
+) -> None:
+    """Run the heads' backward passes, surgery on the features, one pass before them; add the result to p.grad.
+
+    On any error p.grad is as before. Micro-batches have features of their own, so each has its own surgery, and the
+    results add up in p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
+    """
+    surgeon.settle()
+    surgeon.introduce(losses)
+    _warn_of_update(surgeon)
+    settings, layout = _settings(surgeon.settings, features), surgeon.traffic.layout
+    spread = layout.of_features()
+    known = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
+    present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
+    with Averaged(surgeon.parameters(), layout) as averaged:
+        aside = averaged.aside
+        with _on_all_ranks(layout, known) as done:
+            watch = Watch(present.values() if plain is None else [*present.values(), plain])
+            if plain is not None and plain.requires_grad:
+                with advise():
+                    torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+                watch.check(plain, "plain=")
+            penalty = aside.lift()
+            rows, own = _heads(surgeon, present, features, aside, gradient, watch)
+            done.extend(rows)
+        averaged.begin()
+        known = layout.mean_losses(known)
+        surgeon.screen(rows, own)
+        outcome = operate(
+            Patient(
+                rows=rows,
+                parameters=features,
+                groups=[features],
+                losses=known,
+                settings=settings,
+                step=surgeon.memory.step,
+                state=surgeon.memory.state,
+                skipped=surgeon.skipped,
+                layout=spread,
+            )
+        )
+        reached = list(outcome.gradients.items())
+        if reached:
+            torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=retain_graph)
+        report = settled(outcome.report)
+        result = _joined(aside.lift(), own, rows, _weights(report, settings))
+        averaged.add(penalty, result)
+
+    def end() -> None:
+        averaged.complete()
+        surgeon.memory.learn(report.tasks if layout.several else ())
+        surgeon.record(replace(report, level="features"), outcome.state)
+
+    (finish or at_once)(end, averaged.drop)
+
+
+@contextmanager
+def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
+    """Let ranks compare, at the end of the block, what they put into the list; where one raised, all do."""
+    done: list[str] = []
+    try:
+        yield done
+    except Exception:
+        layout.agree(0)
+        raise
+    if not layout.agree(fingerprint([*losses, "rows", *done])):
+        raise RanksError(
+            "with features=, every rank needs the same tasks in the same order, and each has to reach the features: a "
+            "rank has other tasks in this step, or raised (see its own error). Parameters, p.grad and optimizer state "
+            "are as before."
+        )
+
+
+def _settings(settings: Settings, features: list[Tensor]) -> Settings:
+    """Return the settings of the operation on the features: what is promised of the update is held of u here."""
+    guarantee = "gradient" if settings.guarantee == "update" else settings.guarantee
+    pipeline = replace(settings.pipeline, guarantee=guarantee)
+    return replace(settings, pipeline=pipeline, guarantee=guarantee, shared=tuple(features))
+
+
+def _heads(
+    surgeon: Surgeon,
+    losses: Mapping[str, Tensor],
+    features: list[Tensor],
+    aside: Aside,
+    gradient: Tensor | None,
+    watch: Watch,
+) -> tuple[TaskRows, TaskRows]:
+    """Return every task's gradient with respect to the features, and to the leaves that it reaches past them."""
+    rows, own = TaskRows(surgeon.settings.row_dtype), TaskRows()
+    edges = [edge_of(h) for h in features]
+    # Leaves before the features may also be reached past them, and one feature may be made from another: what a task
+    # wants of these is then only what does not pass a feature on the way.
+    blocks = [blocking(edge) for edge in edges]
+    try:
+        for name, loss in losses.items():
+            leaves = leaves_past(loss, edges)
+            # Not backward(inputs=...): that runs the node of a feature too, which may be a whole compiled trunk.
+            with advise():
+                found = _gradients(name, loss, [*features, *leaves], seed_of(gradient, loss))
+            watch.check(loss, repr(name))
+            rows.add(name, Row((h, g) for h, g in zip(features, found, strict=False) if g is not None))
+            past = aside.sorted(zip(leaves, found[len(features) :], strict=True))
+            if anything_compiled():
+                surgeon.capture.reach.sift(name, past)
+            own.add(name, past)
+    finally:
+        for block in blocks:
+            block.remove()
+    for name in [name for name in rows if not len(rows[name])]:
+        rows.drop(name)
+    if not len(rows):
+        raise ValueError(
+            f"none of the losses {list(losses)} depends on the features: pass the very tensor that the heads read, as "
+            "the forward pass made it (not a copy, and not changed in place since)"
+        )
+    return rows, own
+
+
+def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, inputs, seed, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise MultiTaskError(
+            f"the head of {name!r} uses torch.utils.checkpoint with use_reentrant=True, which cannot be run up to the "
+            "features alone: checkpoint it with use_reentrant=False"
+        ) from error
+
+
+def _weights(report: Report, settings: Settings) -> dict[str, float]:
+    if len(report.tasks) == 1:
+        return {name: settings.preferences.get(name, 1.0) for name in report.tasks}
+    weights: list[float] = report.weights[0].tolist()
+    return dict(zip(report.tasks, weights, strict=True))
+
+
+def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, float]) -> Row:
+    """Add what tasks reached past the features: weighted where others reach it too, plain where only one does."""
+    result = Row(trunk.items())
+    alone = len(own) == 1  # as everywhere: a task by itself gets its preference on all that it reaches
+    holders = Counter(id(p) for name in own for p, _ in own[name].items())
+    for name in own:
+        for p, g in own[name].items():
+            common = p in trunk or holders[id(p)] > 1
+            if common and name not in rows:
+                raise ValueError(
+                    f"losses[{name!r}] depends on none of the features, yet reaches parameters that other tasks reach: "
+                    "add the tensor that it reads to features=, or pass this loss as plain="
+                )
+            weight = weights[name] if common or (alone and name in weights) else 1.0
+            if weight != weight:
+                raise ValueError(
+                    f"losses[{name!r}] reaches parameters past the features that other tasks reach too, and this "
+                    "surgery decides number by number, so there is no weight for them: use surgery='cone', or list "
+                    "features that all tasks pass"
+                )
+            part = g if weight == 1 else g * weight
+            result[p] = added(result[p], part) if p in result else part
+    return result
+
+
+def _warn_of_update(surgeon: Surgeon) -> None:
+    if surgeon.settings.guarantee != "update" or "guarantee" not in surgeon.settings.asked or surgeon.told_of_features:
+        return
+    surgeon.told_of_features = True
+    warn(
+        "guarantee='update' was asked for, and a step with features= cannot hold the update to it: that takes each "
+        "task's gradient of every parameter. It is held of the direction in the features instead; the report says so."
+    )

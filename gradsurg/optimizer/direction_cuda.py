@@ -1,0 +1,96 @@
+"""The operation on a device: Gramian, program and combination launched one after the other, nothing read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.kernels.table import constant
+from gradsurg.optimizer.recording import later
+from gradsurg.linalg.blocks import Rows
+from gradsurg.guarantee.update_cuda import ROUNDING, OnboardJudgement
+from gradsurg.guarantee.movement import catch_up, stream_of
+from gradsurg.optimizer.inputs import Outcome, Patient, plain_sum, problem_of
+from gradsurg.surgery.pipeline import Direction
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.gradients.rows import Row
+from gradsurg.solvers.problem import Solvers
+
+__all__ = ["operate_onboard"]
+
+
+def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
+    """Turn the rows of shared parameters into gradients, on the device that they are on.
+
+    Nothing is read back, so nothing waits, unless the method finds its weights on the host (Surgery.waits).
+    """
+    from gradsurg.linalg.kernels.combine import combine
+    from gradsurg.linalg.kernels.gramian import gramian
+
+    pipeline = patient.settings.pipeline
+    parameters = [p for block in blocks for p in block]
+    where = [b for b, block in enumerate(blocks) for _ in block]
+    table: Rows = patient.rows.table(parameters)
+    G = gramian(table, blocks=where)
+    finite = torch.isfinite(G).all()
+    state: State | None
+    if pipeline.waits(len(table)):
+        problem, direction, healthy = _on_the_host(patient, G)
+        weights, state = direction.weights.to(G.device), direction.state if healthy else None
+    else:
+        problem = _problem(patient, G)
+        direction = pipeline.direction(problem, patient.state, ROUNDING)
+        # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
+        weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
+    gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
+    combine(table, weights, gradients, blocks=where)
+    protected = pipeline.protected(replace(problem, gramian=G))
+    return Outcome(
+        gradients=Row(zip(parameters, gradients, strict=True)),
+        report=later(patient, blocks, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))),
+        judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
+        state=state,
+    )
+
+
+def _problem(patient: Patient, G: Tensor) -> Problem:
+    """Return the problem on the device; methods that do not wait ask for neither losses nor random numbers."""
+    from gradsurg.linalg.kernels import cone
+
+    tasks = tuple(patient.rows)
+    return Problem(
+        gramian=G,
+        preferences=constant([patient.settings.preferences.get(name, 1.0) for name in tasks], G.device),
+        tasks=tasks,
+        solvers=Solvers(cone.nonnegative, cone.simplex, cone.project_rows),
+    )
+
+
+def _on_the_host(patient: Patient, G: Tensor) -> tuple[Problem, Direction, bool]:
+    problem = problem_of(patient, G.cpu())
+    if not bool(torch.isfinite(problem.gramian).all()):
+        return problem, plain_sum(problem), False
+    return problem, patient.settings.pipeline.direction(problem, patient.state, ROUNDING), True
+
+
+def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
+    return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
+
+
+def _fetched(stream: torch.cuda.Stream | None, problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
+    """Return both on the host, for which this waits; they were made on a stream."""
+    catch_up(stream)
+    problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
+    if not bool(torch.isfinite(problem.gramian).all()):
+        return problem, plain_sum(problem)
+    return problem, replace(
+        direction,
+        weights=direction.weights.cpu(),
+        scales=direction.scales.cpu(),
+        stationary=direction.stationary.cpu(),
+        margin_kept=None if direction.margin_kept is None else direction.margin_kept.cpu(),
+    )

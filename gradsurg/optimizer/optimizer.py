@@ -1,0 +1,295 @@
+"""MultiTaskOptimizer: the ways in which task losses, or their gradients, reach a wrapped optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurg.distributed.detect import several_ranks
+from gradsurg.gradients.total import Total, at_end_of_backward
+from gradsurg.optimizer.cheap.features import check_features
+from gradsurg.optimizer.backward import bring, entering, receive
+from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
+from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
+from gradsurg.optimizer.report import Report
+from gradsurg.optimizer.engine import Surgeon
+
+__all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
+
+
+class MultiTaskOptimizer(Optimizer):
+    """What `wrap` makes of an optimizer: itself, with four more ways for gradients to come in.
+
+    Never built directly. The wrapped object stays an instance of its own class, with its state, parameter groups and
+    hooks; what is added is listed here.
+    """
+
+    _gradsurg: Surgeon
+
+    def total(
+        self, losses: Losses, *, plain: Tensor | None = None, features: Tensor | Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Return the preference-weighted sum Σ r_i L_i, a scalar whose backward() does the surgery.
+
+        Each task's backward pass runs when backward() reaches this node; the surgery runs when all of that backward
+        pass is done, so `(total + penalty).backward()` adds the penalty's gradient untouched.
+
+        Args:
+            losses: Task name -> scalar loss, or a sequence of losses. None, or a loss that does not require grad, is
+                a task absent from this step.
+            plain: A loss that takes no part in surgery, such as a penalty: its gradient is added as it is.
+            features: The tensor, or tensors, that the shared part of the model returned and the heads read. Surgery
+                is then done on ∂L_i/∂features, and one backward pass runs through what lies before them: the cost of
+                a plain step. What is promised holds for the features, not for the parameters; see docs/cheap-modes.md.
+
+        Returns:
+            A scalar on the first loss's device, float32 at least. Under no_grad, a plain number.
+
+        Raises:
+            ValueError: No task at all (under DDP: on no rank); a loss that is not a real scalar; a name that is not
+                declared; features that the losses do not depend on, or that are no result of the model.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> optimizer.total({"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
+            >>> optimizer.step()
+        """
+        surgeon = self._gradsurg
+        others = several_ranks()  # this one may have no task in a step, and takes part in what the others have
+        parsed = parse_losses(losses, surgeon.settings.tasks, empty=others)
+        plain = None if plain is None else check_scalar("plain", plain)
+        value = value_of(parsed, surgeon.settings.preferences, plain, lambda: surgeon.parameters()[0].device)
+        trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
+        if not torch.is_grad_enabled() or not (trainable or others):
+            return value.clone()
+        given = None if features is None else check_features(features, surgeon.settings)
+        surgeon.introduce(parsed)
+        surgeon.lay_out()
+        surgeon.unrun += 1
+        # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
+        anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
+        run = functools.partial(_run_nested, surgeon, parsed, plain, given)
+        return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
+
+    def backward(
+        self,
+        losses: Losses | Computations,
+        *,
+        plain: Tensor | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """Do what total(losses).backward() does, without nesting one backward pass in another.
+
+        The reference form, and the safe choice with several devices or side streams. It also takes functions instead
+        of losses: each is called just before its backward pass, so that only one task's graph exists at a time. A
+        function that returns None is a task absent from this step.
+
+        Args:
+            losses: As for `total`; any of them may be a function of no arguments that computes the loss.
+            plain: As for `total`.
+            features: As for `total`.
+            retain_graph: Keep the graph of the losses for another backward pass.
+
+        Raises:
+            ValueError: As for `total`; also where no loss requires grad.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+            >>> parameters = [*trunk.parameters(), *heads.parameters()]
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD(parameters, lr=0.1))
+            >>> x = torch.ones(5, 3)
+            >>> def loss(task):
+            ...     return (heads(torch.tanh(trunk(x)))[:, task] - task).square().mean()
+            >>> optimizer.backward({"zero": lambda: loss(0), "one": lambda: loss(1)})
+            >>> optimizer.step()
+        """
+        surgeon = self._gradsurg
+        functions = features is None and surgeon.settings.refresh_every == 1
+        others = several_ranks()
+        parsed = parse_losses(losses, surgeon.settings.tasks, functions=functions, empty=others)
+        plain = None if plain is None else check_scalar("plain", plain)
+        given = None if features is None else check_features(features, surgeon.settings)
+        trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
+        if not others and not any(trainable):
+            raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
+        bring(surgeon, parsed, plain, given, retain_graph=retain_graph)
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[None]:
+        """Send ordinary backward calls, any number, to one task's row.
+
+        For separate loaders, alternating tasks, or code that calls backward itself. Surgery is redone at each exit,
+        so that p.grad is final before unscaling and clipping; with `tasks=[...]` declared in wrap it is done once,
+        at the exit of the last of them. Where the block raises, nothing of it is kept.
+
+        Args:
+            name: The task.
+
+        Raises:
+            ValueError: The name is not among the declared tasks.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> for name, loss in {"a": w.sum(), "b": (2 * w[0] - w[1])}.items():
+            ...     with optimizer.task(name):
+            ...         loss.backward()
+            >>> optimizer.step()
+        """
+        surgeon = self._gradsurg
+        with entering(surgeon, name):
+            yield
+
+    def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Use gradients that were computed elsewhere as one step's rows.
+
+        Args:
+            gradients: Task name -> one tensor or None per shared parameter: those given as `shared=` to wrap, in that
+                order, else all parameters of the optimizer that require grad, in the order of its groups. The tensors
+                are copied.
+
+        Raises:
+            ValueError: A wrong number of tensors, or a wrong shape or dtype; the message names task and position.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=1.0), normalize="none")
+            >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 1.0])
+            >>> optimizer.set_gradients({"a": [a], "b": [b]})
+            >>> w.grad.tolist()
+            [0.0, 1.0]
+        """
+        receive(self._gradsurg, gradients)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Only gather rows inside this block; surgery waits for a backward outside of it, or for step().
+
+        Without it every micro-batch redoes the surgery on the rows accumulated so far, which is never wrong but costs
+        its time again.
+
+        Raises:
+            MultiTaskError: At the end of the next backward pass, or at step(), where p.grad was changed meanwhile.
+
+        Example:
+            >>> import torch, gradsurg
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), normalize="none")
+            >>> def losses():
+            ...     return {"a": w[0] ** 2, "b": (w[1] - 3) ** 2}
+            >>> with optimizer.accumulate():
+            ...     (optimizer.total(losses()) / 2).backward()
+            >>> (optimizer.total(losses()) / 2).backward()
+            >>> w.grad.tolist()
+            [2.0, -4.0]
+        """
+        surgeon = self._gradsurg
+        surgeon.deferring += 1
+        try:
+            yield
+        finally:
+            surgeon.deferring -= 1
+
+    @property
+    def report(self) -> Report | None:
+        """What the last surgery and step did, a Report; None before the first.
+
+        Reading it waits for the device where a step on CUDA left it there.
+        """
+        return self._gradsurg.report
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients and rows alike; see torch.optim.Optimizer.zero_grad."""
+        if not self._gradsurg.stepped:  # else other optimizers have yet to step, and be judged by the same rows
+            self._gradsurg.forget()
+        super().zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
+        return sealed(super().state_dict(), **self._gradsurg.rotation.packed(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
+        super().load_state_dict(self._gradsurg.rotation.unpack_from(self, unsealed(state_dict), KEY))
+
+
+def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:
+    """Call optimizer.total(losses, ...), seeing through the proxies that trainers put around an optimizer.
+
+    Args:
+        optimizer: A wrapped optimizer, or what Accelerate, Lightning and the like made of it.
+        losses: As for `MultiTaskOptimizer.total`.
+        **options: As for `MultiTaskOptimizer.total`.
+
+    Raises:
+        TypeError: There is no wrapped optimizer behind it.
+        ValueError: As for `MultiTaskOptimizer.total`.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> class Proxy:
+        ...     def __init__(self, optimizer):
+        ...         self.optimizer = optimizer
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> proxy = Proxy(gradsurg.wrap(torch.optim.SGD([w], lr=0.1)))
+        >>> gradsurg.total(proxy, {"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
+        >>> gradsurg.report(proxy).tasks
+        ('a', 'b')
+    """
+    return find_wrapped(optimizer).total(losses, **options)
+
+
+def backward(optimizer: Any, losses: Losses | Computations, **options: Any) -> None:
+    """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer.
+
+    Arguments, errors and example are those of `gradsurg.total`, but for the `.backward()` that it does itself.
+    """
+    find_wrapped(optimizer).backward(losses, **options)
+
+
+def report(optimizer: Any) -> Report | None:
+    """Return optimizer.report, seeing through the proxies that trainers put around an optimizer.
+
+    Raises:
+        TypeError: There is no wrapped optimizer behind it.
+
+    Example: see `gradsurg.total`.
+    """
+    return find_wrapped(optimizer).report
+
+
+def _run_nested(
+    surgeon: Surgeon,
+    losses: dict[str, Tensor | None],
+    plain: Tensor | None,
+    features: list[Tensor] | None,
+    gradient: Tensor,
+    keep: bool,
+) -> None:
+    bring(surgeon, losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
+
+
+def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:
+    """Follow `.optimizer` and `._optimizer` to the wrapped optimizer (Accelerate, Lightning)."""
+    seen: list[Any] = []
+    while optimizer is not None and optimizer not in seen:
+        if isinstance(optimizer, MultiTaskOptimizer):
+            return optimizer
+        seen.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+    raise TypeError(
+        f"{type(seen[0]).__name__ if seen else None} is not a wrapped optimizer, nor a proxy around one: call "
+        "gradsurg.wrap(optimizer) before handing it to the trainer"
+    )

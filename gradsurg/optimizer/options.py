@@ -1,0 +1,248 @@
+"""The options of wrap(), and the checking of them, all in one place."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradsurg.errors import choose
+from gradsurg.linalg.kernels import dispatch
+from gradsurg.surgery.margin import named, parse_margin
+from gradsurg.normalize import Normalizer, resolve_normalizer
+from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
+from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
+from gradsurg.surgery import Surgery, resolve_surgery
+from gradsurg.surgery.base import ElementwiseSurgery
+
+__all__ = ["Settings", "settings_from"]
+
+GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
+NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of wrap(), checked."""
+
+    pipeline: Pipeline
+    guarantee: str = "update"
+    preferences: Mapping[str, float] = field(default_factory=dict)
+    granularity: str = "model"
+    tasks: tuple[str, ...] | None = None
+    shared: tuple[Tensor, ...] | None = None
+    row_dtype: torch.dtype | None = None
+    nonfinite: str = "propagate"
+    atomic: bool = False
+    backend: str = "auto"
+    seed: int = 0
+    refresh_every: int = 1
+    rotate: int | None = None
+    batched: bool = False
+    asked: frozenset[str] = frozenset()  # the options that were given, as against left at their defaults
+
+
+def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
+    """Return checked settings; a wrong option's name or value is an error that lists the valid ones."""
+    valid = {name: name for name in inspect.signature(_settings).parameters if name != "optimizers"}
+    listed = {**valid, "model": "model"}  # which wrap() takes out before
+    for name in options:
+        if name not in valid:
+            try:
+                choose("option", name, listed)
+            except ValueError as error:
+                raise TypeError(f"wrap() has no option {name!r}. {error}") from None
+    return replace(_settings(optimizers, **options), asked=frozenset(options))
+
+
+def _settings(
+    optimizers: Sequence[Optimizer],
+    *,
+    normalize: str | Normalizer = "norm",
+    surgery: str | Surgery = "cone",
+    primary: str | Sequence[Any] | None = None,
+    auxiliary: str = "protect",
+    preferences: Mapping[str, float] | None = None,
+    guarantee: str = "update",
+    margin: float | Mapping[str, float] = 0.0,
+    granularity: str = "model",
+    tasks: Sequence[str] | None = None,
+    shared: nn.Module | Iterable[Tensor] | None = None,
+    row_dtype: torch.dtype | None = None,
+    nonfinite: str = "propagate",
+    atomic: bool = False,
+    backend: str = "auto",
+    seed: int = 0,
+    refresh_every: int = 1,
+    rotate: int | None = None,
+    batched: bool = False,
+) -> Settings:
+    guarantee = choose("guarantee", guarantee, GUARANTEES)
+    names = _names(tasks)
+    levels = parse_levels(_primary(primary))
+    checked = _preferences(preferences)
+    margins = parse_margin(margin)
+    if margins and guarantee == "none":
+        raise ValueError(f"margin={margin!r} is part of a guarantee: use guarantee='update' or 'gradient' with it")
+    if names is not None:
+        check_names(levels, names)
+        check_names((tuple(checked),), names, "preferences")
+        check_names((tuple(named(margins)),), names, "margin")
+    if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
+        raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
+    for option, flag in (("atomic", atomic), ("batched", batched)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{option}={flag!r}: pass True or False")
+    settings = Settings(
+        pipeline=Pipeline(
+            normalizer=resolve_normalizer(normalize),
+            surgery=resolve_surgery(surgery),
+            levels=levels,
+            auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+            guarantee=guarantee,
+            margin=margins,
+        ),
+        guarantee=guarantee,
+        preferences=checked,
+        granularity=choose("granularity", granularity, GRANULARITIES),
+        tasks=names,
+        shared=_shared(shared, optimizers),
+        row_dtype=row_dtype,
+        nonfinite=choose("nonfinite", nonfinite, NONFINITE),
+        atomic=atomic,
+        backend=_backend(backend, resolve_surgery(surgery), bool(margins), optimizers),
+        seed=_seed(seed),
+        refresh_every=_count("refresh_every", refresh_every),
+        rotate=None if rotate is None else _count("rotate", rotate),
+        batched=batched,
+    )
+    _check_cheap(settings)
+    return settings
+
+
+def _check_cheap(settings: Settings) -> None:
+    """Refuse what a mode that saves backward passes cannot do."""
+    if settings.refresh_every == 1:
+        return
+    if settings.rotate is not None:
+        raise ValueError("refresh_every and rotate both save backward passes, each in its own way: choose one")
+    if settings.granularity != "model":
+        raise ValueError(
+            f"refresh_every={settings.refresh_every} needs granularity='model', and it is {settings.granularity!r}: "
+            "one backward pass of a weighted sum has one weight per task"
+        )
+    if isinstance(settings.pipeline.surgery, ElementwiseSurgery):
+        raise ValueError(
+            f"refresh_every={settings.refresh_every} reuses weights, and this surgery has none: it decides number by "
+            "number. Use one that weighs, such as surgery='cone'."
+        )
+
+
+def _count(argument: str, value: int) -> int:
+    try:
+        whole = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"{argument}={value!r}: pass a whole number of at least 1")
+    return whole
+
+
+def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
+    if tasks is None:
+        return None
+    if isinstance(tasks, str) or not _is_filled(tasks) or not all(isinstance(name, str) for name in tasks):
+        raise ValueError(f"tasks={tasks!r}: pass the names as a list of strings, such as ['segment', 'depth']")
+    if isinstance(tasks, (set, frozenset)):  # names a list of losses, in another order in every process
+        raise ValueError(f"tasks={tasks!r} is a set, which has no order: pass a list")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
+    return tuple(tasks)
+
+
+def _primary(primary: str | Sequence[Any] | None) -> str | Sequence[Any] | None:
+    if primary is None or isinstance(primary, str):
+        return primary
+    members = primary if isinstance(primary, (list, tuple)) else [None]
+    flat = [name for item in members for name in (item if isinstance(item, (list, tuple)) else [item])]
+    if not all(isinstance(name, str) for name in flat):
+        raise ValueError(
+            f"primary={primary!r}: pass a task's name, or levels of names such as [['main'], ['aux1', 'aux2'], ['reg']]"
+        )
+    return primary
+
+
+def _preferences(preferences: Mapping[str, float] | None) -> dict[str, float]:
+    given: Mapping[Any, Any] = preferences if isinstance(preferences, Mapping) else {}
+    for name, number in given.items():
+        if not isinstance(name, str):
+            raise ValueError(f"preferences[{name!r}]: the keys are task names, such as {{'depth': 0.5}}")
+        if not isinstance(number, numbers.Real):
+            raise ValueError(f"preferences[{name!r}]={number!r}: pass a number")
+    return check_mapping("preferences", preferences)
+
+
+def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[Optimizer]) -> str:
+    """Return the backend; one that is asked for by name and cannot run is an error now, not in the first step."""
+    backend = choose("backend", backend, dispatch.BACKENDS)
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for device in {p.device for p in held}:
+        dispatch.path(backend, device)
+    if backend == "triton" and isinstance(surgery, ElementwiseSurgery):
+        raise ValueError(
+            f"backend='triton' cannot run: surgery={surgery.name!r} decides number by number, for which there is no "
+            "kernel. Use backend='auto' to fall back to torch."
+        )
+    if backend == "triton" and surgery.measures_excess:
+        raise ValueError(
+            f"backend='triton' cannot run: surgery={surgery!r} measures the rows, for which there is no kernel. Use "
+            "backend='auto' to fall back to torch."
+        )
+    if backend == "triton" and margin:
+        raise ValueError(
+            "backend='triton' cannot run: margin= is kept on the host so far. Use backend='auto' to fall back to torch."
+        )
+    return backend
+
+
+def _seed(seed: int) -> int:
+    try:
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise ValueError(f"seed={seed!r}: pass a nonnegative integer")
+    return whole
+
+
+def _is_filled(value: object) -> bool:
+    return isinstance(value, Iterable) and isinstance(value, Sized) and len(value) > 0
+
+
+def _shared(shared: nn.Module | Iterable[Tensor] | None, optimizers: Sequence[Optimizer]) -> tuple[Tensor, ...] | None:
+    if shared is None:
+        return None
+    if isinstance(shared, Tensor):
+        raise ValueError("shared is one tensor: pass a list of parameters, or a module such as model.encoder")
+    if not isinstance(shared, (nn.Module, Iterable)):
+        raise ValueError(f"shared={shared!r}: pass a list of parameters, or a module such as model.encoder")
+    parameters = tuple(shared.parameters() if isinstance(shared, nn.Module) else shared)
+    if not parameters:
+        raise ValueError("shared is empty (a used-up generator?): pass model.encoder, or leave it out to have it found")
+    if not all(isinstance(p, Tensor) for p in parameters):
+        raise ValueError("shared must hold parameters: pass model.encoder, or model.encoder.parameters()")
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    strangers = sum(p not in held for p in parameters)
+    if strangers:
+        raise ValueError(
+            f"shared has {strangers} of {len(parameters)} parameters that the optimizer does not train: pass only "
+            "parameters of its groups"
+        )
+    return parameters

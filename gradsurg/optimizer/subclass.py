@@ -1,0 +1,170 @@
+"""The class of a wrapped optimizer: a subclass of the one it had, made once per class; its step, copies and pickles."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurg.gradients.compile import outside_compilation
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer
+from gradsurg.optimizer.step import after_step, before_step, take_back, watch
+from gradsurg.optimizer.engine import Surgeon
+
+__all__ = ["extend", "inner_class", "patch_for_scheduler", "restore_class", "scheduler_patch"]
+
+_EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
+STATE = "_gradsurg"  # the attribute that holds the Surgeon
+UNTRACED = ("total", "backward", "task", "set_gradients", "zero_grad")  # besides step
+
+
+def _extended_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
+    """Return the class that `wrap` gives an optimizer; the same one for the same class, always."""
+    if inner not in _EXTENDED:
+        _EXTENDED[inner] = _extend_class(inner)
+    return _EXTENDED[inner]
+
+
+def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
+    step = functools.wraps(_step)(Optimizer.profile_hook_step(_step))
+    # Hooks registered on the optimizer run around the whole of our step: post hooks (EMA, logging) see the parameters
+    # that the guarantee left, not those before it.
+    step.hooked = True  # type: ignore[attr-defined]
+    untraced = {name: outside_compilation(vars(MultiTaskOptimizer)[name]) for name in UNTRACED}
+    namespace = {
+        **untraced,
+        "step": outside_compilation(step),
+        "__reduce_ex__": _reduce,
+        "__copy__": _copy,
+        "__module__": inner.__module__,
+        "__doc__": MultiTaskOptimizer.__doc__,
+    }
+    name, bases = f"MultiTask{inner.__name__}", (MultiTaskOptimizer, inner)
+    return type(name, bases, namespace) if _grew_from_optimizer(inner) else _laid_out_like(inner, name, namespace)
+
+
+def _grew_from_optimizer(inner: type) -> bool:
+    """Tell whether instances are laid out in memory as torch's Optimizer, and ours, are."""
+    while inner not in (Optimizer, object):
+        inner = cast(type, inner.__base__)
+    return inner is Optimizer
+
+
+def _laid_out_like(inner: type[Optimizer], name: str, namespace: dict[str, Any]) -> type[MultiTaskOptimizer]:
+    """Make the extended class of one such as class Lion(ABC, Optimizer), for which Python refuses the usual bases.
+
+    An object's class can be exchanged only where both lay out memory alike, and the first base decides how. So `inner`
+    comes first among the bases, and the order in which methods are looked up is the usual one all the same.
+    """
+    usual = type(name, (MultiTaskOptimizer, inner), {}).__mro__[1:]
+    bases = (inner, MultiTaskOptimizer)
+
+    class OursFirst(type(inner)):  # type: ignore[misc]
+        def mro(cls) -> list[type]:
+            return [cls, *usual] if cls.__bases__ == bases else super().mro()
+
+    return cast("type[MultiTaskOptimizer]", OursFirst(name, bases, namespace))
+
+
+def inner_class(optimizer: MultiTaskOptimizer) -> type[Optimizer]:
+    """Return the class that was wrapped; trainers may have put classes of their own on top."""
+    mro = type(optimizer).__mro__
+    return cast("type[Optimizer]", mro[mro.index(MultiTaskOptimizer) + 1])
+
+
+def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
+    step: Callable[..., Any] = inner.step
+    # torch wraps each class's step once to run hooks; ours runs them, so the inner one must not run them again.
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+
+
+def extend(optimizer: Optimizer, surgeon: Surgeon) -> MultiTaskOptimizer:
+    """Give the optimizer the extended class, in place, and the surgeon that it shares with others."""
+    patched = scheduler_patch(optimizer)
+    vars(optimizer).pop("step", None)
+    optimizer.__class__ = _extended_class(type(optimizer))
+    wrapped = cast(MultiTaskOptimizer, optimizer)
+    wrapped.__dict__[STATE] = surgeon
+    surgeon.optimizers.append(wrapped)
+    surgeon.memory.touch()
+    if patched:
+        patch_for_scheduler(wrapped)
+    return wrapped
+
+
+def restore_class(wrapped: MultiTaskOptimizer) -> Optimizer:
+    """Undo `extend`: the same object with the class that it came with."""
+    patched = scheduler_patch(wrapped)
+    del wrapped.__dict__[STATE]
+    wrapped.__class__ = inner_class(wrapped)  # type: ignore[assignment]
+    if patched:
+        patch_for_scheduler(wrapped)
+    return wrapped
+
+
+def scheduler_patch(optimizer: Optimizer) -> bool:
+    """Tell whether step() on the instance is the one that a learning-rate scheduler put there."""
+    return hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
+
+
+def patch_for_scheduler(optimizer: Optimizer) -> None:
+    """Do to step() what LRScheduler.__init__ did to the one it saw, so that it notices steps and does not warn."""
+    vars(optimizer).pop("step", None)
+    owner = weakref.ref(optimizer)
+    method = type(optimizer).step
+
+    @functools.wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        instance = owner()
+        assert instance is not None
+        instance._opt_called = True  # type: ignore[attr-defined]
+        return method(instance, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *more: Any, **named: Any) -> Any:
+    """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee.
+
+    Arguments beyond the closure are the optimizer's own.
+    """
+    surgeon = self._gradsurg
+    before = before_step(surgeon, self, closure is not None)
+    watched = None if closure is None else watch(surgeon, closure)
+    arguments = () if watched is None and not more else (watched, *more)
+    try:
+        result = _inner_step(inner_class(self))(self, *arguments, **named)
+    except BaseException:
+        take_back(surgeon, self, before)
+        raise
+    after_step(surgeon, self, before)
+    return result
+
+
+def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
+    averages = self._gradsurg.rotation.pack(self)
+    return _rebuild, (inner_class(self), self._gradsurg, averages), self.__getstate__()
+
+
+def _copy(self: MultiTaskOptimizer) -> MultiTaskOptimizer:
+    copied = _rebuild(inner_class(self), Surgeon(self._gradsurg.settings))  # rows are never shared with a copy
+    copied.__setstate__(self.__getstate__())
+    return copied
+
+
+def _rebuild(
+    inner: type[Optimizer], surgeon: Surgeon, averages: Mapping[str, Sequence[Tensor | None]] | None = None
+) -> MultiTaskOptimizer:
+    """Unpickle: the dynamic class cannot be named in a pickle, its base can."""
+    extended = _extended_class(inner)
+    optimizer = extended.__new__(extended)
+    optimizer.__dict__[STATE] = surgeon
+    surgeon.optimizers.append(optimizer)
+    if averages:
+        surgeon.rotation.receive(optimizer, averages)
+    return optimizer

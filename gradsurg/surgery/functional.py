@@ -1,0 +1,257 @@
+"""The library without an optimizer: Gramian to weights, matrix to direction."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.elementwise import blend
+from gradsurg.errors import choose
+from gradsurg.linalg.gramian import gramian
+from gradsurg.surgery.margin import Margin
+from gradsurg.normalize import Normalizer, resolve_normalizer
+from gradsurg.surgery.pipeline import GUARANTEES, Pipeline
+from gradsurg.surgery.priority import AUXILIARY, parse_levels
+from gradsurg.solvers.problem import Problem
+from gradsurg.surgery import Surgery, resolve_surgery
+from gradsurg.surgery.base import ElementwiseSurgery
+
+__all__ = ["combine", "weights"]
+
+
+# The defaults below, by identity: what is cheaper to ask than whether a number, a sequence or a dict is 0.
+_NO_MARGIN = 0.0
+_NOT_DRAWN_FROM = torch.Generator()
+
+
+def weights(
+    gramian: Tensor,
+    surgery: str | Surgery = "cone",
+    *,
+    normalize: str | Normalizer = "none",
+    primary: int | Sequence[Any] | None = None,
+    auxiliary: str = "protect",
+    preferences: Tensor | Sequence[float] | Mapping[int, float] | None = None,
+    guarantee: str = "none",
+    margin: float | Sequence[float] | Mapping[int, float] = _NO_MARGIN,
+    losses: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the weights w of u = Σ w_i g_i, from inner products alone.
+
+    Args:
+        gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), any floating dtype and device. The problem is solved in float64.
+        surgery: A name or a Surgery.
+        normalize: A name or a Normalizer; "none" by default here, where the caller says what the rows are.
+        primary: Index of the primary row, or levels of indices such as [[0], [1, 2], [3]].
+        auxiliary: "protect" or "help": what rows below the primary do (see gradsurg.wrap).
+        preferences: r_i > 0, one per row, or a dict from row to number (1 for the others).
+        guarantee: "gradient" projects whatever the surgery returns onto the dual cone; "none" does not.
+        margin: τ in [0, 1), one number, one per row, or a dict from row to number (0 for the others): ask for
+            ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m, t the plain sum, and not only for no conflict; of as large a share of it as
+            some direction no longer than t can keep. Implies guarantee="gradient".
+        losses: The m loss values, for the normalisers that need them.
+        generator: Source of random choices, for methods that make any.
+
+    Returns:
+        Weights of shape (..., m), with the Gramian's dtype and device. No gradient flows through them.
+
+    Raises:
+        ValueError: For a wrong name, shape, dtype or value; the message lists what is valid.
+        TypeError: For a Gramian that is no tensor.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> G = torch.tensor([[1.0, -2.0], [-2.0, 9.0]])
+        >>> gradsurg.weights(G, surgery="cone").tolist()  # row 0 is protected from the louder row 1
+        [2.0, 1.0]
+        >>> gradsurg.weights(G, surgery="sum").tolist()
+        [1.0, 1.0]
+    """
+    shape = _tensor("gramian", gramian, "(..., m, m)").shape
+    if (  # 1 µs in all: some of what is asked here takes no more than 4
+        normalize == "none"
+        and guarantee == "none"
+        and margin is _NO_MARGIN
+        and primary is None
+        and preferences is None
+        and auxiliary in AUXILIARY
+        and len(shape) == 2
+        and 0 < shape[0] == shape[1]
+        and gramian.is_cpu
+        and gramian.is_floating_point()
+    ):
+        shortcut = (_by_name(surgery) if type(surgery) is str else _resolved(surgery)).shortcut(gramian, generator)
+        if shortcut is not None:
+            return shortcut
+    if len(shape) < 2 or shape[-1] != shape[-2] or not gramian.is_floating_point():
+        raise ValueError(
+            f"gramian has shape {tuple(shape)}, dtype {gramian.dtype}: it must be a floating (..., m, m) matrix"
+        )
+    m = shape[-1]
+    if m == 0:
+        raise ValueError("gramian has no rows: at least one task is needed")
+    if guarantee == "update":
+        raise ValueError("guarantee='update' needs an optimizer's update: use 'gradient' here, or gradsurg.wrap")
+    levels = None if primary is None else _levels(primary, m)
+    pipeline = _pipeline(surgery, normalize, levels, auxiliary, guarantee, _margin(margin, m))
+    with torch.no_grad():
+        problem = Problem(
+            gramian=gramian.detach().double(),
+            preferences=_preferences(preferences, m, gramian.device),
+            tasks=_names(m),
+            losses=None if losses is None else losses.detach().double(),
+            generator=generator,
+        )
+        return pipeline.weights(problem).to(gramian.dtype)
+
+
+def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tensor:
+    """Return the direction u = Σ w_i g_i of the rows of J.
+
+    Args:
+        J: One gradient a row, shape (m, P) with m, P ≥ 1, any real floating dtype and device.
+        surgery: A name or a Surgery.
+        **options: As for `weights`.
+
+    Returns:
+        u, shape (P,), J's dtype. The Gramian and the sum are formed in float64.
+
+    Raises:
+        ValueError, TypeError: As for `weights`.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> J = torch.tensor([[1.0, 0.0], [-2.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="cone").tolist()  # the plain sum is (-1, 1) and hurts row 0
+        [0.0, 1.0]
+        >>> gradsurg.combine(J, surgery="sum", guarantee="gradient").tolist()
+        [0.0, 1.0]
+    """
+    if _tensor("J", J, "(m, P)").ndim != 2 or not J.is_floating_point():
+        raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
+    surgery = _by_name(surgery) if type(surgery) is str else _resolved(surgery)
+    plain = J.dtype is torch.float64 and not J.requires_grad  # 3 µs of conversions to nothing
+    exact = J if plain else J.detach().double()
+    if not options and isinstance(surgery, ElementwiseSurgery) and J.numel() > 0:
+        u = _combine_plainly(exact, surgery)
+        return u if plain else u.to(J.dtype)
+    with torch.no_grad():
+        G = gramian([[row] for row in exact], exact=True)
+        if isinstance(surgery, ElementwiseSurgery) and J.shape[0] > 0:
+            return _combine_elementwise(exact, G, surgery, **options).to(J.dtype)
+        return (weights(G.to(J.device), surgery, **options) @ exact).to(J.dtype)
+
+
+def _tensor(name: str, given: object, shape: str) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}: pass a tensor of shape {shape}")
+    return given
+
+
+def _combine_plainly(rows: Tensor, surgery: ElementwiseSurgery) -> Tensor:
+    """Combine without options, and so without a Gramian, which would take ten times as long as the sorting."""
+    m, size = rows.shape
+    # One number of every row: where none is zero no row is, which takes 7 µs to ask of all numbers.
+    if 0.0 in (rows.diagonal() if m <= size else rows[:, 0]).tolist():
+        rows = rows[rows.any(1)]
+        if len(rows) == 0:
+            return rows.new_zeros(rows.shape[1])
+    return surgery.combine(rows, None, torch.Generator().manual_seed(0) if surgery.draws else _NOT_DRAWN_FROM)
+
+
+def _combine_elementwise(
+    exact: Tensor,
+    G: Tensor,
+    surgery: ElementwiseSurgery,
+    *,
+    normalize: str | Normalizer = "none",
+    preferences: Tensor | Sequence[float] | Mapping[int, float] | None = None,
+    guarantee: str = "none",
+    losses: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **others: Any,
+) -> Tensor:
+    if others:
+        raise ValueError(f"surgery={surgery.name!r} treats every number by itself and has no use for {sorted(others)}")
+    scales = weights(G, "sum", normalize=normalize, guarantee=guarantee, losses=losses)
+    if guarantee != "none":  # that call has checked its name
+        scales = weights(G, "sum", normalize=normalize, losses=losses)
+    pull = _preferences(preferences, len(exact), torch.device("cpu"))
+    rows, draws = [[row] for row in exact], generator or torch.Generator().manual_seed(0)
+    found = blend(surgery, rows, [exact[0]], scales.tolist(), pull, draws, guarantee == "gradient")
+    return found.direction[0]
+
+
+def _resolved(surgery: str | Surgery) -> Surgery:
+    return _by_name(surgery) if isinstance(surgery, str) else resolve_surgery(surgery)
+
+
+_by_name = functools.lru_cache(maxsize=64)(resolve_surgery)
+
+
+@functools.lru_cache(maxsize=64)
+def _pipeline(
+    surgery: str | Surgery,
+    normalize: str | Normalizer,
+    levels: tuple[tuple[str, ...], ...] | None,
+    auxiliary: str,
+    guarantee: str,
+    margin: Margin,
+) -> Pipeline:
+    return Pipeline(
+        normalizer=resolve_normalizer(normalize),
+        surgery=resolve_surgery(surgery),
+        levels=levels,
+        auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+        guarantee=choose("guarantee", guarantee, GUARANTEES),
+        margin=margin,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _names(m: int) -> tuple[str, ...]:
+    return tuple(map(str, range(m)))
+
+
+def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...] | None:
+    nested: list[Any] = [[primary]] if isinstance(primary, int) else list(primary)
+    as_names: list[Any] = [[str(i) for i in item] if isinstance(item, Sequence) else str(item) for item in nested]
+    levels = parse_levels(as_names)
+    for name in (name for level in levels or () for name in level):
+        if name not in map(str, range(m)):
+            raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
+    return levels
+
+
+def _margin(value: object, m: int) -> Margin:
+    if isinstance(value, float) and value == 0:  # nobody asks: 5 µs for 8 rows, of the 40 µs that a call may take
+        return ()
+    numbers: list[Any] | None = None
+    if isinstance(value, Mapping) and set(value) <= set(range(m)):
+        numbers = [value.get(i, 0.0) for i in range(m)]
+    elif isinstance(value, (Sequence, Tensor)) and len(value) == m:
+        numbers = list(value)
+    elif isinstance(value, Real):
+        numbers = [value] * m
+    if numbers is None or not all(0 <= float(number) < 1 for number in numbers):
+        raise ValueError(f"margin={value!r}: pass a number in [0, 1), {m} of them, or a dict from row (0 … {m - 1})")
+    return tuple((name, float(number)) for name, number in zip(_names(m), numbers, strict=True) if float(number) > 0)
+
+
+def _preferences(value: Tensor | Sequence[float] | Mapping[int, float] | None, m: int, device: torch.device) -> Tensor:
+    if value is None:
+        return torch.ones(m, dtype=torch.float64, device=device)
+    if isinstance(value, Mapping):
+        if not set(value) <= set(range(m)):
+            raise ValueError(f"preferences={dict(value)!r}: the rows are 0 … {m - 1}")
+        value = [value.get(i, 1.0) for i in range(m)]
+    preferences = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if preferences.shape != (m,) or not bool(((preferences > 0) & preferences.isfinite()).all()):
+        raise ValueError(f"preferences={value!r}: pass {m} positive finite numbers, one per row")
+    return preferences

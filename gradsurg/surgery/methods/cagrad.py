@@ -1,0 +1,115 @@
+"""CAGrad: in a ball around the mean gradient, the direction whose worst-off task gains the most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from operator import mul
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.solvers.simplex import STATIONARY, nearest, program, times
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
+
+__all__ = ["CAGrad"]
+
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class CAGrad(Surgery):
+    """u = argmax_d min_i ⟨d, g_i⟩ subject to ‖d − g_0‖ ≤ c ‖g_0‖, where g_0 = Σ r_i g_i / Σ r_i.
+
+    Solved exactly, in the primal: the point nearest to g_0 with ⟨d, g_i⟩ ≥ ν for all i is a nonnegative program, its
+    distance h(ν) is convex and grows, and Newton's method finds h(ν) = c ‖g_0‖ from above, in a handful of programs.
+    c = 0 is the mean. For c < 1 the only fixed points are those of the mean; for c ≥ 1 every Pareto stationary point is
+    one. Where several d are best (stationary points inside the ball) it is the one nearest to g_0.
+
+    When it fails: a conflict too large for the ball stays. Gains are raw inner products, so the task with the smallest
+    gradient is the worst-off: normalise first.
+
+    Args:
+        c: Radius of the ball, c ≥ 0, in ‖g_0‖.
+
+    Source: Liu et al. 2021, "Conflict-averse gradient descent for multi-task learning", equation 3; its dual is
+    algorithm 1.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> J = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="cagrad").tolist()
+        [0.75, 0.75]
+    """
+
+    c: float = 0.5
+    name: ClassVar[str] = "cagrad"
+    paper: ClassVar[str] = "Liu et al. 2021"
+    promise: ClassVar[str] = "the largest worst gain within c of the mean; the mean loss falls for c < 1"
+
+    def __post_init__(self) -> None:
+        if not (self.c >= 0 and isfinite(self.c)):
+            raise ValueError(f"c={self.c!r}: must be finite and not negative")
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        return each_block(problem, state, self._solve)
+
+    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+        mean = block.shares
+        if len(mean) == 1:
+            return [1 + self.c], {}
+        G = block.scaled(max(row[i] for i, row in enumerate(block.gramian)))
+        norms = [sqrt(row[i]) for i, row in enumerate(G)]
+        b = times(G, mean)  # ⟨g_0, g_i⟩
+        square = sum(map(mul, mean, b))
+        if square <= STATIONARY * sum(map(mul, mean, norms)) ** 2:
+            return mean, {}  # g_0 is rounding, and the ball with it
+        change = _change(G, norms, b, self.c * sqrt(square))
+        return [x + y for x, y in zip(mean, change, strict=True)], {}
+
+
+def _change(G: Matrix, norms: Vector, b: Vector, radius: float) -> Vector:
+    """Return y of d = g_0 + Σ y_i g_i."""
+    if radius == 0:
+        return [0.0] * len(b)
+    harmless, distance = _projected(G, b, 0.0)
+    above = min(x + radius * n for x, n in zip(b, norms, strict=True))  # what the ball allows the worst-off task alone
+    if distance > radius:
+        return _at_radius(G, b, radius, min(above, 0.0))
+    if above <= 0 or _stationary(G, norms):
+        return harmless
+    y = _at_radius(G, b, radius, above)
+    # Opposite to 1e-5 rad, y is a million times as long as what it adds up to, and may be worth less than it seems.
+    return y if _worst(G, b, y) >= _worst(G, b, harmless) else harmless
+
+
+def _at_radius(G: Matrix, b: Vector, radius: float, nu: float) -> Vector:
+    """Return y for the ν at which h(ν) is the radius, coming down from a ν that is too large."""
+    y, distance = _projected(G, b, nu)
+    for _ in range(STEPS):
+        total = sum(y)  # h h' = Σ y_i
+        step = distance * (distance - radius) / total if total > 0 else 0.0
+        if abs(distance - radius) <= 1e-14 * radius or nu - step >= nu:
+            break
+        nu -= step
+        y, distance = _projected(G, b, nu)
+    return [x * (radius / distance) for x in y] if distance > 0 else y
+
+
+def _stationary(G: Matrix, norms: Vector) -> bool:
+    if min(map(min, G)) >= 0:
+        return False
+    unit = [[x / (n * k) for x, k in zip(row, norms, strict=True)] for row, n in zip(G, norms, strict=True)]
+    return nearest(unit)[1] <= STATIONARY
+
+
+def _worst(G: Matrix, b: Vector, y: Vector) -> float:
+    return min(x + z for x, z in zip(b, times(G, y), strict=True))
+
+
+def _projected(G: Matrix, b: Vector, nu: float) -> tuple[Vector, float]:
+    """Return y of the point nearest to g_0 where everybody gains at least ν, and its distance from g_0."""
+    y = program(G, [x - nu for x in b])
+    return y, sqrt(max(sum(map(mul, y, times(G, y))), 0.0))

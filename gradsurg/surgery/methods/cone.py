@@ -1,0 +1,56 @@
+"""The least change to the plain sum that no task conflicts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.solvers.simplex import program
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
+
+__all__ = ["Cone"]
+
+
+@dataclass(frozen=True)
+class Cone(Surgery):
+    """Projection of t = Σ r_i g_i onto the dual cone {u : ⟨u, g_i⟩ ≥ 0 for all i}.
+
+    u = t + Σ λ_i g_i with λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀGr, one quadratic program in m variables, solved exactly.
+    The plain sum is returned unchanged, to the bit, where it conflicts with nobody.
+
+    When it fails: where the gradients surround the origin the cone holds only u = 0 (Pareto stationary), and
+    training stops there. It weighs tasks by their gradient norms: normalise first.
+
+    Source: the program of GEM (Lopez-Paz & Ranzato 2017, eq. 11) with the sum in place of the current task's
+    gradient; DualProj in Quinton & Rey 2024, section 4.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> J = torch.tensor([[2.0, 0.0], [-1.0, 1.0]])
+        >>> gradsurg.combine(J, surgery="cone").tolist()      # (1, 1) conflicts with nobody
+        [1.0, 1.0]
+    """
+
+    name: ClassVar[str] = "cone"
+    paper: ClassVar[str] = "Lopez-Paz & Ranzato 2017"
+    promise: ClassVar[str] = "no conflict, and the direction nearest to the plain sum among those"
+    conflict_free: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        target = problem.preferences
+        return target + problem.solvers.nonnegative(problem.gramian, problem.gramian @ target), state
+
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        if rows is None:
+            return None
+        inner = [*map(sum, rows)]
+        if min(inner) >= 0:  # the sum; only where somebody conflicts with somebody can it be rounding
+            return gramian.new_ones(len(rows)) if agree(rows) or far_from_zero(rows, [1.0] * len(rows)) else None
+        weights = [1 + x for x in program(rows, inner)]
+        return vector(weights, gramian) if far_from_zero(rows, weights) else None

@@ -1,0 +1,108 @@
+"""ExcessMTL: weight goes to the tasks that are furthest from their own optimum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, isfinite, log, sqrt
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor
+
+from gradsurg.errors import choose
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
+
+__all__ = ["ExcessMTL"]
+
+CURVATURES = {name: name for name in ("task", "parameter")}
+
+
+@dataclass(frozen=True)
+class ExcessMTL(Surgery):
+    """u = Σ w_i g_i, w_i ∝ r_i a_i, Σ w_i = 1, with a_i ← a_i exp(η E_i / E_i0), all kept by task name.
+
+    E_i = g_iᵀ H_i⁻¹ g_i estimates how far the loss is above its minimum, and E_i0 is its mean over the task's first
+    `warmup` steps (its first step for 0, 1), in which the weights stay as they are.
+
+    What differs: only the default. The paper takes for H_i a diagonal matrix, the root of the accumulated squares of
+    every parameter's gradient, and with curvature="parameter" so does wrap(): E_i = Σ_p g_ip² / √(Σ g_ip²), the inner
+    sum over the steps so far. That takes the rows, and m·P numbers more to keep, in the state dict as well. The default
+    "task" keeps one number a task, the root of the accumulated ‖g_i‖², so that all of it is a function of the Gramian:
+    E_i = ‖g_i‖² / √(Σ ‖g_i‖²). For one parameter the two agree; for many, the latter does not see that some parameters'
+    gradients are always larger. Noise in a loss still does not raise a task's weight for ever, which is the point of
+    the method. In a first step, which is all that weights() and combine() know, both give every task the same.
+
+    When it fails: a converged task's E_i falls only like 1 / √steps, so weights move slowly late in training.
+
+    Args:
+        step_size: η > 0 of the exponentiated gradient step.
+        warmup: Number of steps over which E_i0 is the mean; the paper has three epochs of them.
+        curvature: "task" or "parameter": what H_i has one number for. "parameter" needs whole rows in one process, and
+            parameters that stay the same: not over several ranks, not with features=.
+
+    Source: He et al. 2024, "Robust multi-task learning with excess risks", equations 6, 7 and 9, algorithm 1.
+
+    Example:
+        >>> import torch, gradsurg
+        >>> gradsurg.weights(torch.eye(2), surgery="excess_mtl").tolist()
+        [0.5, 0.5]
+    """
+
+    step_size: float = 1.0
+    warmup: int = 0
+    curvature: str = "task"
+    name: ClassVar[str] = "excess_mtl"
+    paper: ClassVar[str] = "He et al. 2024"
+    promise: ClassVar[str] = "nothing for one step; noise in a loss does not raise its weight for ever"
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0:
+            raise ValueError(f"step_size={self.step_size!r}: must be positive")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup!r}: must not be negative")
+        choose("curvature", self.curvature, CURVATURES)
+
+    @property
+    def measures_excess(self) -> bool:  # noqa: D102
+        return self.curvature == "parameter"
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        return each_block(problem, state, self._solve)
+
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        # The first step sets every task's baseline and moves no weight.
+        m, squares = gramian.shape[-1], gramian.diagonal().tolist()
+        return gramian.new_full((m,), 1 / m) if isfinite(sum(squares)) and min(squares) > 0 else None
+
+    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+        memory: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in block.memory.items()}
+        pulls = []
+        for i, name in enumerate(block.tasks):
+            fresh = {"squares": 0.0, "baseline": 0.0, "count": 0, "log": _typical(memory)}
+            entry = memory.setdefault(name, fresh)
+            if block.excess is None:
+                square = block.gramian[i][i]
+                entry["squares"] += square
+                excess = square / sqrt(entry["squares"])
+            else:
+                excess = block.excess[i]
+            entry["count"] += 1
+            if entry["count"] <= max(self.warmup, 1):
+                entry["baseline"] += (excess - entry["baseline"]) / entry["count"]
+            else:
+                entry["log"] += self.step_size * excess / entry["baseline"]
+            pulls.append(entry["log"] + log(block.preferences[i]))
+        # Only differences count: without this the logarithms would grow for ever and lose their digits.
+        highest = max(entry["log"] for entry in memory.values())
+        for entry in memory.values():
+            entry["log"] -= highest
+        top = max(pulls)
+        weights = [exp(x - top) for x in pulls]
+        total = sum(weights)
+        return [w / total for w in weights], memory
+
+
+def _typical(memory: dict[str, dict[str, Any]]) -> float:
+    """Return the log weight that a task starts with: the mean of those that are there."""
+    return sum(entry["log"] for entry in memory.values()) / len(memory) if memory else 0.0

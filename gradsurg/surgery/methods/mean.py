@@ -1,0 +1,49 @@
+"""The plain mean: what training on the average loss does."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.base import shares
+from gradsurg.surgery.shortcut import vector
+
+__all__ = ["Mean"]
+
+
+@dataclass(frozen=True)
+class Mean(Surgery):
+    """u = Σ r_i g_i / Σ r_i, the sums running over the tasks whose gradient is not zero.
+
+    When it fails: as the sum does. A task that comes or goes changes the length of everybody's step.
+
+    Source: the average of the losses in Kurin et al. 2022, "In defense of the unitary scalarization".
+
+    Example:
+        >>> import torch, gradsurg
+        >>> gradsurg.weights(torch.eye(4), surgery="mean").tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
+
+    name: ClassVar[str] = "mean"
+    paper: ClassVar[str] = "Kurin et al. 2022"
+    promise: ClassVar[str] = "nothing; it is the gradient of the weighted mean of the losses"
+    waits: ClassVar[bool] = False
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        return shares(problem), state
+
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        squares = gramian.diagonal().tolist()
+        return None if 0.0 in squares else vector(_equal(len(squares)), gramian)
+
+
+@functools.lru_cache(maxsize=64)
+def _equal(m: int) -> array[float]:
+    return array("d", [1 / m] * m)

@@ -1,0 +1,59 @@
+"""UPGrad: every task's gradient is freed of conflicts by itself, then they are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.solvers.rows import project_lists
+from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
+
+__all__ = ["UPGrad"]
+
+
+@dataclass(frozen=True)
+class UPGrad(Surgery):
+    """u = Σ r_i Π(g_i), where Π projects onto the dual cone {u : ⟨u, g_i⟩ ≥ 0 for all i}.
+
+    Π(g_i) = g_i + Σ_j Λ_ij g_j with row Λ_i = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: m programs with one G. A sum of
+    elements of a cone lies in the cone, so nobody is conflicted with.
+
+    When it fails: as for the cone, only u = 0 is left at Pareto stationary points.
+
+    Source: Quinton & Rey 2024, "Jacobian descent for multi-objective optimization", definition 1 (there with r_i =
+    1/m; here the sum, so that learning rates keep their meaning).
+
+    Example:
+        >>> import torch, gradsurg
+        >>> G = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> gradsurg.weights(G, surgery="upgrad").tolist()
+        [1.5, 1.5]
+    """
+
+    name: ClassVar[str] = "upgrad"
+    paper: ClassVar[str] = "Quinton & Rey 2024"
+    promise: ClassVar[str] = "no conflict; every task's own gradient has its share, however large the others are"
+    conflict_free: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        gramian, preferences = problem.gramian, problem.preferences
+        multipliers = problem.solvers.project_rows(gramian)  # (..., program, task)
+        if multipliers.ndim == 2:
+            return torch.addmv(preferences, multipliers.T, preferences), state
+        return preferences + preferences @ multipliers, state
+
+    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
+        rows = rows_of(gramian)
+        if rows is None:
+            return None
+        if agree(rows):
+            return gramian.new_ones(len(rows))
+        multipliers = project_lists(rows, gramian.detach().double())
+        weights = [1.0 + sum(column) for column in zip(*multipliers, strict=True)]
+        return vector(weights, gramian) if far_from_zero(rows, weights) else None

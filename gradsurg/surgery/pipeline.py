@@ -1,0 +1,237 @@
+"""From Gramian to weights: normalisation, surgery, priority, gradient guarantee, in that order. Pure, m x m only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.kernels.table import constant
+from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
+from gradsurg.surgery.margin import Margin, attainable
+from gradsurg.normalize import Normalizer, Unscaled
+from gradsurg.surgery.priority import Levels, levels_of, order, protected
+from gradsurg.solvers.problem import Problem, State
+from gradsurg.solvers.tolerances import STATIONARY
+from gradsurg.surgery.pipeline_small import applies
+from gradsurg.surgery.pipeline_small import solve as solve_quickly
+from gradsurg.solvers.problem import HOST
+from gradsurg.surgery import Surgery
+from gradsurg.surgery.shortcut import far_from_zero
+
+__all__ = ["GUARANTEES", "Direction", "Pipeline"]
+
+GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
+    "update": "update",
+    "gradient": "gradient",
+    "none": "none",
+}
+
+# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
+ROUNDING_QUICK = 4e-13
+ROUNDING_EXACT = 4e-16
+# Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
+CANCELLATION_GRAMIAN = 1e4
+# Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
+# guarantee allows: such sums are formed in float64.
+CANCELLATION_SUM = 50.0
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The weights of one step and what is known about them, u = Σ w_i g_i over the raw gradients.
+
+    Attributes:
+        weights: Shape (..., m), float64.
+        scales: What normalisation multiplied the rows by, shape (..., m).
+        stationary: Bool, shape (...): only u = 0 satisfies what was asked, so the weights are 0.
+        cancellation: Σ |w_i| ‖g_i‖ / ‖u‖, shape (...): how many digits of the gradients cancel in u.
+        state: The next state of normaliser and surgery.
+        margin_kept: The share of the margins that was asked of u, shape (...): below 1 they were out of reach.
+            None where no margin is set.
+    """
+
+    weights: Tensor
+    scales: Tensor
+    stationary: Tensor
+    cancellation: Tensor
+    state: State
+    margin_kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The options of a step that concern m x m numbers, and the function that they make.
+
+    A margin τ_i, one number for all tasks or (name, number) pairs, 0 for the tasks not named, asks for more than no
+    conflict: u is moved as little as possible until ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m for every task a guarantee would
+    protect, t = Σ r_i g_i over the normalised rows (kexue.fm 8907, in math.md's last line on priority). √m, because m
+    orthogonal gradients of one length can just have τ = 1. No direction no longer than ‖t‖ may satisfy that: then all
+    margins are multiplied by the largest factor under which one does, which goes to 0 at a Pareto stationary point, so
+    that ‖u‖ is at most ‖t‖ plus twice what it was before. `Direction.margin_kept` is that factor.
+    """
+
+    normalizer: Normalizer
+    surgery: Surgery
+    levels: Levels | None = None
+    auxiliary: str = "protect"
+    guarantee: str = "none"
+    margin: Margin = 0.0
+
+    @property
+    def conflict_free(self) -> bool:
+        """Whether u itself is promised to conflict with no protected task."""
+        return self.guarantee == "gradient" or bool(self.margin) or (self.surgery.conflict_free and self.levels is None)
+
+    def waits(self, m: int) -> bool:
+        """Whether a device has to wait for the host to find the weights of m tasks."""
+        return self.surgery.waits or self.normalizer.waits or m > PROGRAM_UP_TO
+
+    def protected(self, problem: Problem) -> Tensor | None:
+        """Return which tasks a guarantee protects, bool of shape (m,), or None for all."""
+        levels = levels_of(problem.tasks, self.levels)
+        return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
+
+    def solve(
+        self, problem: Problem, state: State, rounding: float
+    ) -> tuple[Problem, Tensor, Tensor, Tensor | None, State]:
+        """Return the problem after normalisation, its weights, the scales, the margins' share and the next state.
+
+        Every option acts here, in the order of the module's docstring.
+        """
+        scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
+        scaled = problem
+        if not isinstance(self.normalizer, Unscaled):
+            scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
+        weights, surgery_state = self._ordered(scaled, state.get("surgery", {}))
+        kept = None
+        if self.margin or (self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None)):
+            allowed = self.protected(problem)
+            excess = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+            if self.margin:
+                margins, kept = self.margins(scaled, allowed, rounding)
+                excess = excess - margins
+            weights = weights + problem.solvers.nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
+        return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
+
+    def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
+        """Return the weights of u for one step, over the raw gradients, and what is known about them.
+
+        The usual options are worked out in Python floats, one small Gramian at a time; see gradsurg.surgery.pipeline_small.
+        """
+        # Where a device has solvers of its own nothing is read back, nor in the interpreter, which does as it does.
+        usual = self.levels is None and not self.margin and problem.solvers is HOST
+        if usual and applies(problem.gramian, self.normalizer, self.surgery):
+            return self._quick(problem, state, rounding)
+        return self._general(problem, state, rounding)
+
+    def _quick(self, problem: Problem, state: State, rounding: float) -> Direction:
+        weights, scales, nothing, cancellation = solve_quickly(
+            problem.gramian[0].tolist(), problem.preferences.tolist(), self.normalizer, self.conflict_free, rounding
+        )
+        vectors = torch.tensor([weights, scales], dtype=torch.float64)
+        return Direction(
+            weights=vectors[:1],
+            scales=vectors[1:],
+            stationary=torch.tensor([nothing]),
+            cancellation=torch.tensor([cancellation], dtype=torch.float64),
+            state={"normalize": state.get("normalize", {}), "surgery": state.get("surgery", {})},
+        )
+
+    def _general(self, problem: Problem, state: State, rounding: float) -> Direction:
+        scaled, weights, scales, kept, state = self.solve(problem, state, rounding)
+        weights, stationary, cancellation = self._settle(scaled, weights, rounding)
+        return Direction(
+            weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
+            scales=scales,
+            stationary=stationary,
+            cancellation=cancellation,
+            state=state,
+            margin_kept=kept,
+        )
+
+    def weights(self, problem: Problem) -> Tensor:
+        """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
+        scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
+        # Without a conflict nothing can cancel, so there is nothing to settle.
+        in_conflict = self.conflict_free and problem.gramian.min().item() < 0
+        if in_conflict and not self._plainly_settled(scaled, weights):
+            weights, _, _ = self._settle(scaled, weights, ROUNDING_EXACT)
+        return weights if isinstance(self.normalizer, Unscaled) else weights * scales
+
+    @staticmethod
+    def _plainly_settled(problem: Problem, weights: Tensor) -> bool:
+        """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
+        return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
+
+    def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Return what normalisation multiplies the rows by, shape (..., m), and the state after it."""
+        scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
+        return scales, {"normalize": normalizer_state, "surgery": state.get("surgery", {})}
+
+    def _scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        scales, state = self.normalizer.scales(problem, state)
+        if isinstance(self.normalizer, Unscaled):
+            return scales, state
+        norms = problem.norms
+        lengths = scales * norms
+        alive = lengths > 0
+        # The common factor under which the mean length of the rows stays what it was, so that learning rates keep
+        # their meaning whatever the normaliser. Exactly 1 for Norm, up to rounding.
+        before, after = (norms * alive).sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)
+        factor = torch.where(after > 0, before / after.where(after > 0, torch.ones_like(after)), 1)
+        return torch.where(alive, scales * factor, 0), state
+
+    def margins(self, problem: Problem, allowed: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
+        """Return the least ⟨u, g_i⟩ that is asked of every task, shape (..., m), and the share of the margins kept."""
+        gramian, preferences = problem.gramian, problem.preferences
+        share, kept = attainable(gramian, self.margin, problem.tasks, allowed, rounding)
+        sum_length = ((gramian @ preferences) @ preferences).clamp(min=0).sqrt()
+        return sum_length.unsqueeze(-1) * share * problem.norms, kept
+
+    def _ordered(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        levels = levels_of(problem.tasks, self.levels)
+        if levels is None:
+            return self.surgery.weights(problem, state)
+        states: dict[str, Any] = dict(state)
+
+        def surgery(gramian: Tensor, level: list[int]) -> Tensor:
+            key = "+".join(problem.tasks[i] for i in level)
+            index = constant(level, gramian.device, torch.int64)
+            part = replace(
+                problem,
+                gramian=gramian,
+                preferences=problem.preferences[index],
+                tasks=tuple(problem.tasks[i] for i in level),
+                losses=None if problem.losses is None else problem.losses[index],
+                excess=None if problem.excess is None else problem.excess[..., index],
+            )
+            weights, states[key] = self.surgery.weights(part, states.get(key, {}))
+            return weights
+
+        return order(problem.gramian, levels, self.auxiliary, surgery, problem.solvers), states
+
+    def _settle(self, problem: Problem, weights: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Set u to 0 where it is nothing but rounding, and measure how much of the gradients cancels in it."""
+        square = torch.linalg.vecdot(weights, (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1))
+        lengths = torch.linalg.vecdot(weights.abs(), problem.norms)
+        cancellation = lengths / square.clamp(min=0).sqrt()
+        if not self.conflict_free:
+            return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
+        nothing = square <= STATIONARY * rounding * lengths.square()
+        return weights.masked_fill(nothing.unsqueeze(-1), 0), nothing, cancellation
+
+
+def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:
+    """Return positive, finite numbers per task name, or raise a ValueError that names the task."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{argument}={value!r}: pass a dict from task name to number, such as {{'depth': 0.5}}")
+    for name, number in value.items():
+        if not 0 < float(number) < float("inf"):
+            raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite")
+    return {name: float(number) for name, number in value.items()}

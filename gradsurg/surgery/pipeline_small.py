@@ -1,0 +1,95 @@
+"""The usual step's direction in Python floats: one block, few tasks, normalised or not, cone or sum.
+
+Thirty torch operations on 4 x 4 numbers take 0.25 ms, and all of a small network's backward passes 4 ms. The twin is
+`Pipeline.direction`, which does everything else.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import inf, isfinite, nan, sqrt
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from gradsurg.normalize import Norm, Normalizer, Unscaled
+from gradsurg.solvers.simplex import times
+from gradsurg.solvers.active_set import Matrix, Vector, solve_small
+from gradsurg.surgery import Cone, Sum, Surgery
+from gradsurg.surgery.shortcut import MOST
+
+__all__ = ["STATIONARY", "all_finite", "applies", "knows", "norms_of", "solve"]
+
+# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
+# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
+STATIONARY = 16.0
+
+
+def all_finite(gramian: Tensor) -> bool:
+    """Whether every number is finite; asked of few, Python answers in a quarter of the time."""
+    if gramian.numel() <= MOST**2:
+        return all(map(isfinite, chain.from_iterable(chain.from_iterable(gramian.tolist()))))
+    return bool(torch.isfinite(gramian).all())
+
+
+def norms_of(gramian: Matrix) -> Vector:
+    """Return ‖g_i‖."""
+    return [sqrt(max(row[i], 0.0)) for i, row in enumerate(gramian)]
+
+
+def applies(gramian: Tensor, normalizer: Normalizer, surgery: Surgery) -> bool:
+    """Whether `solve` knows these methods, and the Gramian is one small one on the CPU."""
+    return (
+        gramian.ndim == 3
+        and len(gramian) == 1
+        and gramian.shape[-1] <= MOST
+        and gramian.device.type == "cpu"
+        and knows(normalizer, surgery)
+    )
+
+
+def knows(normalizer: Normalizer, surgery: Surgery) -> bool:
+    """Whether `solve` knows these methods, which ask for the Gramian and preferences: no loss, nothing random."""
+    return type(surgery) in (Cone, Sum) and (
+        type(normalizer) is Unscaled or (type(normalizer) is Norm and not normalizer.smoothing)
+    )
+
+
+def solve(
+    gramian: Matrix, preferences: Vector, normalizer: Normalizer, project: bool, rounding: float
+) -> tuple[Vector, Vector, bool, float]:
+    """Return weights over the raw gradients, scales, whether only u = 0 is left, and the cancellation in u.
+
+    Args:
+        gramian: Finite.
+        preferences: r.
+        normalizer: One that `applies` accepts.
+        project: Whether the sum is projected onto the dual cone, and set to 0 where it is nothing but rounding.
+        rounding: Relative error of the Gramian's entries.
+    """
+    norms = norms_of(gramian)
+    scales = [1.0] * len(norms)
+    scaled = gramian
+    if not isinstance(normalizer, Unscaled):
+        alive = [x for x in norms if x > 0]
+        mean = sum(alive) / max(len(alive), 1)
+        scales = [mean / x if x > 0 else 0.0 for x in norms]
+        lengths = sum(map(mul, scales, norms))
+        factor = sum(alive) / lengths if lengths > 0 else 1.0
+        scales = [x * factor for x in scales]
+        scaled = [[x * s * t for x, t in zip(row, scales, strict=True)] for row, s in zip(gramian, scales, strict=True)]
+        norms = list(map(mul, norms, scales))
+    weights = preferences
+    products = times(scaled, weights)
+    if project and min(products) < 0:
+        found, _ = solve_small(scaled, [products], None, None, rounding)
+        weights = [x + y for x, y in zip(weights, found[0], strict=True)]
+        products = times(scaled, weights)
+    square: float = sum(map(mul, weights, products))
+    length: float = sum(abs(x) * y for x, y in zip(weights, norms, strict=True))
+    cancellation = length / sqrt(square) if square > 0 else inf if length > 0 else nan
+    nothing = project and square <= STATIONARY * rounding * length * length
+    if nothing:
+        weights = [0.0] * len(weights)
+    return list(map(mul, weights, scales)), scales, nothing, cancellation
