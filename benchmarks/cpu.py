@@ -27,10 +27,10 @@ import torch
 from benchmarks.contenders import ALONE, CONTENDERS, NARROW, OURS, PEERS, PLAIN, Step, build
 from benchmarks.record import conditions, peak_bytes, record, result_file
 from benchmarks.workloads import WORKLOADS
+from gradsurg.gradients.recycle import FROM
 from gradsurg.linalg.combine import combine
 from gradsurg.linalg.gramian import gramian
 from gradsurg.linalg.packing import Table
-from gradsurg.gradients.recycle import FROM
 
 ALLOWED = {"transformer": 1.08, "mlp": 1.5}
 SURGERY_ALLOWED = 3.0

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import DTYPES, TASKS, combine_work, gramian_work
-from gradsurg.linalg import reference
 from gradsurg import solvers
+from gradsurg.linalg import reference
 
 __all__ = ["check_correctness", "measure_copy", "measure_passes", "measure_solver"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import combine_work, gramian_work
-from gradsurg.linalg import gramian as plain
 from gradsurg import solvers
+from gradsurg.linalg import gramian as plain
 
 __all__ = ["measure_peers"]
 

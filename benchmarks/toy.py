@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.record import conditions, record
 from gradsurg.normalize import resolve_normalizer
-from gradsurg.solvers.tolerances import ROUNDING_EXACT
-from gradsurg.surgery.pipeline import Pipeline
 from gradsurg.solvers.problem import Problem, State
+from gradsurg.solvers.tolerances import ROUNDING_EXACT
 from gradsurg.surgery import SURGERIES, FairGrad, NashMTL, Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.pipeline import Pipeline
 
 Array = np.ndarray
 

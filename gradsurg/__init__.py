@@ -1,19 +1,20 @@
 """Train one PyTorch model on several losses: wrap any optimizer, and no update hurts a task to first order."""
 
-from gradsurg import loggers, plot
-from gradsurg._version import __version__
-from gradsurg.gradients.compile import prepare_compile
 from gradsurg.distributed.check_sync import check_sync
 from gradsurg.errors import MultiTaskError
-from gradsurg.surgery.functional import combine, weights
+from gradsurg.gradients.compile import prepare_compile
+from gradsurg.monitor import loggers, plot
 from gradsurg.monitor.history import History
-from gradsurg.surgery.catalogue import methods
 from gradsurg.normalize import Normalizer
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, backward, report, total
-from gradsurg.solvers.problem import Problem
 from gradsurg.optimizer.report import Report
-from gradsurg.surgery import Surgery
 from gradsurg.optimizer.wrap import unwrap, wrap
+from gradsurg.solvers.problem import Problem
+from gradsurg.surgery import Surgery
+from gradsurg.surgery.catalogue import methods
+from gradsurg.surgery.functional import combine, weights
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "History",

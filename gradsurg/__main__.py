@@ -16,10 +16,10 @@ import torch
 from gradsurg._version import __version__
 from gradsurg.demo.digits import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo.table import plot, table
-from gradsurg.normalize import NORMALIZERS, Normalizer, PriorLoss
 from gradsurg.monitor.page import main as report
-from gradsurg.surgery.pipeline import GUARANTEES
+from gradsurg.normalize import NORMALIZERS, Normalizer, PriorLoss
 from gradsurg.surgery import SURGERIES
+from gradsurg.surgery.pipeline import GUARANTEES
 
 __all__ = ["main"]
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
+from gradsurg.distributed.layout import Layout
 from gradsurg.optimizer.cheap.batched import OBSTACLES as OBSTACLES_BY_KIND
 from gradsurg.optimizer.cheap.batched import run_batched
-from gradsurg.distributed.layout import Layout
 
 
 def wrapped(model, **options):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import gradsurg
+from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.copies import Before, Part
 from gradsurg.guarantee.first_look import glance
 from gradsurg.guarantee.update import guard
 from gradsurg.linalg.packing import Table
-from gradsurg.gradients.rows import Row
 
 SHAPES = [(40_000,), (3, 5), (7,), (2, 4)]  # the first is not packed
 

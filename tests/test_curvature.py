@@ -8,9 +8,9 @@ import torch
 from torchjd.aggregation import ExcessMTLWeighting
 
 import gradsurg
-from gradsurg.surgery.methods.excess_mtl import excess_of
 from gradsurg.distributed.layout import Layout
 from gradsurg.surgery import ExcessMTL
+from gradsurg.surgery.methods.excess_mtl import excess_of
 
 TASKS = ("left", "middle", "right", "pixels")
 PARTS = [4, 3]

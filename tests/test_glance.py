@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsurg.linalg import reference
 from gradsurg.guarantee.first_look import CLEAR, glance
+from gradsurg.linalg import reference
 from gradsurg.linalg.packing import Table
 
 SHAPES = [(40_000,), (3, 5), (7,)]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.normalize import Norm, Normalizer, Unscaled, resolve_normalizer
-from gradsurg.surgery.pipeline import Pipeline, check_mapping
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Sum, Surgery, UPGrad, resolve_surgery
+from gradsurg.surgery.pipeline import Pipeline, check_mapping
 
 P = 10
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.normalize import Unscaled
-from gradsurg.surgery.pipeline import Pipeline
-from gradsurg.surgery.priority import check_names, levels_of, order, parse_levels, protected
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import resolve_surgery
+from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.surgery.priority import check_names, levels_of, order, parse_levels, protected
 
 P = 10
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.normalize import Norm, RandomWeights, Unscaled
-from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, ROUNDING_EXACT
-from gradsurg.surgery.pipeline import Pipeline
 from gradsurg.solvers.problem import Problem
-from gradsurg.surgery.pipeline_small import all_finite, applies, norms_of
+from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, ROUNDING_EXACT
 from gradsurg.surgery import Cone, Sum, UPGrad
+from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.surgery.pipeline_small import all_finite, applies, norms_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,9 +8,9 @@ from models import build
 from torch import nn
 
 import gradsurg
-from gradsurg.optimizer import options as module
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
+from gradsurg.optimizer import options as module
 from gradsurg.optimizer.options import settings_from
 from gradsurg.surgery import SURGERIES, Cone, ExcessMTL
 

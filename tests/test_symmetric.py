@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from gradsurg.linalg.buffers import products_with_last
+from gradsurg.linalg.buffers import LANE, Workspace, products_with_last
 from gradsurg.linalg.gramian import MANY_FROM, Long, Symmetric, strip_for
-from gradsurg.linalg.buffers import LANE, Workspace
 
 QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖
 

@@ -7,9 +7,9 @@ from types import TracebackType
 
 from torch import Tensor
 
-from gradsurg.gradients.held import Aside
 from gradsurg.distributed.collectives import RanksError
 from gradsurg.distributed.layout import Exchange, Layout
+from gradsurg.gradients.held import Aside
 from gradsurg.gradients.rows import Row, added
 
 __all__ = ["Averaged"]

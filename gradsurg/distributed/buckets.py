@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.blocks import real_of
 from gradsurg.gradients.rows import Row
+from gradsurg.linalg.blocks import real_of
 
 __all__ = ["Bucket", "cut", "flat_reals", "pack", "plan", "share", "unpack"]
 

@@ -33,8 +33,8 @@ def check_sync(model: nn.Module) -> None:
     """
     if not several_ranks():
         return
-    from gradsurg.distributed.fsdp import local, shard_of
     from gradsurg.distributed.collectives import Group
+    from gradsurg.distributed.fsdp import local, shard_of
 
     named = list(model.named_parameters())
     if not named:

@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradsurg.gradients.rows import ByParameter
 from gradsurg.distributed.buckets import Bucket, cut, flat_reals, plan, share, unpack
-from gradsurg.distributed.ddp_exchange import SliceExchange
-from gradsurg.distributed.layout import Layout, generator_of
-from gradsurg.linalg.measure import Measure
-from gradsurg.distributed.ddp_reducer import Replica
 from gradsurg.distributed.collectives import Group, fingerprint, listening, start_all_gather, start_reduce_scatter
-from gradsurg.gradients.rows import Row
+from gradsurg.distributed.ddp_exchange import SliceExchange
+from gradsurg.distributed.ddp_reducer import Replica
+from gradsurg.distributed.layout import Layout, generator_of
+from gradsurg.gradients.rows import ByParameter, Row
+from gradsurg.linalg.measure import Measure
 
 __all__ = ["Slices"]
 

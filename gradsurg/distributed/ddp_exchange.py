@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.buckets import Bucket, pack, plan
-from gradsurg.distributed.layout import Delivery
 from gradsurg.distributed.collectives import RanksError, fingerprint, listening
+from gradsurg.distributed.layout import Delivery
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import Row
 

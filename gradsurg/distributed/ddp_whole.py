@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.buckets import Bucket, unpack
-from gradsurg.linalg.measure import Measure
-from gradsurg.distributed.ddp import Slices
 from gradsurg.distributed.collectives import start_all_reduce
+from gradsurg.distributed.ddp import Slices
 from gradsurg.gradients.rows import Row
+from gradsurg.linalg.measure import Measure
 
 __all__ = ["Copies"]
 

@@ -80,9 +80,9 @@ class Ranks:
         return self._slices(parameters)
 
     def _slices(self, parameters: Sequence[Tensor]) -> Layout:
-        from gradsurg.distributed.ddp_whole import Copies
-        from gradsurg.distributed.ddp import Slices
         from gradsurg.distributed.collectives import Group
+        from gradsurg.distributed.ddp import Slices
+        from gradsurg.distributed.ddp_whole import Copies
 
         replicas = self._early or self._replicas(parameters)
         if not replicas:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gradsurg.distributed.layout import Delivery, Layout, generator_of
-from gradsurg.linalg.measure import Measure
-from gradsurg.distributed.modules import modules_of
 from gradsurg.distributed.collectives import Group, fingerprint, listening, of_backend
+from gradsurg.distributed.layout import Delivery, Layout, generator_of
+from gradsurg.distributed.modules import modules_of
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import Row
+from gradsurg.linalg.measure import Measure
 
 __all__ = ["Shards", "local", "shard_of"]
 

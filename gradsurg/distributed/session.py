@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gradsurg.distributed.layout import ALONE, Delivery, Exchange, Layout
-from gradsurg.distributed.detect import Ranks
 from gradsurg.distributed.collectives import RanksError
+from gradsurg.distributed.detect import Ranks
+from gradsurg.distributed.layout import ALONE, Delivery, Exchange, Layout
 
 if TYPE_CHECKING:
     from gradsurg.gradients.capture import Capture

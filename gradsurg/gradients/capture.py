@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from gradsurg.gradients.rows import ByParameter
-from gradsurg.gradients.compile import anything_compiled
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
-from gradsurg.gradients.sentinel import Mark
 from gradsurg.gradients.reachability import Reach
-from gradsurg.gradients.rows import Row, TaskRows, added
+from gradsurg.gradients.rows import ByParameter, Row, TaskRows, added
+from gradsurg.gradients.sentinel import Mark
 
 __all__ = ["Capture"]
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["parameter_names"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["parameter_names", "signs_of", "trained"]
 
 
 def parameter_names(optimizers: Iterable[Optimizer]) -> dict[int, str]:
@@ -21,3 +26,16 @@ def parameter_names(optimizers: Iterable[Optimizer]) -> dict[int, str]:
         for p, name in zip(group["params"], known, strict=False):  # names may come from a checkpoint of another model
             names[id(p)] = name or f"parameter {len(names)}"
     return names
+
+
+def signs_of(optimizer: Optimizer) -> dict[int, float]:
+    """Return by id(parameter) what turns its movement into a descent: −1 where the optimizer maximises, else 1."""
+    signs: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))
+    return signs
+
+
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of an optimizer that require grad; never to be kept: trainers replace them."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurg.gradients.compile import graph_is_kept, in_compiled_autograd, outside_compilation
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.compile import graph_is_kept, in_compiled_autograd, outside_compilation
 
 __all__ = ["Finish", "Total", "at_end_of_backward", "at_once", "pass_in_progress"]
 

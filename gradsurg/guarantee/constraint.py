@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.guarantee.copies import Before, Part
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.guarantee.movement import Movement
+from gradsurg.gradients.param_groups import signs_of
+from gradsurg.gradients.rows import TaskRows
+from gradsurg.guarantee.copies import Before, Part
+from gradsurg.guarantee.movement import Movement, joined
 from gradsurg.guarantee.update import guard
-from gradsurg.surgery.margin import Margin, attainable
 from gradsurg.linalg.packing import Packed, Table
 from gradsurg.solvers.tolerances import ROUNDING_QUICK
-from gradsurg.gradients.rows import TaskRows
+from gradsurg.surgery.margin import Margin, attainable
 
 if TYPE_CHECKING:
     from gradsurg.guarantee.movement import LaterMovement
 
-__all__ = ["Judgement", "joined", "signs_of", "trained"]
+__all__ = ["Judgement"]
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,3 @@ class Judgement:
                 self.layout.put_back(mine, new)
             movements.append(movement)
         return joined(movements)
-
-
-def joined(movements: Sequence[Movement]) -> Movement | None:
-    """Return the movement of several sets of parameters taken together, or None where there is none."""
-    if len(movements) <= 1:
-        return movements[0] if movements else None
-    return Movement(
-        inner=torch.stack([movement.inner for movement in movements]).sum(0),
-        square=sum(movement.square for movement in movements),
-        corrected=any(movement.corrected for movement in movements),
-        held=any(movement.held for movement in movements),
-    )
-
-
-def signs_of(optimizer: Optimizer) -> dict[int, float]:
-    """Return by id(parameter) what turns its movement into a descent: −1 where the optimizer maximises, else 1."""
-    signs: dict[int, float] = {}
-    for group in optimizer.param_groups:
-        signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))
-    return signs
-
-
-def trained(optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters of an optimizer that require grad; never to be kept: trainers replace them."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

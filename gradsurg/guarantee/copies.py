@@ -6,18 +6,21 @@ vector 0.1 ms, and in most steps nobody asks for more.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from gradsurg.gradients.param_groups import trained
+from gradsurg.gradients.rows import Row
 from gradsurg.linalg.blocks import flat
 from gradsurg.linalg.packing import Packed, alike
-from gradsurg.gradients.rows import Row
 
-__all__ = ["Before", "Part"]
+__all__ = ["Before", "Part", "Snapshot"]
 
 
 class Before:
@@ -83,3 +86,25 @@ class Part(Sequence[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.before.row.__getitem__, self._parameters)
+
+
+class Snapshot:
+    """A copy of all that a step may write.
+
+    Args:
+        optimizer: About to step.
+        copied: Copies of parameters that there are already; they are used and not made again.
+    """
+
+    def __init__(self, optimizer: Optimizer, copied: Row) -> None:
+        self._optimizer = optimizer
+        self._parameters = Row((p, copied[p] if p in copied else p.detach().clone()) for p in trained(optimizer))
+        self._state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; state that did not exist before is removed."""
+        for p, old in self._parameters.items():
+            p.copy_(old)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)

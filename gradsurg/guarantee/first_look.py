@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradsurg.guarantee.copies import Part
 from gradsurg.linalg.blocks import BLOCK, cut, flat
-from gradsurg.linalg.packing import DTYPE, Table
 from gradsurg.linalg.buffers import Workspace
+from gradsurg.linalg.packing import DTYPE, Table
 
 __all__ = ["CLEAR", "glance"]
 

@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.measure import Measure
 from gradsurg.guarantee.first_look import glance
+from gradsurg.guarantee.movement import Movement
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.combine import correct_
-from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK
-from gradsurg.solvers.tolerances import STATIONARY
-from gradsurg.surgery.pipeline_small import norms_of
+from gradsurg.linalg.measure import Measure
 from gradsurg.solvers.nonnegative import nonnegative
+from gradsurg.solvers.tolerances import (
+    CANCELLATION_GRAMIAN,
+    CANCELLATION_SUM,
+    ROUNDING_EXACT,
+    ROUNDING_QUICK,
+    STATIONARY,
+)
+from gradsurg.surgery.pipeline_small import norms_of
 
-__all__ = ["Movement", "guard"]
+__all__ = ["guard"]
+
 
 # What rounding the parameters may do to cos(d, g_i). Parameters of 16 bits move by few units in the last place, so
 # theirs is wider: half of bfloat16's last place is 2e-3 of a number.
 TOLERANCE = 1e-4
+
+
 TOLERANCE_16_BIT = 1e-2
+
+
 # Attempts to push the rounded parameters back into the cone before the step is taken back on the shared parameters.
 ATTEMPTS = 4
-
-
-@dataclass(frozen=True)
-class Movement:
-    """What the parameters did in one step, d = before − after (sign turned where the optimizer maximises).
-
-    Attributes:
-        inner: ⟨d, g_i⟩, shape (m,), float64.
-        square: ‖d‖².
-        corrected: Whether d had to be projected.
-        held: Whether d was set to 0, because nothing else satisfies every task within rounding.
-    """
-
-    inner: Tensor
-    square: float
-    corrected: bool = False
-    held: bool = False
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.guarantee.copies import Before
-from gradsurg.linalg.blocks import real_of
-from gradsurg.linalg.kernels.table import constant
-from gradsurg.linalg.blocks import Rows
-from gradsurg.guarantee.update import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
-from gradsurg.guarantee.constraint import Judgement
 from gradsurg.gradients.param_groups import signs_of
+from gradsurg.guarantee.constraint import Judgement
+from gradsurg.guarantee.copies import Before
 from gradsurg.guarantee.movement import LaterMovement, stream_of
+from gradsurg.guarantee.update import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
+from gradsurg.linalg.blocks import Rows, real_of
+from gradsurg.linalg.kernels.table import constant
 from gradsurg.solvers.tolerances import STATIONARY
 
 __all__ = ["ROUNDING", "OnboardJudgement", "guard"]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
-    "SMALL",
     "Block",
     "Pieces",
+    "Rows",
+    "SMALL",
     "block_for",
     "blocks",
     "cut",
@@ -25,19 +26,29 @@ __all__ = [
     "real_of",
 ]
 
+
 # Small tensors are packed until there are so many numbers.
 BLOCK = 32_768
+
+
 # Large tensors are cut so that the blocks of all rows have TOGETHER numbers, 6 MiB in float64: the fewer calls, the
 # better, until they leave the cache (32 MiB of L3 for several machines). CPU ns a number on one core of an EPYC for the
 # Gramian of 10 M numbers in blocks of 16 384, 32 768, 65 536, 98 304, 131 072, 262 144: m = 1 1.6, 1.2, 0.9, 0.8, 0.8,
 # 0.7; m = 4 1.2, 1.1, 1.0, 1.0, 1.0, 1.0; m = 8 1.5, 1.3, 1.2, 1.2, 1.3, 1.5; m = 16 2.0, 2.0, 1.9, 1.9, 2.3, 3.0;
 # m = 32 2.8, 3.2, 3.6, 3.7, 3.7, 3.7.
 TOGETHER, LEAST, LARGEST = 786_432, 16_384, 131_072
+
+
 # Tensors below this are packed: copying 32 768 floats costs about as much as the Python calls it saves.
 SMALL = 32_768
+
+
 LINE = 16  # numbers of 32 bits in a line of cache, which no two parts share
 
+
 Block = list["Tensor | None"]
+
+
 Pieces = list[Tensor]
 
 
@@ -156,3 +167,6 @@ def flat(pieces: Pieces) -> Tensor:
     # pieces' dtype, because converting element by element while gathering is four times slower than copy_ is after.
     flattened: Tensor = torch._utils._flatten_dense_tensors(pieces)
     return flattened
+
+
+Rows = Sequence[Sequence["Tensor | None"]]

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from gradsurg.linalg.blocks import BLOCK, SMALL, Pieces, flat
 
-__all__ = ["LANE", "Matrix", "Workspace"]
+__all__ = ["LANE", "Matrix", "ROWS", "SUM", "WORKSPACE", "Workspace", "inner_product", "products_with_last"]
+
 
 # A product sums one number after the other, so the shorter its rows, the less is rounded away. The worst of 60 pairs of
 # constant rows, as a share of the product: 1 024 numbers 1.4e-14, 2 048 2.8e-14, 4 096 5.7e-14, 16 384 2.3e-13. To the
 # time of a stack of such products the length makes no difference from 1 024 to 16 384.
 LANE = 4_096
+
+
 # Lanes have a multiple of so many numbers, eight lines of cache, so that the last part of a tensor, which is a little
 # shorter than the others, fits the same ones.
 STEP = 64
@@ -94,3 +97,27 @@ class Matrix:
             starts, lanes = range(0, len(self.rows), step), self.lanes
             strips = self._strips[step] = [(lanes[:, i : i + step], lanes[:, : i + step].mT) for i in starts]
         return strips
+
+
+WORKSPACE = Workspace()
+
+
+ROWS, PRODUCT, SUM = range(3)  # slots of the workspace
+
+
+def inner_product(a: Tensor, b: Tensor) -> float:
+    """Return ⟨a, b⟩ of two float64 vectors of a block each, summed pairwise: off by 1e-16.
+
+    In float32 quick sums would be off by 7e-5 on constant numbers, which nearly opposite tasks amplify beyond the
+    promise of 1e-4.
+    """
+    return torch.mul(a, b, out=WORKSPACE.buffer(PRODUCT, a.numel(), a.dtype, a.device)).sum().item()
+
+
+def products_with_last(matrix: Matrix, exact: bool) -> list[float]:
+    """Return ⟨row, last row⟩ for each row of a matrix, its own square as the last."""
+    if exact:
+        return [inner_product(row, matrix.rows[-1]) for row in matrix.rows]
+    lanes = matrix.lanes
+    # 98 304 numbers, m = 2 and the movement: 0.08 ms, as products of a matrix and a vector 0.15; m = 8 0.15 and 0.22.
+    return torch.bmm(lanes[:, -1:], lanes.mT).sum(0).flatten().tolist()

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.blocks import real_of
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.combine import combine
-from gradsurg.solvers.tolerances import ROUNDING_EXACT
-from gradsurg.surgery.pipeline import Pipeline
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.tolerances import STATIONARY
 from gradsurg.solvers.nonnegative import nonnegative
+from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery.base import ElementwiseSurgery
 
-__all__ = ["Blend", "blend", "scales_of"]
+__all__ = ["Blend", "blend"]
 
 
 @dataclass(frozen=True)
@@ -37,16 +33,6 @@ class Blend:
     products: Tensor
     square: Tensor
     stationary: bool = False
-
-
-def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tensor, State]:
-    """Return what the pipeline's normaliser multiplies the rows by, and the next state."""
-    if pipeline.levels is not None:
-        raise ValueError(
-            f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
-            "use one or the other"
-        )
-    return pipeline.scales(problem, state)
 
 
 def blend(

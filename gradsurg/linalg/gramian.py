@@ -6,31 +6,17 @@ float64 twin in reference.py. On a device other than the CPU the same code runs,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
 
 import torch
 from torch import Tensor
 
 from gradsurg.linalg import sparse
-from gradsurg.linalg.blocks import SMALL, block_for, blocks, cut, flat, flat_column, real_of
-from gradsurg.linalg.packing import DTYPE, alike, packed
-from gradsurg.linalg.buffers import ROWS, SUM, WORKSPACE, products_with_last
-from gradsurg.linalg.gramian import Symmetric
+from gradsurg.linalg.blocks import Rows, block_for, blocks
+from gradsurg.linalg.buffers import ROWS, WORKSPACE, Matrix, inner_product
+from gradsurg.linalg.packing import packed
 
-__all__ = ["Rows", "combine", "correct_", "gramian", "inner_update"]
-
-Rows = Sequence[Sequence["Tensor | None"]]
-
-# Parameters below SMALL are combined together, a row at a time, but no more than so many numbers, so that u stays in
-# the cache. 5 M numbers, m = 8, all together, in such groups and one by one: tensors of 100 000 34, 19 and 18 ms, of
-# 25 000 26, 22 and 21. Smaller ones pay for the calls: 2 M numbers in tensors of 4 096, one by one 41 ms, together 16.
-GROUPED = 262_144
-# Numbers of one parameter that are combined at a time: 4.2 M numbers, m = 4, in blocks of 32 768 7.7 ms, in these 6.1.
-COMBINED = 131_072
-# And where u is written without a buffer in between: 40 M numbers, m = 4, in blocks of 131 072 78 ms, in these 65.
-DIRECT = 524_288
-
-QUICK = frozenset((torch.float32, torch.float64))  # dtypes of u that are summed as they are
+__all__ = ["Long", "MANY_FROM", "Symmetric", "gramian", "strip_for"]
 
 
 @torch.no_grad()
@@ -67,220 +53,108 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     return total.result()
 
 
-@torch.no_grad()
-def inner_update(
-    rows: Rows,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    signs: Sequence[float],
-    *,
-    exact: bool = False,
-) -> tuple[Tensor, float]:
-    """Return ⟨d, g_i⟩ for every row, and ‖d‖², of the movement d = sign · (before − after).
-
-    Args:
-        rows: m lists of gradients, as for `gramian`.
-        before: The parameters before the optimizer's step.
-        after: The parameters now.
-        signs: +1 per parameter, −1 where the optimizer maximises.
-        exact: As for `gramian`.
-
-    Returns:
-        Shape (m,), float64, CPU; and a number.
-    """
-    m = len(rows)
-    inner, square = [0.0] * m, 0.0
-    small = packed(rows)
-    if small is not None:
-        inner, square = small.inner(before, after, signs, exact)
-        rows = small.rest
-        before, after = ([tensors[k] for k in small.others] for tensors in (before, after))
-        signs = [signs[k] for k in small.others]
-    rows, columns = sparse.split(rows)
-    for sign, block in blocks([before, after, *rows], tags=signs, size=block_for(m + 1)):
-        assert isinstance(sign, float)
-        old, new, *gradients = block
-        matrix = WORKSPACE.stack(ROWS, [*gradients, old])
-        matrix.rows[-1].sub_(flat(new))
-        *products, length = products_with_last(matrix, exact)
-        square += length
-        present = [i for i, pieces in enumerate(gradients) if pieces]
-        for i, product in zip(present, products, strict=True):
-            inner[i] += sign * product
-    for k, column in enumerate(columns):
-        if any(g is not None for g in column):
-            d = real_of((before[k].detach() - after[k].detach()).double()) * signs[k]
-            for i, g in enumerate(column):
-                if g is not None:
-                    inner[i] += torch.dot(d.reshape(-1), real_of(g.to_dense().double()).reshape(-1)).item()
-    return torch.tensor(inner, dtype=torch.float64), square
+# A product's lower half is computed in strips of so many rows: few, or many where there are many. CPU ns a number on a
+# core of an EPYC, in strips of 2, 4, 8 and 24 rows: m = 4 2.0, 2.2; m = 8 6.4, 7.0, 8.5; m = 16 24, 29, 27, 31; m = 24
+# 51, 61, 50, 47; m = 64 342, 419, 286, 229. In lanes m = 2 takes 0.79, as three dot products 1.06; m = 8 as products of
+# 16 384 numbers a row 8.0.
+FEW, MANY = 2, 24
 
 
-def combine(
-    rows: Rows,
-    weights: Sequence[float],
-    like: Sequence[Tensor],
-    *,
-    exact: bool = False,
-    into: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:
-    """Return u = Σ w_i g_i, one tensor per parameter.
+MANY_FROM = 21
 
-    Args:
-        rows: m lists of gradients; at least one of each parameter is not None.
-        weights: m numbers. A row of weight 0 is not read, so a row of NaN with weight 0 is harmless.
-        like: The parameters: u has their dtypes.
-        exact: Add up in float64 and round once: needed where the rows nearly cancel.
-        into: Tensors like the parameters that large ones may be written to; None makes new ones.
 
-    Returns:
-        u; sparse where all rows of the parameter are sparse.
-    """
-    exact = exact or _too_large(weights)
-    result: list[Tensor | None] = [None] * len(like)
-    small = packed(rows)
-    dtypes = set(map(DTYPE, like))
-    quick = small is not None and not exact and len(dtypes) == 1 and dtypes <= QUICK
-    if small is not None and quick and all(map(Tensor.is_contiguous, small.at(like))):
-        # In the rows' shapes: over several ranks they are slices of the parameters.
-        parts = small.apart(small.sum(weights, *dtypes), rows[0])
-        if not small.others:
-            return parts
-        room = None if into is None else [into[k] for k in small.others]
-        rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
-        for k, part in zip([*small.places, *small.others], [*parts, *rest], strict=True):
-            result[k] = part
-        return [u for u in result if u is not None]
-    grouped: dict[tuple[object, ...], list[int]] = {}
-    everywhere = [i for i, weight in enumerate(weights) if weight != 0]
-    plain = not exact and everywhere and like[0].dtype in QUICK and alike([*rows, like])
-    for k, parameter in enumerate(like):
-        if plain and parameter.numel() < SMALL:
-            grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
-            continue
-        if plain and parameter.numel() <= DIRECT:
-            result[k] = _sum_whole(
-                [rows[i][k] for i in everywhere], [weights[i] for i in everywhere], None if into is None else into[k]
-            )
-            continue
-        column = [row[k] for row in rows]
-        some = next(g for g in column if g is not None)
-        used = [i for i, g in enumerate(column) if g is not None and weights[i] != 0]
-        if any(g is not None and g.is_sparse for g in column):
-            result[k] = sparse.combine([column[i] for i in used], [weights[i] for i in used], some)
-        elif not used:
-            result[k] = torch.zeros_like(some, dtype=parameter.dtype)
-        elif exact or some.numel() >= COMBINED or parameter.dtype not in QUICK:
-            spare = None if into is None else into[k]
-            out = torch.empty_like(some, dtype=parameter.dtype) if spare is None else spare
-            _sum_blocks([column[i] for i in used], [weights[i] for i in used], out, exact)
-            result[k] = out
+class Symmetric:
+    """The lower half of a symmetric m x m float64 matrix: lanes of quick sums in tensors, single numbers in floats."""
+
+    def __init__(self, m: int) -> None:
+        self.m = m
+        self.entries: list[list[float]] | None = None  # single numbers, where there are any
+        self.lost: list[list[float]] = []  # what their additions rounded away
+        self.strips: dict[tuple[tuple[int, ...], int], list[Long]] = {}  # of the tasks and lanes of blocks
+
+    def add(self, present: list[int], matrix: Matrix, exact: bool) -> None:
+        """Add the inner products of the rows of a matrix, which belong to these tasks."""
+        if exact:
+            for a, i in enumerate(present):
+                for b, j in enumerate(present[: a + 1]):
+                    self.put(i, j, inner_product(matrix.rows[a], matrix.rows[b]))
+            return
+        strips = matrix.strips(strip_for(len(present)))
+        key = tuple(present), len(matrix.lanes)
+        if key not in self.strips:
+            self.strips[key] = [Long() for _ in strips]
+        for long, (strip, before) in zip(self.strips[key], strips, strict=True):
+            long.add(strip, before)
+
+    def put(self, i: int, j: int, value: float) -> None:
+        """Add to one entry, i ≥ j; thousands of blocks are summed as exactly as one."""
+        if self.entries is None:
+            self.entries, self.lost = ([[0.0] * self.m for _ in range(self.m)] for _ in range(2))
+        old = self.entries[i][j]
+        self.entries[i][j] = new = old + value
+        kept = new - old
+        self.lost[i][j] += (old - (new - kept)) + (value - kept)
+
+    def result(self) -> Tensor:
+        """Return the whole matrix, exactly symmetric."""
+        parts = [(tasks, _joined([strip.total() for strip in strips])) for (tasks, _), strips in self.strips.items()]
+        if len(parts) == 1 and len(parts[0][0]) == self.m and self.entries is None:
+            lower = parts[0][1]
         else:
-            grouped.setdefault((*used, parameter.dtype, parameter.device), []).append(k)
-    for key, indices in ((key, part) for key, every in grouped.items() for part in _groups(every, like)):
-        used = [int(i) for i in key[:-2]]  # type: ignore[call-overload]
-        dtype = like[indices[0]].dtype
-        first, *others = (_all_of([rows[i][k] for k in indices], dtype) for i in used)
-        summed = torch._foreach_mul(first, weights[used[0]])
-        for i, tensors in zip(used[1:], others, strict=True):
-            torch._foreach_add_(summed, tensors, alpha=weights[i])
-        for k, u in zip(indices, summed, strict=True):
-            result[k] = u
-    return [u for u in result if u is not None]
+            lower = torch.zeros(self.m, self.m, dtype=torch.float64, device=parts[0][1].device if parts else None)
+            for tasks, square in parts:
+                index = torch.tensor(tasks, device=lower.device)
+                lower[index[:, None], index] += square.to(lower.device)
+            if self.entries is not None:
+                sums, lost = torch.tensor([self.entries, self.lost], dtype=torch.float64).to(lower.device)
+                lower += sums.add_(lost.nan_to_num_(0))  # of an infinite entry nothing is lost
+        return torch.where(_lower_half(self.m, lower.device), lower, lower.T)
 
 
-def correct_(
-    rows: Rows,
-    coefficients: Sequence[float],
-    after: Sequence[Tensor],
-    signs: Sequence[float],
-    *,
-    exact: bool = False,
-) -> None:
-    """Subtract sign · Σ λ_i g_i from the parameters in place, rounding each number once.
+class Long:
+    """A long sum of float64 matrices: short running sums of lanes, added pairwise at the end.
 
-    Args:
-        rows: m lists of gradients.
-        coefficients: λ, m numbers; a row with 0 is not read.
-        after: The parameters; written.
-        signs: +1 per parameter, −1 where the optimizer maximises (there the sum is added).
-        exact: Add up in float64, for movements that nearly cancel.
+    One running sum of the 6 000 products of 100 M numbers may be off by 6e-13, and these by 2e-14.
     """
-    exact = exact or _too_large(coefficients)
-    used = [i for i, c in enumerate(coefficients) if c != 0]
-    small = packed(rows)
-    if small is not None and used:
-        small.correct_(coefficients, after, signs, exact)
-        rows = small.rest
-        after, signs = [after[k] for k in small.others], [signs[k] for k in small.others]
-    for k, parameter in enumerate(after):
-        present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
-        present = [(g, c) for g, c in present if g is not None]
-        if any(g is not None and g.is_sparse for g, _ in present):
-            for g, c in present:
-                assert g is not None
-                parameter.add_(g.to(parameter.dtype), alpha=c)
-        elif present:
-            _sum_blocks([g for g, _ in present], [c for _, c in present], parameter, exact, add=True)
+
+    SHORT, MOST = 16, 64  # blocks in a running sum; sums kept
+
+    def __init__(self) -> None:
+        self._running: Tensor | None = None
+        self._count = 0
+        self._done: list[Tensor] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add the products of two stacks of matrices."""
+        self._running = torch.bmm(a, b) if self._running is None else self._running.baddbmm_(a, b)
+        self._count += 1
+        if self._count == self.SHORT:
+            self._done.append(self._running.sum(0))
+            self._running, self._count = None, 0
+            if len(self._done) == self.MOST:
+                self._done = [torch.stack(self._done).sum(0)]
+
+    def total(self) -> Tensor:
+        """Return the sum of all; something must have been added."""
+        if self._running is None:
+            return torch.stack(self._done).sum(0)
+        running = self._running.sum(0)
+        return torch.stack([*self._done, running]).sum(0) if self._done else running
 
 
-def _sum_whole(column: list[Tensor | None], weights: list[float], out: Tensor | None) -> Tensor:
-    """Return Σ w_i g_i of dense tensors of one dtype, none of them missing."""
-    first, *others = [g for g in column if g is not None]
-    u = torch.mul(first, weights[0], out=out)
-    for g, weight in zip(others, weights[1:], strict=True):
-        u.add_(g, alpha=weight)
-    return u
+def strip_for(m: int) -> int:
+    """Return how many rows of a matrix of m are multiplied at a time."""
+    return MANY if m >= MANY_FROM else FEW
 
 
-def _sum_blocks(
-    column: list[Tensor | None], weights: list[float], out: Tensor, exact: bool, *, add: bool = False
-) -> None:
-    """Write Σ w_i g_i into `out`, or add it, block by block, in a wide enough dtype."""
-    *views, target = flat_column([*column, out])
-    assert target is not None
-    wide = torch.float64 if exact else torch.promote_types(target.dtype, torch.float32)
-    direct = target.dtype == wide and not add
-    every = [target, *[view for view in views if view is not None]]
-    for goal, *parts in cut(every, DIRECT if direct else COMBINED):
-        total = goal if direct else WORKSPACE.buffer(SUM, goal.numel(), wide, goal.device)
-        if parts[0].dtype == wide:
-            torch.mul(parts[0], weights[0], out=total)
-        else:
-            total.copy_(parts[0]).mul_(weights[0])
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            total.add_(part, alpha=weight)
-        if add and goal.dtype == wide:
-            goal.add_(total)
-        elif add:
-            goal.copy_(total.add_(goal))
-        elif not direct:
-            goal.copy_(total)
-    if target.data_ptr() != out.data_ptr():  # `out` is not dense, so flattening had to copy
-        out.copy_(torch.view_as_complex(target.view(*out.shape, 2)) if out.is_complex() else target.view(out.shape))
+@functools.lru_cache(maxsize=64)
+def _lower_half(m: int, device: torch.device) -> Tensor:
+    return torch.ones(m, m, dtype=torch.bool, device=device).tril()
 
 
-def _groups(indices: list[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of parameters in parts of about GROUPED numbers."""
-    group: list[int] = []
-    room = GROUPED
-    for k in indices:
-        group.append(k)
-        room -= like[k].numel()
-        if room <= 0:
-            yield group
-            group, room = [], GROUPED
-    if group:
-        yield group
-
-
-def _too_large(weights: Sequence[float]) -> bool:
-    """Whether a weight does not fit into float32: that of a learned task's gradient of 1e-40, made as long as others.
-
-    Met in training: a task at cross-entropy 0 under normalize="norm". Its weight times its gradient fits again.
-    """
-    return any(abs(w) > torch.finfo(torch.float32).max for w in weights)
-
-
-def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]
+def _joined(strips: list[Tensor]) -> Tensor:
+    """Return strips of the lower half, each wider than the one before, as one square matrix."""
+    if len(strips) == 1:
+        return strips[0]
+    m = strips[-1].shape[1]
+    return torch.cat([torch.nn.functional.pad(strip, (0, m - strip.shape[1])) for strip in strips])

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradsurg.linalg.blocks import BLOCK, SMALL, evenly, flat
-from gradsurg.linalg.buffers import ROWS, WORKSPACE, products_with_last
-from gradsurg.linalg.buffers import Matrix
+from gradsurg.linalg.buffers import ROWS, WORKSPACE, Matrix, products_with_last
 
 __all__ = ["Packed", "Table", "alike", "packed"]
 

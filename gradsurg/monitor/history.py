@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from gradsurg.gradients.param_groups import parameter_names
+from gradsurg.monitor.files import Packed, from_json, read_csv, to_json, write_csv
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
-from gradsurg.monitor.files import Packed, from_json, to_json
 from gradsurg.optimizer.report import Report
-from gradsurg.monitor.files import read_csv, write_csv
 
 __all__ = ["History"]
 

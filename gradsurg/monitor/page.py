@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from gradsurg import plot
 from gradsurg._version import __version__
 from gradsurg.monitor.history import History
-from gradsurg.optimizer.report import Report
 from gradsurg.monitor.verdict import verdict
+from gradsurg.optimizer.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gradsurg.monitor.advice import ALOOF, PEACE, advice
-from gradsurg.monitor.advice import Pair, pairs
+from gradsurg.monitor.advice import ALOOF, PEACE, Pair, advice, pairs
 from gradsurg.optimizer.report import Report
 
 __all__ = ["verdict"]

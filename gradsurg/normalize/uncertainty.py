@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradsurg.normalize.adam import descended, unlearned
 from gradsurg.normalize.base import Normalizer
 from gradsurg.normalize.checks import check_number, losses_of, per_block
-from gradsurg.normalize.adam import descended, unlearned
 from gradsurg.solvers.problem import Problem, State
 
 __all__ = ["LogVariances", "Uncertainty"]

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradsurg.optimizer.cheap.batched import run_batched
-from gradsurg.gradients.compile import Watch, advise, anything_compiled, noticing_kept_graphs
-from gradsurg.gradients.total import Finish, at_once, pass_in_progress
 from gradsurg.errors import MultiTaskError, unknown_name
-from gradsurg.optimizer.cheap.features import run_on_features
+from gradsurg.gradients.compile import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.gradients.hooks import hooked_among, refusing_steps_in_backward
 from gradsurg.gradients.losses import Compute, check_row, detached, seed_of, task_name
-from gradsurg.surgery.priority import check_names
-from gradsurg.optimizer.backward import evaluate, explain
+from gradsurg.gradients.total import Finish, at_once, pass_in_progress
+from gradsurg.optimizer.cheap.batched import run_batched
+from gradsurg.optimizer.cheap.features import run_on_features
 from gradsurg.optimizer.cheap.reuse import reusable, run_reused
-from gradsurg.optimizer.backward import refuse_cheap
 from gradsurg.optimizer.engine import refuse_nesting, refuse_scaled_mark
+from gradsurg.surgery.priority import check_names
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Surgeon
+from gradsurg.gradients.losses import check_scalar
 
-__all__ = ["bring", "entering", "receive"]
+__all__ = ["bring", "entering", "evaluate", "explain", "receive", "refuse_cheap"]
+
 
 Task = Tensor | Compute | None
 
@@ -236,3 +236,38 @@ def receive(surgeon: Surgeon, gradients: Mapping[str, Sequence[Tensor | None]]) 
         surgeon.capture.give(name, row)
     surgeon.losses = {}
     surgeon.finish()
+
+
+def refuse_cheap(surgeon: Surgeon, what: str) -> None:
+    """Refuse rows from outside in the modes that save backward passes: these choose which ones run."""
+    for option, value, off in (
+        ("refresh_every", surgeon.settings.refresh_every, 1),
+        ("rotate", surgeon.settings.rotate, None),
+    ):
+        if value != off:
+            raise MultiTaskError(
+                f"{what} brings gradients that are computed already, so {option}={value} could save nothing: use "
+                f"total() or backward(), or wrap without {option}="
+            )
+
+
+def evaluate(name: str, compute: Compute) -> Tensor | None:
+    """Return the loss that a function computes now; None where the task is absent from this step.
+
+    Raises:
+        ValueError: What it returns is no real scalar tensor.
+    """
+    with torch.enable_grad():
+        loss = compute()
+    loss = None if loss is None else check_scalar(f"losses[{name!r}]()", loss)
+    return loss if loss is not None and loss.requires_grad else None
+
+
+def explain(name: str, error: RuntimeError) -> BaseException:
+    """Return what to raise where a function's backward pass found its graph used up."""
+    if "backward through the graph a second time" not in str(error):
+        return error
+    return MultiTaskError(
+        f"the function of {name!r} reads tensors that another function's backward pass went through already: compute "
+        "them anew inside of each function, or pass retain_graph=True to keep what they share"
+    )

@@ -9,16 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.kernels.table import constant
-from gradsurg.optimizer.recording import later
-from gradsurg.linalg.blocks import Rows
-from gradsurg.guarantee.update_cuda import ROUNDING, OnboardJudgement
-from gradsurg.guarantee.movement import catch_up, stream_of
-from gradsurg.optimizer.inputs import Outcome, Patient, plain_sum, problem_of
-from gradsurg.surgery.pipeline import Direction
-from gradsurg.solvers.problem import Problem, State
 from gradsurg.gradients.rows import Row
-from gradsurg.solvers.problem import Solvers
+from gradsurg.guarantee.movement import catch_up, stream_of
+from gradsurg.guarantee.update_cuda import ROUNDING, OnboardJudgement
+from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.kernels.table import constant
+from gradsurg.optimizer.inputs import Outcome, Patient, plain_sum, problem_of
+from gradsurg.optimizer.recording import later
+from gradsurg.solvers.problem import Problem, Solvers, State
+from gradsurg.surgery.pipeline import Direction
 
 __all__ = ["operate_onboard"]
 

@@ -14,32 +14,27 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradsurg.optimizer.schedule import Batched
-from gradsurg.gradients.capture import Capture
 from gradsurg.distributed.detect import Ranks
-from gradsurg.distributed.session import Traffic
 from gradsurg.distributed.layout import ALONE
-from gradsurg.gradients.total import pass_in_progress
+from gradsurg.distributed.session import Traffic
 from gradsurg.errors import MultiTaskError
-from gradsurg.guarantee.constraint import Judgement
-from gradsurg.gradients.param_groups import trained
-from gradsurg.surgery.margin import named
-from gradsurg.optimizer.checkpoint import Memory
-from gradsurg.gradients.param_groups import parameter_names
-from gradsurg.optimizer.report import LaterReport
-from gradsurg.optimizer.inputs import Patient
-from gradsurg.optimizer.direction import operate
-from gradsurg.surgery.priority import check_names
-from gradsurg.optimizer.schedule import Refresh
-from gradsurg.optimizer.engine import refuse_nesting, refuse_scaled_mark
-from gradsurg.optimizer.report import Report
-from gradsurg.optimizer.schedule import Rotation
-from gradsurg.gradients.rows import TaskRows
-from gradsurg.optimizer.options import Settings
-from gradsurg.guarantee.copies import Snapshot
+from gradsurg.gradients.capture import Capture
+from gradsurg.gradients.param_groups import parameter_names, trained
 from gradsurg.gradients.recycle import Spare
+from gradsurg.gradients.rows import TaskRows
+from gradsurg.gradients.total import pass_in_progress
+from gradsurg.guarantee.constraint import Judgement
+from gradsurg.guarantee.copies import Snapshot
+from gradsurg.optimizer.checkpoint import Memory
+from gradsurg.optimizer.direction import operate
+from gradsurg.optimizer.inputs import Patient
+from gradsurg.optimizer.options import Settings
+from gradsurg.optimizer.report import LaterReport, Report
+from gradsurg.optimizer.schedule import Batched, Refresh, Rotation
+from gradsurg.surgery.margin import named
+from gradsurg.surgery.priority import check_names
 
-__all__ = ["Surgeon"]
+__all__ = ["Surgeon", "refuse_nesting", "refuse_scaled_mark"]
 
 
 class Surgeon:
@@ -251,3 +246,27 @@ class Surgeon:
         self.pending, self.skipped, self.losses = False, (), {}
         self.rotation.forget()
         self.entered.clear()
+
+
+def refuse_nesting(surgeon: Surgeon, what: str) -> None:
+    """Refuse what would take gradients inside a task's function or block."""
+    if surgeon.computing is not None:
+        raise MultiTaskError(
+            f"{what} was called inside the function of {surgeon.computing!r}: it must only compute a loss"
+        )
+    if surgeon.in_task:
+        raise MultiTaskError(f"{what} was called inside `with optimizer.task(...)`: only loss.backward() belongs there")
+
+
+def refuse_scaled_mark(surgeon: Surgeon) -> None:
+    """Refuse to go on where p.grad was changed while surgery waits, and the rows cannot know."""
+    if not surgeon.pending:
+        return
+    handed_scale = any(getattr(optimizer, "grad_scale", None) is not None for optimizer in surgeon.optimizers)
+    if handed_scale or surgeon.capture.mark_was_scaled():
+        absent = [name for name in surgeon.settings.tasks or () if name not in surgeon.capture.rows]
+        raise MultiTaskError(
+            "p.grad was clipped, unscaled or zeroed in place while surgery was waiting, which would undo it. It "
+            f"waits inside accumulate(), and for declared tasks that have not come (now: {absent}): run the last "
+            "backward outside accumulate(), or wrap without tasks=. optimizer.zero_grad() starts afresh."
+        )

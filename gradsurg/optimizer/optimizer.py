@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.distributed.detect import several_ranks
-from gradsurg.gradients.total import Total, at_end_of_backward
-from gradsurg.optimizer.cheap.features import check_features
-from gradsurg.optimizer.backward import bring, entering, receive
 from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
+from gradsurg.gradients.total import Total, at_end_of_backward
+from gradsurg.optimizer.backward import bring, entering, receive
+from gradsurg.optimizer.cheap.features import check_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
-from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.engine import Surgeon
+from gradsurg.optimizer.report import Report
 
 __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
 

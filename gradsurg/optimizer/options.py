@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from gradsurg.errors import choose
 from gradsurg.linalg.kernels import dispatch
-from gradsurg.surgery.margin import named, parse_margin
 from gradsurg.normalize import Normalizer, resolve_normalizer
-from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
-from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
 from gradsurg.surgery import Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.margin import named, parse_margin
+from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
+from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
 
 __all__ = ["Settings", "settings_from"]
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradsurg.optimizer.report import LaterReport
-from gradsurg.surgery.pipeline import Direction
+from gradsurg.optimizer.report import LaterReport, Report
 from gradsurg.solvers.problem import Problem
-from gradsurg.optimizer.report import Report
+from gradsurg.surgery.pipeline import Direction
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.inputs import Patient

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee.movement import Movement
-from gradsurg.guarantee.movement import joined
+from gradsurg.guarantee.movement import LaterMovement, Movement, catch_up, joined
 
-__all__ = ["Report"]
+__all__ = ["LaterReport", "Report", "settled"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,3 +252,47 @@ def _ratio(part: float, whole: float) -> float:
     if whole <= 0 or part <= 1e-24 * whole:
         return 0.0 if part == part else part
     return math.sqrt(part / whole)
+
+
+@dataclass(frozen=True)
+class LaterReport:
+    """A report that is made when it is read, which then waits for the device, if there is one.
+
+    Attributes:
+        step: As in the report.
+        make: Makes it, but for the movement.
+        movements: What the optimizers that share it did since.
+    """
+
+    step: int
+    make: Callable[[], Report]
+    movements: tuple[LaterMovement | Movement, ...] = ()
+
+    def with_movement(self, movement: object) -> LaterReport:
+        """Return the report of a step that has also done this."""
+        assert isinstance(movement, (LaterMovement, Movement))
+        return replace(self, movements=(*self.movements, movement))
+
+    def read(self) -> Report:
+        """Return the report, on the CPU."""
+        report = self.make()
+        return replace(report, movement=_joined(self.movements)) if self.movements else report
+
+
+def settled(report: Report | LaterReport) -> Report:
+    """Return the report itself, waiting for the device where it is still there."""
+    return report.read() if isinstance(report, LaterReport) else report
+
+
+def _joined(movements: Sequence[LaterMovement | Movement]) -> Movement | None:
+    there = [movement for movement in movements if isinstance(movement, LaterMovement)]
+    if not there:  # one judgement makes all of them, on a device or not
+        return joined([movement for movement in movements if isinstance(movement, Movement)])
+    for movement in there:
+        catch_up(movement.stream)
+    return Movement(
+        inner=torch.cat([movement.inner for movement in there]).sum(0).cpu(),
+        square=float(torch.cat([movement.square for movement in there]).sum()),
+        corrected=bool(torch.cat([movement.corrected for movement in there]).any()),
+        held=bool(torch.cat([movement.held for movement in there]).any()),
+    )

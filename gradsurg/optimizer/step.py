@@ -8,16 +8,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from gradsurg.guarantee.copies import Before
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.param_groups import trained
-from gradsurg.optimizer.step import warn_of_foreign_gradients, warn_of_no_losses, warn_of_unknown_names, warn_of_unrun_totals
-from gradsurg.guarantee.copies import Snapshot
+from gradsurg.guarantee.copies import Before, Snapshot
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Surgeon
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-__all__ = ["after_step", "before_step", "take_back", "watch"]
+from torch import Tensor
+
+from gradsurg.errors import warn
+
+__all__ = [
+    "after_step",
+    "before_step",
+    "take_back",
+    "warn_of_foreign_gradients",
+    "warn_of_no_losses",
+    "warn_of_unknown_names",
+    "warn_of_unrun_totals",
+    "watch",
+]
 
 
 def before_step(surgeon: Surgeon, optimizer: Optimizer, closure: bool) -> Before:
@@ -124,3 +137,46 @@ def _end_of_step(surgeon: Surgeon) -> None:
     surgeon.memory.end_step(surgeon.next_state)
     surgeon.stepped.clear()
     surgeon.forget()
+
+
+def warn_of_unrun_totals(surgeon: Surgeon) -> None:
+    """Say, each time, that a total of this step never ran."""
+    if surgeon.unrun:
+        surgeon.unrun = 0
+        warn(
+            "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: this "
+            "step has nothing of its tasks. Call optimizer.total(losses).backward()."
+        )
+
+
+def warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
+    """Say, each time, that p.grad is no longer what the surgery wrote, so that the step cannot be judged by it."""
+    if any(p.grad is not None for p in judged):
+        warn(
+            "p.grad was replaced between the surgery and step(), so this step is the optimizer's own, without "
+            "guarantee='update'. Change it in place, as in p.grad.mul_(0.5), or call optimizer.zero_grad() where the "
+            "losses were to be dropped."
+        )
+
+
+def warn_of_no_losses(surgeon: Surgeon) -> None:
+    """Say once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
+    if surgeon.latest is not None or surgeon.warned_of_no_losses or surgeon.memory.tasks:
+        return
+    if any(p.grad is not None for p in surgeon.parameters()):
+        surgeon.warned_of_no_losses = True
+        warn(
+            "this optimizer is wrapped, but has been given no task's loss yet: it steps on the gradients of a plain "
+            "backward(), without surgery or guarantee. Call optimizer.total(losses).backward() with the losses apart."
+        )
+
+
+def warn_of_unknown_names(surgeon: Surgeon) -> None:
+    """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
+    if surgeon.warned_of_names or not surgeon.memory.tasks:
+        return
+    try:
+        surgeon.introduce(())
+    except ValueError as error:
+        surgeon.warned_of_names = True
+        warn(str(error))

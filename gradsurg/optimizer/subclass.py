@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.gradients.compile import outside_compilation
+from gradsurg.optimizer.engine import Surgeon
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer
 from gradsurg.optimizer.step import after_step, before_step, take_back, watch
-from gradsurg.optimizer.engine import Surgeon
 
 __all__ = ["extend", "inner_class", "patch_for_scheduler", "restore_class", "scheduler_patch"]
 

@@ -12,10 +12,10 @@ from typing import Any, overload
 from torch.optim import Optimizer
 
 from gradsurg.distributed.modules import check_model, refuse_optimizer
-from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
+from gradsurg.optimizer.engine import Surgeon
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
 from gradsurg.optimizer.options import settings_from
-from gradsurg.optimizer.engine import Surgeon
+from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 
 __all__ = ["unwrap", "wrap"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import exp, log, sqrt
 from operator import mul
 
-from gradsurg.solvers.simplex import STATIONARY, nearest, times
 from gradsurg.solvers.active_set import Matrix, Vector
+from gradsurg.solvers.simplex import STATIONARY, nearest, times
 
 __all__ = ["bargain"]
 

@@ -7,8 +7,8 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from gradsurg.solvers.pivoting import solve_batched
 from gradsurg.solvers.active_set import solve_small
+from gradsurg.solvers.pivoting import solve_batched
 
 __all__ = ["nonnegative", "path"]
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsurg.solvers.problem import HOST, Solvers
+from gradsurg.solvers.nonnegative import nonnegative
+from gradsurg.solvers.rows import project_rows
+from gradsurg.solvers.simplex import simplex
 
-__all__ = ["Problem", "State"]
+__all__ = ["HOST", "Problem", "Solvers", "State"]
+
 
 State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """Three functions of the same arguments and answers, whoever provides them.
+
+    Attributes:
+        nonnegative: As solvers.nonnegative.
+        simplex: As solvers.simplex.
+        project_rows: As solvers.project_rows.
+    """
+
+    nonnegative: Callable[..., Tensor]
+    simplex: Callable[..., Tensor]
+    project_rows: Callable[..., Tensor]
+
+
+HOST = Solvers(nonnegative, simplex, project_rows)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from math import inf, isfinite, sqrt
 import torch
 from torch import Tensor
 
-from gradsurg.solvers.nonnegative import nonnegative
 from gradsurg.solvers.active_set import Matrix, Vector
+from gradsurg.solvers.nonnegative import nonnegative
 
 __all__ = ["project_lists", "project_rows"]
 

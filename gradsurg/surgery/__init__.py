@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from gradsurg.errors import choose
+from gradsurg.surgery.base import ElementwiseSurgery, Surgery
 from gradsurg.surgery.methods.aligned_mtl import AlignedMTL
-from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.methods.cagrad import CAGrad
 from gradsurg.surgery.methods.cone import Cone
 from gradsurg.surgery.methods.config import ConFIG
 from gradsurg.surgery.methods.cr_mogm import CRMOGM
-from gradsurg.surgery.base import ElementwiseSurgery
 from gradsurg.surgery.methods.excess_mtl import ExcessMTL
 from gradsurg.surgery.methods.fairgrad import FairGrad
 from gradsurg.surgery.methods.graddrop import GradDrop

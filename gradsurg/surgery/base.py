@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from gradsurg.solvers.problem import Problem, State
 
-__all__ = ["Surgery"]
+__all__ = ["ElementwiseSurgery", "Surgery", "shares"]
 
 
 class Surgery(ABC):
@@ -74,3 +75,48 @@ class Surgery(ABC):
         """
         del gramian, generator
         return None
+
+
+class ElementwiseSurgery(Surgery):
+    """Turns every column of the gradient matrix into one number of u, without looking at the other columns.
+
+    Not invariant to a rotation of parameter space, and without weights: wrap() and combine() call `combine`, one
+    parameter at a time. Normalisation before it and guarantees after it work as for any surgery; levels of priority,
+    which weigh whole gradients, do not.
+    """
+
+    # Whether `combine` draws from its generator.
+    draws: ClassVar[bool] = True
+
+    @abstractmethod
+    def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Return u, shape (n,).
+
+        Args:
+            columns: n numbers of every task's (scaled) gradient, shape (m', n), of the tasks that have a gradient for
+                them; float32 or float64. Not to be written to.
+            preferences: Their r_i, shape (m',), of the same dtype and device; None for 1 each.
+            generator: Source of all random choices, on the CPU.
+        """
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Refuse: there are none.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"surgery={self.name!r} treats every number of the gradients by itself, so it has no weights and needs the "
+            "rows: use gradsurg.combine(J, ...) or gradsurg.wrap(...), without primary="
+        )
+
+
+def shares(problem: Problem) -> Tensor:
+    """Return r_i / Σ r_j, shape (..., m), both over the tasks whose gradient is not zero; the others have 0.
+
+    A zero row may be a task that took no part in the step (a compiled model cannot say None), and a mean over it
+    would shorten everybody's step.
+    """
+    pull = problem.preferences * (problem.gramian.diagonal(dim1=-2, dim2=-1) != 0)
+    total = pull.sum(-1, keepdim=True)
+    return torch.where(total > 0, pull / total, 0)

@@ -16,14 +16,20 @@ from torch import Tensor
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.shortcut import vector
 
-__all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block"]
+__all__ = ["Block", "Matrix", "Memory", "UNITS", "Vector", "each_block", "resumed"]
+
 
 # What a method whose answer does not scale with the gradients by itself measures them in: their root mean square norm,
 # or the bare number of the published equation.
 UNITS = {name: name for name in ("relative", "absolute")}
 
+
 Vector = list[float]
+
+
 Matrix = list[Vector]
+
+
 Memory = dict[str, Any]
 
 
@@ -101,3 +107,17 @@ def each_block(
     else:
         result = torch.tensor(answers, dtype=torch.float64).reshape(G.shape[:-1]).to(G.device)
     return result, {"blocks": new} if any(new) else {}
+
+
+def resumed(block: Block) -> Vector:
+    """Return the weights of the last step: the mean of them for a task that was not there, then made to add up to 1.
+
+    All r_i / Σ r_j at first.
+    """
+    known = [block.memory[name] for name in block.tasks if name in block.memory]
+    if not known:
+        return block.shares
+    typical = sum(known) / len(known)
+    found = [block.memory.get(name, typical) for name in block.tasks]
+    total = sum(found)
+    return [x / total for x in found] if total > 0 else block.shares

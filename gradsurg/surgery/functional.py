@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.elementwise import blend
 from gradsurg.errors import choose
+from gradsurg.linalg.elementwise import blend
 from gradsurg.linalg.gramian import gramian
-from gradsurg.surgery.margin import Margin
 from gradsurg.normalize import Normalizer, resolve_normalizer
-from gradsurg.surgery.pipeline import GUARANTEES, Pipeline
-from gradsurg.surgery.priority import AUXILIARY, parse_levels
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.margin import Margin
+from gradsurg.surgery.pipeline import GUARANTEES, Pipeline
+from gradsurg.surgery.priority import AUXILIARY, parse_levels
 
 __all__ = ["combine", "weights"]
 

@@ -9,35 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.kernels.table import constant
 from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
-from gradsurg.surgery.margin import Margin, attainable
+from gradsurg.linalg.kernels.table import constant
 from gradsurg.normalize import Normalizer, Unscaled
-from gradsurg.surgery.priority import Levels, levels_of, order, protected
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.tolerances import STATIONARY
+from gradsurg.solvers.problem import HOST, Problem, State
+from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
+from gradsurg.surgery import Surgery
+from gradsurg.surgery.margin import Margin, attainable
 from gradsurg.surgery.pipeline_small import applies
 from gradsurg.surgery.pipeline_small import solve as solve_quickly
-from gradsurg.solvers.problem import HOST
-from gradsurg.surgery import Surgery
+from gradsurg.surgery.priority import Levels, levels_of, order, protected
 from gradsurg.surgery.shortcut import far_from_zero
 
-__all__ = ["GUARANTEES", "Direction", "Pipeline"]
+__all__ = ["Direction", "GUARANTEES", "Pipeline", "scales_of"]
+
 
 GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
     "update": "update",
     "gradient": "gradient",
     "none": "none",
 }
-
-# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
-ROUNDING_QUICK = 4e-13
-ROUNDING_EXACT = 4e-16
-# Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
-CANCELLATION_GRAMIAN = 1e4
-# Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
-# guarantee allows: such sums are formed in float64.
-CANCELLATION_SUM = 50.0
 
 
 @dataclass(frozen=True)
@@ -235,3 +226,13 @@ def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str,
         if not 0 < float(number) < float("inf"):
             raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite")
     return {name: float(number) for name, number in value.items()}
+
+
+def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tensor, State]:
+    """Return what the pipeline's normaliser multiplies the rows by, and the next state."""
+    if pipeline.levels is not None:
+        raise ValueError(
+            f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
+            "use one or the other"
+        )
+    return pipeline.scales(problem, state)

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from gradsurg.normalize import Norm, Normalizer, Unscaled
-from gradsurg.solvers.simplex import times
 from gradsurg.solvers.active_set import Matrix, Vector, solve_small
+from gradsurg.solvers.simplex import times
+from gradsurg.solvers.tolerances import STATIONARY
 from gradsurg.surgery import Cone, Sum, Surgery
 from gradsurg.surgery.shortcut import MOST
 
-__all__ = ["STATIONARY", "all_finite", "applies", "knows", "norms_of", "solve"]
-
-# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
-# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
-STATIONARY = 16.0
+__all__ = ["all_finite", "applies", "knows", "norms_of", "solve"]
 
 
 def all_finite(gramian: Tensor) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.kernels.table import constant
 from gradsurg.errors import unknown_name
+from gradsurg.linalg.kernels.table import constant
 from gradsurg.solvers.problem import HOST, Solvers
 
 __all__ = ["AUXILIARY", "levels_of", "order", "parse_levels", "protected"]

@@ -14,8 +14,8 @@ from operator import mul
 import torch
 from torch import Tensor, frombuffer
 
-from gradsurg.solvers.simplex import STATIONARY
 from gradsurg.solvers.active_set import Matrix, Vector
+from gradsurg.solvers.simplex import STATIONARY
 
 __all__ = ["MOST", "agree", "alive", "far_from_zero", "rows_of", "vector"]
 

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: its kernels are tested where it is")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these tests need one")
 
-from gradsurg.linalg import reference  # noqa: E402
 from gradsurg import solvers  # noqa: E402
+from gradsurg.linalg import reference  # noqa: E402
 from gradsurg.linalg.kernels import combine, cone, gramian, inner  # noqa: E402
 from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE  # noqa: E402
 from tests.kernels.whole_step import (  # noqa: E402

@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels are l
 
 from triton.runtime.jit import JITFunction
 
-from gradsurg.optimizer import direction as operation
 from gradsurg.linalg import reference
 from gradsurg.linalg.kernels import table
+from gradsurg.optimizer import direction as operation
 from tests.kernels.whole_step import WITHOUT_WAITING, wrapped
 
 DEVICE = torch.device("meta")

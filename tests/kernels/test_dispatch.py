@@ -9,13 +9,13 @@ from torch import nn
 
 import gradsurg
 from gradsurg.distributed.layout import Layout
+from gradsurg.gradients.rows import Row, TaskRows
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.linalg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
-from gradsurg.optimizer.report import settled
-from gradsurg.optimizer.inputs import Patient
 from gradsurg.optimizer.direction import operate
-from gradsurg.gradients.rows import Row, TaskRows
+from gradsurg.optimizer.inputs import Patient
 from gradsurg.optimizer.options import settings_from
+from gradsurg.optimizer.report import settled
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLOAT = (torch.float32, torch.float32)

@@ -11,10 +11,10 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels are l
 
 from triton.runtime.jit import JITFunction
 
-from gradsurg.linalg.kernels import combine, cone, gramian, inner
-from gradsurg.linalg.kernels.dispatch import DTYPES
 from benchmarks.kernels.machine_code import compile_for
 from benchmarks.kernels.shipped import shipped
+from gradsurg.linalg.kernels import combine, cone, gramian, inner
+from gradsurg.linalg.kernels.dispatch import DTYPES
 
 OPTIONS = {"num_warps", "maxnreg", "enable_fp_fusion"}
 

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradsurg.linalg.kernels import table
 from gradsurg.guarantee.movement import LaterMovement, catch_up, stream_of
-from gradsurg.optimizer.report import LaterReport
-from gradsurg.optimizer.report import Report
+from gradsurg.linalg.kernels import table
+from gradsurg.optimizer.report import LaterReport, Report
 
 CARD = torch.device("cuda:1")
 

@@ -15,10 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurg
-from gradsurg.normalize import DWA, FAMO, IMTLL, NORMALIZERS, STCH, GeneralizedMean, GradNorm, InitialLoss, Norm, Normalizer, PriorLoss, Uncertainty, resolve_normalizer
-from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.normalize import (
+    DWA,
+    FAMO,
+    IMTLL,
+    NORMALIZERS,
+    STCH,
+    GeneralizedMean,
+    GradNorm,
+    InitialLoss,
+    Norm,
+    Normalizer,
+    PriorLoss,
+    Uncertainty,
+    resolve_normalizer,
+)
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import SURGERIES
+from gradsurg.surgery.pipeline import Pipeline
 
 TASKS = tuple("abcd")
 PARAMETERS = 12

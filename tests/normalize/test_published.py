@@ -12,7 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from gradsurg.normalize import DWA, FAMO, IMTLL, STCH, CurrentLoss, GeneralizedMean, GradNorm, InitialLoss, LogVariances, Norm, PriorLoss, RandomWeights, Tchebycheff, Uncertainty, class_entropy, target_variance
+from gradsurg.normalize import (
+    DWA,
+    FAMO,
+    IMTLL,
+    STCH,
+    CurrentLoss,
+    GeneralizedMean,
+    GradNorm,
+    InitialLoss,
+    LogVariances,
+    Norm,
+    PriorLoss,
+    RandomWeights,
+    Tchebycheff,
+    Uncertainty,
+    class_entropy,
+    target_variance,
+)
 from gradsurg.solvers.problem import Problem
 
 TASKS = ("a", "b", "c")

@@ -14,10 +14,25 @@ from hostile import FAMILIES, draw
 from models import TASKS, build, equal_weights, same, twins
 
 import gradsurg
-from gradsurg.normalize import DWA, FAMO, IMTLL, NORMALIZERS, STCH, GeneralizedMean, GradNorm, InitialLoss, LogVariances, Norm, PriorLoss, RandomWeights, Tchebycheff, Uncertainty
-from gradsurg.surgery.pipeline import Pipeline
+from gradsurg.normalize import (
+    DWA,
+    FAMO,
+    IMTLL,
+    NORMALIZERS,
+    STCH,
+    GeneralizedMean,
+    GradNorm,
+    InitialLoss,
+    LogVariances,
+    Norm,
+    PriorLoss,
+    RandomWeights,
+    Tchebycheff,
+    Uncertainty,
+)
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import SURGERIES
+from gradsurg.surgery.pipeline import Pipeline
 
 PRIORS = PriorLoss({"left": 1.0, "right": 5.0, "whole": 0.2})
 STATEFUL = {

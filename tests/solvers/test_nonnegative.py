@@ -8,11 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsurg.solvers.nonnegative import nonnegative
-from gradsurg.solvers.rows import project_rows
-from gradsurg.solvers.pivoting import TURNS, solve_batched
-from gradsurg.solvers.nonnegative import SMALL, path
 from gradsurg.solvers.active_set import bound, solve_small
+from gradsurg.solvers.nonnegative import SMALL, nonnegative, path
+from gradsurg.solvers.pivoting import TURNS, solve_batched
+from gradsurg.solvers.rows import project_rows
 from tests.hostile import FAMILIES, draw
 
 EXACT = 4e-16

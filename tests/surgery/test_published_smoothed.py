@@ -13,8 +13,8 @@ from torchjd.aggregation import SDMGradWeighting as PeerSDMGrad
 
 import gradsurg
 from gradsurg.solvers.problem import Problem
-from gradsurg.surgery import CRMOGM, MGDA, PCD, ExcessMTL, Krum, MoDo, Random, SDMGrad
 from gradsurg.solvers.simplex import onto_simplex
+from gradsurg.surgery import CRMOGM, MGDA, PCD, ExcessMTL, Krum, MoDo, Random, SDMGrad
 from tests.ordinary import matrix, preferences
 
 cases = pytest.mark.parametrize(("m", "seed"), list(itertools.product([2, 3, 5, 8], range(5))))

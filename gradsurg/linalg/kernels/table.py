@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.blocks import Block, flat_column
 from gradsurg.errors import MultiTaskError
+from gradsurg.linalg.blocks import Block, flat_column
 from gradsurg.linalg.kernels.dispatch import vector
 
 __all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "guard", "launches_for", "plan"]

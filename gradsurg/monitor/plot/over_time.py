@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradsurg.monitor.plot.numbers import Reports, aligned_cosines, degrees, per_task, reports_of, several, share_in_conflict, steps_of, tasks_of
+from gradsurg.monitor.plot.numbers import (
+    Reports,
+    aligned_cosines,
+    degrees,
+    per_task,
+    reports_of,
+    several,
+    share_in_conflict,
+    steps_of,
+    tasks_of,
+)
 from gradsurg.monitor.plot.style import curves_over_time
 from gradsurg.optimizer.report import Report
 

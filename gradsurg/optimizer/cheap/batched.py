@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradsurg.gradients.held import deposit
-from gradsurg.gradients.compile import in_compiled_autograd
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.errors import MultiTaskError, warn
+from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.compile import in_compiled_autograd
 from gradsurg.gradients.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
+from gradsurg.gradients.held import deposit
 from gradsurg.gradients.hooks import hooked_among
 from gradsurg.gradients.losses import seed_of
 from gradsurg.gradients.rows import Row
@@ -26,31 +26,17 @@ from gradsurg.gradients.rows import Row
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Surgeon
 
-__all__ = ["Batched", "run_batched"]
+__all__ = ["run_batched"]
+
 
 Sent = tuple["Tensor | None", ...]
+
+
 OBSTACLES = {
     REENTRANT: "torch.utils.checkpoint runs with use_reentrant=True (use_reentrant=False can be batched)",
     "CompiledFunctionBackward": "compiled backward code takes one gradient at a time",
     SINK: "the model is wrapped in DistributedDataParallel",
 }
-
-
-class Batched:
-    """Whether passes may be batched: `works` is None until the first one has been tried."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.works: bool | None = None if wanted else False
-
-    def give_up(self, reason: str) -> None:
-        """Run passes one by one from now on, and say why."""
-        if self.works is False:
-            return
-        self.works = False
-        warn(
-            f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
-            "batched= to ask for that."
-        )
 
 
 def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:

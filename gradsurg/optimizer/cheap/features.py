@@ -16,21 +16,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradsurg.gradients.held import Aside
 from gradsurg.distributed.averaging import Averaged
-from gradsurg.gradients.compile import Watch, advise, anything_compiled
-from gradsurg.distributed.layout import Layout
 from gradsurg.distributed.collectives import RanksError, fingerprint
-from gradsurg.gradients.total import Finish, at_once
+from gradsurg.distributed.layout import Layout
 from gradsurg.errors import MultiTaskError, warn
+from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
+from gradsurg.gradients.held import Aside
 from gradsurg.gradients.losses import seed_of
-from gradsurg.optimizer.report import settled
-from gradsurg.optimizer.inputs import Patient
-from gradsurg.optimizer.direction import operate
-from gradsurg.optimizer.report import Report
 from gradsurg.gradients.rows import Row, TaskRows, added
+from gradsurg.gradients.total import Finish, at_once
+from gradsurg.optimizer.direction import operate
+from gradsurg.optimizer.inputs import Patient
 from gradsurg.optimizer.options import Settings
+from gradsurg.optimizer.report import Report, settled
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Surgeon

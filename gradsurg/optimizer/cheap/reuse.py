@@ -7,7 +7,7 @@ the bit, from the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,57 +15,26 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.averaging import Averaged
-from gradsurg.gradients.compile import Watch, advise
 from gradsurg.distributed.collectives import fingerprint
-from gradsurg.gradients.total import Finish, at_once
 from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.graph import Border, Map, leaf_of, map_of
+from gradsurg.gradients.compile import Watch, advise
 from gradsurg.gradients.dtensor import local_of
+from gradsurg.gradients.graph import Border, Map, leaf_of, map_of
 from gradsurg.gradients.losses import seed_of
-from gradsurg.optimizer.checkpoint import Memory
-from gradsurg.optimizer.report import Report
 from gradsurg.gradients.rows import Row, is_finite
+from gradsurg.gradients.total import Finish, at_once
+from gradsurg.optimizer.report import Report
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Surgeon
 
-__all__ = ["Refresh", "Reuse", "reusable", "run_reused"]
+__all__ = ["Reuse", "reusable", "run_reused"]
+
 
 KEY = "refresh"
+
+
 Gradients = tuple["Tensor | None", ...]
-
-
-class Refresh:
-    """Which weights a step may reuse; kept in the checkpoint, so that a resumed run goes on as if uninterrupted."""
-
-    def __init__(self, every: int, memory: Memory) -> None:
-        self.every = every
-        self.memory = memory
-        self._reused = False
-
-    def weights(self, names: Iterable[str]) -> dict[str, float] | None:
-        """Return the weights for exactly these tasks, or None where this step has to find new ones."""
-        if self.every == 1:
-            return None
-        kept = self.memory.recall(KEY)
-        if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
-            return None
-        return dict(kept["weights"])
-
-    def note_reuse(self) -> None:
-        """Note that this step used the weights of an earlier one."""
-        self._reused = True
-
-    def end_step(self, fresh: Report | None) -> None:
-        """Count a step; `fresh` is the report of a surgery in it, None where there was none."""
-        if self.every == 1:
-            return
-        if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
-            self.memory.keep(KEY, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
-        elif self._reused:
-            kept = self.memory.recall(KEY)
-            self.memory.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
-        self._reused = False
 
 
 @dataclass(frozen=True)

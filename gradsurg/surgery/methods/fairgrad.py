@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.errors import choose
-from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.bargain import bargain
+from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import UNITS, Block, Memory, Vector, each_block
 

@@ -10,8 +10,7 @@ from typing import ClassVar
 from torch import Generator, Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.base import shares
+from gradsurg.surgery.base import Surgery, shares
 from gradsurg.surgery.shortcut import vector
 
 __all__ = ["Mean"]

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from gradsurg.errors import choose
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.simplex import times
+from gradsurg.solvers.simplex import onto_simplex, times
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import UNITS, Block, Memory, Vector, each_block
-from gradsurg.solvers.simplex import onto_simplex
-from gradsurg.surgery.blockwise import resumed
+from gradsurg.surgery.blockwise import UNITS, Block, Memory, Vector, each_block, resumed
 
 __all__ = ["MoDo"]
 

@@ -9,11 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.simplex import program, times
+from gradsurg.solvers.simplex import onto_simplex, program, times
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
-from gradsurg.solvers.simplex import onto_simplex
-from gradsurg.surgery.blockwise import resumed
+from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block, resumed
 
 __all__ = ["SDMGrad"]
 

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 import gradsurg
-from gradsurg.linalg import gramian as host
 from gradsurg.guarantee.update import guard as guard_on_the_host
-from gradsurg.linalg.kernels import table
 from gradsurg.guarantee.update_cuda import guard
+from gradsurg.linalg import gramian as host
+from gradsurg.linalg.kernels import table
 from gradsurg.optimizer.report import LaterReport
 from tests.kernels.interpreted import harness  # noqa: F401 (has the interpreter round bfloat16 as hardware does)
 from tests.kernels.whole_step import (

@@ -1,4 +1,4 @@
-"""Small constants of a step, such as preferences, where the arithmetic is: uploaded once, and without waiting."""
+"""TODO."""
 
 from __future__ import annotations
 

@@ -1,0 +1,202 @@
+"""Weighted sums of rows: the second pass over the gradients, and the correction of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg import sparse
+from gradsurg.linalg.blocks import SMALL, Rows, cut, flat_column
+from gradsurg.linalg.buffers import SUM, WORKSPACE
+from gradsurg.linalg.packing import DTYPE, alike, packed
+
+__all__ = ["combine", "correct_"]
+
+
+# Parameters below SMALL are combined together, a row at a time, but no more than so many numbers, so that u stays in
+# the cache. 5 M numbers, m = 8, all together, in such groups and one by one: tensors of 100 000 34, 19 and 18 ms, of
+# 25 000 26, 22 and 21. Smaller ones pay for the calls: 2 M numbers in tensors of 4 096, one by one 41 ms, together 16.
+GROUPED = 262_144
+
+
+# Numbers of one parameter that are combined at a time: 4.2 M numbers, m = 4, in blocks of 32 768 7.7 ms, in these 6.1.
+COMBINED = 131_072
+
+
+# And where u is written without a buffer in between: 40 M numbers, m = 4, in blocks of 131 072 78 ms, in these 65.
+DIRECT = 524_288
+
+
+QUICK = frozenset((torch.float32, torch.float64))  # dtypes of u that are summed as they are
+
+
+def combine(
+    rows: Rows,
+    weights: Sequence[float],
+    like: Sequence[Tensor],
+    *,
+    exact: bool = False,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Return u = Σ w_i g_i, one tensor per parameter.
+
+    Args:
+        rows: m lists of gradients; at least one of each parameter is not None.
+        weights: m numbers. A row of weight 0 is not read, so a row of NaN with weight 0 is harmless.
+        like: The parameters: u has their dtypes.
+        exact: Add up in float64 and round once: needed where the rows nearly cancel.
+        into: Tensors like the parameters that large ones may be written to; None makes new ones.
+
+    Returns:
+        u; sparse where all rows of the parameter are sparse.
+    """
+    exact = exact or _too_large(weights)
+    result: list[Tensor | None] = [None] * len(like)
+    small = packed(rows)
+    dtypes = set(map(DTYPE, like))
+    quick = small is not None and not exact and len(dtypes) == 1 and dtypes <= QUICK
+    if small is not None and quick and all(map(Tensor.is_contiguous, small.at(like))):
+        # In the rows' shapes: over several ranks they are slices of the parameters.
+        parts = small.apart(small.sum(weights, *dtypes), rows[0])
+        if not small.others:
+            return parts
+        room = None if into is None else [into[k] for k in small.others]
+        rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
+        for k, part in zip([*small.places, *small.others], [*parts, *rest], strict=True):
+            result[k] = part
+        return [u for u in result if u is not None]
+    grouped: dict[tuple[object, ...], list[int]] = {}
+    everywhere = [i for i, weight in enumerate(weights) if weight != 0]
+    plain = not exact and everywhere and like[0].dtype in QUICK and alike([*rows, like])
+    for k, parameter in enumerate(like):
+        if plain and parameter.numel() < SMALL:
+            grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
+            continue
+        if plain and parameter.numel() <= DIRECT:
+            result[k] = _sum_whole(
+                [rows[i][k] for i in everywhere], [weights[i] for i in everywhere], None if into is None else into[k]
+            )
+            continue
+        column = [row[k] for row in rows]
+        some = next(g for g in column if g is not None)
+        used = [i for i, g in enumerate(column) if g is not None and weights[i] != 0]
+        if any(g is not None and g.is_sparse for g in column):
+            result[k] = sparse.combine([column[i] for i in used], [weights[i] for i in used], some)
+        elif not used:
+            result[k] = torch.zeros_like(some, dtype=parameter.dtype)
+        elif exact or some.numel() >= COMBINED or parameter.dtype not in QUICK:
+            spare = None if into is None else into[k]
+            out = torch.empty_like(some, dtype=parameter.dtype) if spare is None else spare
+            _sum_blocks([column[i] for i in used], [weights[i] for i in used], out, exact)
+            result[k] = out
+        else:
+            grouped.setdefault((*used, parameter.dtype, parameter.device), []).append(k)
+    for key, indices in ((key, part) for key, every in grouped.items() for part in _groups(every, like)):
+        used = [int(i) for i in key[:-2]]  # type: ignore[call-overload]
+        dtype = like[indices[0]].dtype
+        first, *others = (_all_of([rows[i][k] for k in indices], dtype) for i in used)
+        summed = torch._foreach_mul(first, weights[used[0]])
+        for i, tensors in zip(used[1:], others, strict=True):
+            torch._foreach_add_(summed, tensors, alpha=weights[i])
+        for k, u in zip(indices, summed, strict=True):
+            result[k] = u
+    return [u for u in result if u is not None]
+
+
+def correct_(
+    rows: Rows,
+    coefficients: Sequence[float],
+    after: Sequence[Tensor],
+    signs: Sequence[float],
+    *,
+    exact: bool = False,
+) -> None:
+    """Subtract sign · Σ λ_i g_i from the parameters in place, rounding each number once.
+
+    Args:
+        rows: m lists of gradients.
+        coefficients: λ, m numbers; a row with 0 is not read.
+        after: The parameters; written.
+        signs: +1 per parameter, −1 where the optimizer maximises (there the sum is added).
+        exact: Add up in float64, for movements that nearly cancel.
+    """
+    exact = exact or _too_large(coefficients)
+    used = [i for i, c in enumerate(coefficients) if c != 0]
+    small = packed(rows)
+    if small is not None and used:
+        small.correct_(coefficients, after, signs, exact)
+        rows = small.rest
+        after, signs = [after[k] for k in small.others], [signs[k] for k in small.others]
+    for k, parameter in enumerate(after):
+        present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
+        present = [(g, c) for g, c in present if g is not None]
+        if any(g is not None and g.is_sparse for g, _ in present):
+            for g, c in present:
+                assert g is not None
+                parameter.add_(g.to(parameter.dtype), alpha=c)
+        elif present:
+            _sum_blocks([g for g, _ in present], [c for _, c in present], parameter, exact, add=True)
+
+
+def _sum_whole(column: list[Tensor | None], weights: list[float], out: Tensor | None) -> Tensor:
+    """Return Σ w_i g_i of dense tensors of one dtype, none of them missing."""
+    first, *others = [g for g in column if g is not None]
+    u = torch.mul(first, weights[0], out=out)
+    for g, weight in zip(others, weights[1:], strict=True):
+        u.add_(g, alpha=weight)
+    return u
+
+
+def _sum_blocks(
+    column: list[Tensor | None], weights: list[float], out: Tensor, exact: bool, *, add: bool = False
+) -> None:
+    """Write Σ w_i g_i into `out`, or add it, block by block, in a wide enough dtype."""
+    *views, target = flat_column([*column, out])
+    assert target is not None
+    wide = torch.float64 if exact else torch.promote_types(target.dtype, torch.float32)
+    direct = target.dtype == wide and not add
+    every = [target, *[view for view in views if view is not None]]
+    for goal, *parts in cut(every, DIRECT if direct else COMBINED):
+        total = goal if direct else WORKSPACE.buffer(SUM, goal.numel(), wide, goal.device)
+        if parts[0].dtype == wide:
+            torch.mul(parts[0], weights[0], out=total)
+        else:
+            total.copy_(parts[0]).mul_(weights[0])
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total.add_(part, alpha=weight)
+        if add and goal.dtype == wide:
+            goal.add_(total)
+        elif add:
+            goal.copy_(total.add_(goal))
+        elif not direct:
+            goal.copy_(total)
+    if target.data_ptr() != out.data_ptr():  # `out` is not dense, so flattening had to copy
+        out.copy_(torch.view_as_complex(target.view(*out.shape, 2)) if out.is_complex() else target.view(out.shape))
+
+
+def _groups(indices: list[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the indices of parameters in parts of about GROUPED numbers."""
+    group: list[int] = []
+    room = GROUPED
+    for k in indices:
+        group.append(k)
+        room -= like[k].numel()
+        if room <= 0:
+            yield group
+            group, room = [], GROUPED
+    if group:
+        yield group
+
+
+def _too_large(weights: Sequence[float]) -> bool:
+    """Whether a weight does not fit into float32: that of a learned task's gradient of 1e-40, made as long as others.
+
+    Met in training: a task at cross-entropy 0 under normalize="norm". Its weight times its gradient fits again.
+    """
+    return any(abs(w) > torch.finfo(torch.float32).max for w in weights)
+
+
+def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]

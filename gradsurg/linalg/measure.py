@@ -1,0 +1,81 @@
+"""Gramian and inner products over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurg.linalg.blocks import Rows, real_of
+from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.movement import inner_update
+
+__all__ = ["Measure"]
+
+
+class Measure:
+    """Gramian and inner products of some parameters, over all ranks.
+
+    Args:
+        cuts: Per parameter, the part of the flattened tensor that this rank counts, where others hold the same
+            numbers; None counts all of it.
+        total: Adds a small tensor up over the ranks; None where there is but one.
+    """
+
+    def __init__(
+        self, cuts: Sequence[slice | None] | None = None, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._cuts, self._total = cuts, total
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process has all of everything."""
+        return self._cuts is None and self._total is None
+
+    def counted(self, rows: Rows) -> Rows:
+        """Return what this rank counts of its rows."""
+        return [self._counted(row) for row in rows] if self._cuts is not None else rows
+
+    def gramian(self, rows: Rows, *, exact: bool = False) -> Tensor:
+        """Return what gramian.gramian does, for the whole of the rows."""
+        return self._sum(gramian(self.counted(rows), exact=exact))
+
+    def inner_update(
+        self,
+        rows: Rows,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        signs: Sequence[float],
+        *,
+        exact: bool = False,
+    ) -> tuple[Tensor, float]:
+        """Return what gramian.inner_update does, for the whole of rows and parameters."""
+        if self.alone:
+            return inner_update(rows, before, after, signs, exact=exact)
+        old, new = self._counted(before), self._counted(after)
+        inner, square = inner_update(self.counted(rows), old, new, signs, exact=exact)  # type: ignore[arg-type]
+        numbers = self._sum(torch.cat([inner, inner.new_tensor([square])]))
+        return numbers[:-1], float(numbers[-1])
+
+    def nonzero(self, rows: Rows) -> list[bool]:
+        """Return which rows have a number other than 0 on any rank."""
+        here = [any(g is not None and bool(g.any()) for g in row) for row in rows]
+        return [bool(count) for count in self._sum(torch.tensor(here, dtype=torch.float64))]
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Return the length of the whole of the tensors."""
+        real = [real_of(t) for t in self._counted(tensors) if t is not None]
+        square = torch.stack([n.double() for n in torch._foreach_norm(real)]).square().sum()
+        return float(self._sum(square).sqrt())
+
+    def _counted(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if self._cuts is None:
+            return tensors
+        return [
+            t if t is None or cut is None else t.detach().reshape(-1)[cut]
+            for t, cut in zip(tensors, self._cuts, strict=True)
+        ]
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        return numbers if self._total is None else self._total(numbers)

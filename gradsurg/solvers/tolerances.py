@@ -1,0 +1,26 @@
+"""Tolerances of the small programs, each with its reason."""
+
+from __future__ import annotations
+
+__all__ = ["STATIONARY"]
+
+
+# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
+ROUNDING_QUICK = 4e-13
+
+
+ROUNDING_EXACT = 4e-16
+
+
+# Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
+CANCELLATION_GRAMIAN = 1e4
+
+
+# Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
+# guarantee allows: such sums are formed in float64.
+CANCELLATION_SUM = 50.0
+
+
+# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
+# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
+STATIONARY = 16.0
