@@ -2,4 +2,4 @@
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["gradsurg/kernels/*"]
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["gradsurg/linalg/kernels/*"]

@@ -5,8 +5,8 @@ opposite, duplicates, zero rows, rank 2, more tasks than parameters, scales of 1
 direction conflicts where cos(u, g_i) < −1e-4 for some task, judged in float64; u = 0 does not. Where a method raises or
 returns NaN, it failed: that is counted apart.
 
-Second table: the main job of gradsurg.demo.digits under the optimizers of torch.optim; a step conflicts where the shared
-parameters' movement has such a cosine with some task's gradient, by torch.autograd.grad before the step.
+Second table: the main job of gradsurg.demo.digits under the optimizers of torch.optim; a step conflicts where the
+shared parameters' movement has such a cosine with some task's gradient, by torch.autograd.grad before the step.
 Exits with 1 where gradsurg's guarantee lets more than 0.1 % through.
 """
 

@@ -1,7 +1,7 @@
 """How often the update conflicts with a task, with and without the library, under six optimizers.
 
-The main job of gradsurg.demo.digits, with a learning rate schedule and with clip_grad_norm_ between backward and step. A step
-conflicts where cos(d, g_i) < -1e-4 for any task: d is what the shared parameters did, g_i comes from
+The main job of gradsurg.demo.digits, with a learning rate schedule and with clip_grad_norm_ between backward and step.
+A step conflicts where cos(d, g_i) < -1e-4 for any task: d is what the shared parameters did, g_i comes from
 torch.autograd.grad before the step. Exits with 1 where more than 0.1 % of the steps with the library do.
 """
 

@@ -30,7 +30,7 @@ from benchmarks.workloads import WORKLOADS
 from gradsurg.gradients.recycle import FROM
 from gradsurg.linalg.combine import combine
 from gradsurg.linalg.gramian import gramian
-from gradsurg.linalg.packing import Table
+from gradsurg.linalg.packing import GradientTable
 
 ALLOWED = {"transformer": 1.08, "mlp": 1.5}
 SURGERY_ALLOWED = 3.0
@@ -85,25 +85,25 @@ def steps(name: str, tasks: Sequence[int], rounds: int) -> str:
 def surgery_times(m: int, numbers: int, tensors: int, rounds: int) -> tuple[float, float]:
     """Return seconds of the Gramian and the combination together, and of reading the rows twice and writing u once.
 
-    As in training, u is written to the memory of the last one where gradsurg.gradients.recycle keeps that, and so is the copy.
+    As in training, u is written to the memory of the last one where gradients/recycle.py keeps that; so is the copy.
     """
     shapes = [numbers // tensors] * tensors
-    rows = Table([torch.randn(size) for size in shapes] for _ in range(m))
+    rows = GradientTable([torch.randn(size) for size in shapes] for _ in range(m))
     like, weights = [torch.zeros(size) for size in shapes], [1.0 / (i + 1) for i in range(m)]
     target = like
     kept = [u if u.numel() >= FROM else None for u in target]
 
-    def operate() -> None:
-        table = Table(rows)  # packed anew, as in every step
+    def compute_direction() -> None:
+        table = GradientTable(rows)  # packed anew, as in every step
         gramian(table)
         combine(table, weights, like, into=kept)
 
     def copy() -> None:
         torch._foreach_copy_(target, [g for g in rows[0] if g is not None])
 
-    operate()
+    compute_direction()
     copy()
-    ours = min(seconds(operate) for _ in range(rounds))
+    ours = min(seconds(compute_direction) for _ in range(rounds))
     copied = min(seconds(copy) for _ in range(rounds))
     return ours, copied / 2 * (2 * m + 1)  # a copy reads once and writes once
 

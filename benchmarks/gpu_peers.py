@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_model import combine_work, gramian_work
-from gradsurg import solvers
-from gradsurg.linalg import gramian as plain
+from gradsurg.solvers.problem import HOST
 
 __all__ = ["measure_peers"]
 
@@ -49,9 +48,9 @@ def measure_peers(bench: Bench) -> None:
             return J @ J.T
 
         def torch_path(rows: list[list[Tensor]] = rows, parameters: list[nn.Parameter] = parameters) -> None:
-            G = plain.gramian(rows).cpu()
-            weights = 1 + solvers.nonnegative(G, G.sum(-1))
-            plain.combine(rows, weights.tolist(), parameters)
+            G = gramian(rows).cpu()
+            weights = 1 + HOST.nonnegative(G, G.sum(-1))
+            combine(rows, weights.tolist(), parameters)
 
         contestants: dict[str, Callable[[], object]] = {
             "gradsurg cone": ours,

@@ -166,8 +166,8 @@ def run(
 
 def on_front(theta: Array) -> Array:
     """Return whether points are within 0.15 of the Pareto front."""
-    aside = np.maximum(np.abs(theta[..., 0]) - FRONT_END, 0)
-    reached: Array = np.hypot(aside, theta[..., 1] - FRONT_HEIGHT) <= NEAR
+    held_gradients = np.maximum(np.abs(theta[..., 0]) - FRONT_END, 0)
+    reached: Array = np.hypot(held_gradients, theta[..., 1] - FRONT_HEIGHT) <= NEAR
     return reached
 
 

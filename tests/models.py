@@ -190,7 +190,7 @@ def rows_of(optimizer: MultiTaskOptimizer) -> dict[str, list[Tensor | None]]:
     return {name: [rows[name].get(p) for p in parameters] for name in rows}
 
 
-def bring(
+def run_backward(
     way: str,
     optimizer: MultiTaskOptimizer,
     losses: dict[str, Tensor | None],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS, Snapshot, bring, build, data, reference_rows, rows_of, same, trained, twins
+from models import MODELS, Snapshot, build, data, reference_rows, rows_of, run_backward, same, trained, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +60,7 @@ def test_the_rows_are_those_of_passes_one_by_one(way, kind):
     model, other = twins(kind)
     optimizer = wrapped(model)
     for batch in range(3):
-        bring(way, optimizer, model.losses(batch), scale=0.5)
+        run_backward(way, optimizer, model.losses(batch), scale=0.5)
         assert agree(rows_of(optimizer), reference_rows(other.losses(batch), trained(other), 0.5))
         optimizer.zero_grad()
     assert was_batched(optimizer)
@@ -69,7 +69,7 @@ def test_the_rows_are_those_of_passes_one_by_one(way, kind):
 def test_heads_get_their_gradient_to_the_bit():
     model, other = twins()
     optimizer = wrapped(model)
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     want = reference_rows(other.losses(0), list(other.heads.parameters()))
     got = {name: [optimizer._gradsurg.capture.rows[name].get(p) for p in model.heads.parameters()] for name in want}
     assert same(got, want)
@@ -335,12 +335,12 @@ def test_nodes_that_cannot_be_batched_are_known_by_name(kind):
 def test_several_ranks_run_one_by_one():
     model = build()
     optimizer = wrapped(model)
-    surgeon, losses = optimizer._gradsurg, model.losses(0)
-    surgeon.capture.open()
-    surgeon.traffic.layout = Layout()  # as it is set by lay_out(), before any pass
+    engine, losses = optimizer._gradsurg, model.losses(0)
+    engine.capture.open()
+    engine.session.layout = Layout()  # as it is set by lay_out(), before any pass
     with pytest.warns(UserWarning, match="several ranks"):
-        assert run_batched(surgeon, losses, None, False) is False
-    surgeon.abort()
+        assert run_batched(engine, losses, None, False) is False
+    engine.abort()
     assert all(p.grad is None for p in trained(model))
 
 

@@ -5,10 +5,10 @@ import torch
 
 import gradsurg
 from gradsurg.gradients.rows import Row
-from gradsurg.guarantee.copies import Before, Part
-from gradsurg.guarantee.first_look import glance
-from gradsurg.guarantee.update import guard
-from gradsurg.linalg.packing import Table
+from gradsurg.guarantee.copies import ParameterCopies, Part
+from gradsurg.guarantee.first_look import first_look
+from gradsurg.guarantee.update import project_update
+from gradsurg.linalg.packing import GradientTable
 
 SHAPES = [(40_000,), (3, 5), (7,), (2, 4)]  # the first is not packed
 
@@ -16,7 +16,7 @@ SHAPES = [(40_000,), (3, 5), (7,), (2, 4)]  # the first is not packed
 def case(shapes=SHAPES, dtype=torch.float32):
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    return parameters, Table([torch.randn(shape) for shape in shapes] for _ in range(3))
+    return parameters, GradientTable([torch.randn(shape) for shape in shapes] for _ in range(3))
 
 
 def move(parameters):
@@ -29,7 +29,7 @@ def test_are_what_the_parameters_were():
     parameters, table = case()
     stranger = torch.nn.Parameter(torch.randn(2))
     clones = [p.detach().clone() for p in (*parameters, stranger)]
-    before = Before([*parameters, stranger], [(table.packed(), parameters)])
+    before = ParameterCopies([*parameters, stranger], [(table.packed(), parameters)])
     assert before.vector_of(table.packed()).numel() == 15 + 7 + 8
     move([*parameters, stranger])
     part = Part(before, parameters)
@@ -51,7 +51,7 @@ def test_what_cannot_be_one_vector_is_copied_apart(what):
     elif what == "two dtypes":
         parameters[2] = torch.nn.Parameter(parameters[2].detach().double())
     held = parameters[:-1] if what == "one missing" else parameters
-    before = Before(held, [(table.packed(), parameters)])
+    before = ParameterCopies(held, [(table.packed(), parameters)])
     clones = [p.detach().clone() for p in held]
     assert before.vector_of(table.packed()) is None
     move(parameters)
@@ -64,7 +64,7 @@ def test_a_glance_and_the_guard_find_the_same():
     parameters, table = case()
     with torch.no_grad():
         step = [1e-3 * (sum(row[k] for row in table) + torch.randn_like(p)) for k, p in enumerate(parameters)]
-    before = Before(parameters, [(table.packed(), parameters)])
+    before = ParameterCopies(parameters, [(table.packed(), parameters)])
     clones = [p.detach().clone() for p in parameters]
     norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in table]
     for sign in (1.0, -1.0):  # clear of harm, and not: then the vector is cut apart
@@ -72,14 +72,14 @@ def test_a_glance_and_the_guard_find_the_same():
             for p, old, d in zip(parameters, clones, step, strict=True):
                 p.copy_(old - sign * d)
         after = [p.detach() for p in parameters]
-        seen = [glance(table, norms, old, after, [1.0] * 4) for old in (Part(before, parameters), clones)]
+        seen = [first_look(table, norms, old, after, [1.0] * 4) for old in (Part(before, parameters), clones)]
         assert seen[0] == seen[1]
         assert (seen[0] is None) == (sign < 0)
         G = torch.tensor([[float(sum((a * b).sum() for a, b in zip(x, y, strict=True))) for x in table] for y in table])
         moved = []
         for old in (Part(before, parameters), clones):
             new = [a.clone() for a in after]
-            movement = guard(table, G.double(), old, new, [1.0] * 4, None)
+            movement = project_update(table, G.double(), old, new, [1.0] * 4, None)
             moved.append((movement.inner.tolist(), movement.square, movement.corrected, movement.held, new))
         assert moved[0][:4] == moved[1][:4]
         assert all(torch.equal(a, b) for a, b in zip(moved[0][4], moved[1][4], strict=True))
@@ -91,7 +91,7 @@ def test_a_glance_leaves_the_copies_alone(shapes):
     clones = [p.detach().clone() for p in parameters]
     kept = [c.clone() for c in clones]
     move(parameters)
-    glance(table, [1e9] * 3, clones, [p.detach() for p in parameters], [1.0] * len(shapes))
+    first_look(table, [1e9] * 3, clones, [p.detach() for p in parameters], [1.0] * len(shapes))
     assert all(torch.equal(a, b) for a, b in zip(clones, kept, strict=True))
 
 

@@ -4,7 +4,19 @@ import warnings
 
 import pytest
 import torch
-from models import MODELS, Heads, bring, build, data, equal_weights, reference_rows, rows_of, same, trained, twins
+from models import (
+    MODELS,
+    Heads,
+    build,
+    data,
+    equal_weights,
+    reference_rows,
+    rows_of,
+    run_backward,
+    same,
+    trained,
+    twins,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +45,7 @@ def gradients(model):
 def test_rows_equal_autograd_grad_to_the_bit(way, kind):
     model, other = twins(kind)
     optimizer = wrapped(model)
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     want = reference_rows(other.losses(0), trained(other))
     assert same(rows_of(optimizer), want)
     assert [g is None for row in want.values() for g in row].count(False) > 2
@@ -44,8 +56,8 @@ def test_rows_equal_autograd_grad_to_the_bit(way, kind):
 def test_every_way_writes_the_same_gradient(way, kind):
     model, other = twins(kind)
     optimizer, reference = wrapped(model), wrapped(other)
-    bring(way, optimizer, model.losses(0))
-    bring("total", reference, other.losses(0))
+    run_backward(way, optimizer, model.losses(0))
+    run_backward("total", reference, other.losses(0))
     assert same(gradients(model), gradients(other))
     optimizer.step()
     reference.step()
@@ -56,7 +68,7 @@ def test_every_way_writes_the_same_gradient(way, kind):
 def test_task_specific_parameters_get_their_own_gradient_to_the_bit(way):
     model, other = twins()
     model.unused, other.unused = nn.Linear(2, 2), nn.Linear(2, 2)
-    bring(way, wrapped(model, preferences={"left": 3.0}), model.losses(0))
+    run_backward(way, wrapped(model, preferences={"left": 3.0}), model.losses(0))
     for name, loss in other.losses(0).items():
         loss.backward(retain_graph=True)
         head, own = model.heads[name], other.heads[name]
@@ -73,7 +85,7 @@ def test_frozen_and_unused_parameters_keep_no_gradient(way):
     if way == "set_gradients":
         optimizer.set_gradients(reference_rows(losses, trained(model)))
     else:
-        bring(way, optimizer, losses)
+        run_backward(way, optimizer, losses)
     assert all(p.grad is None for m in (model.frozen, model.unused) for p in m.parameters())
     assert all(p.grad is not None for m in (model.conv, model.heads) for p in m.parameters())
     assert model.conv.weight.grad.stride() == model.conv.weight.stride()
@@ -87,7 +99,7 @@ def test_parameters_outside_the_optimizer_get_the_ordinary_gradient(way):
     model, plain = twins()
     optimizer = gradsurg.wrap(torch.optim.SGD(model.trunk[2].parameters(), lr=0.1))
     for batch in range(2):  # it accumulates, as ordinary gradients do
-        bring(way, optimizer, model.losses(batch))
+        run_backward(way, optimizer, model.losses(batch))
         for i, loss in enumerate(plain.losses(batch).values()):
             loss.backward(retain_graph=i < 2)
     assert same(gradients(model.trunk[0]), gradients(plain.trunk[0]))
@@ -101,7 +113,7 @@ def test_dropout_and_other_forward_randomness_is_drawn_once(way):
     optimizer = wrapped(model)
     losses = model.losses(0)
     want = reference_rows(losses, trained(model))
-    bring(way, optimizer, losses)
+    run_backward(way, optimizer, losses)
     assert same(rows_of(optimizer), want)
 
 
@@ -122,7 +134,7 @@ def test_rows_through_nested_checkpoints(way, reentrant):
         return {n: (h(z) - data(i, 16, 2)).square().mean() for i, (n, h) in enumerate(m.heads.items())}
 
     optimizer = wrapped(model)
-    bring(way, optimizer, run(model, 0))
+    run_backward(way, optimizer, run(model, 0))
     z = other.trunk(data(0, 16, 5))
     want = {n: (h(z) - data(i, 16, 2)).square().mean() for i, (n, h) in enumerate(other.heads.items())}
     assert same(rows_of(optimizer), reference_rows(want, trained(other)))
@@ -133,7 +145,7 @@ def test_total_itself_inside_a_reentrant_checkpoint():
     optimizer, reference = wrapped(model), wrapped(other)
     start = torch.zeros((), requires_grad=True)
     checkpoint(lambda s: optimizer.total(model.losses(0)) + 0 * s, start, use_reentrant=True).backward()
-    bring("backward", reference, other.losses(0))
+    run_backward("backward", reference, other.losses(0))
     assert same(gradients(model), gradients(other))
 
 
@@ -144,7 +156,7 @@ def test_parameter_hooks_run_once_a_task_and_see_its_gradient(way):
     p = model.trunk[0].weight
     p.register_hook(lambda g: seen.append(g.clone()))
     p.register_post_accumulate_grad_hook(lambda q: posted.append(q.grad.clone()))
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     want = [row[0] for row in reference_rows(other.losses(0), [other.trunk[0].weight]).values()]
     assert same(seen, want)
     assert same(posted, want)
@@ -222,7 +234,7 @@ def test_one_tensor_as_two_tasks():
 def test_scaled_totals_scale_the_rows(way, scale):
     model, other = twins()
     optimizer = wrapped(model)
-    bring(way, optimizer, model.losses(0), scale)
+    run_backward(way, optimizer, model.losses(0), scale)
     assert same(rows_of(optimizer), reference_rows(other.losses(0), trained(other), scale))
 
 
@@ -247,7 +259,7 @@ def test_grad_scaler_trains_as_without_it(way, fused, unscale):
             if way == "total":
                 scaler.scale(o.total(m.losses(batch))).backward()
             else:
-                bring(way, o, {k: scaler.scale(v) for k, v in m.losses(batch).items()})
+                run_backward(way, o, {k: scaler.scale(v) for k, v in m.losses(batch).items()})
             if unscale:
                 scaler.unscale_(o)
                 nn.utils.clip_grad_norm_(m.parameters(), 0.5)
@@ -277,7 +289,7 @@ def test_grad_scaler_skips_an_overflow_and_the_next_step_is_good(way, fused, whe
         if way == "total":
             scaler.scale(optimizer.total(losses)).backward()
         else:
-            bring(way, optimizer, {k: scaler.scale(v) for k, v in losses.items()})
+            run_backward(way, optimizer, {k: scaler.scale(v) for k, v in losses.items()})
         before = [p.detach().clone() for p in model.parameters()]
         scaler.step(optimizer)
         scaler.update()
@@ -286,7 +298,7 @@ def test_grad_scaler_skips_an_overflow_and_the_next_step_is_good(way, fused, whe
             assert scaler.get_scale() == 512.0
         else:
             reference.zero_grad()
-            bring("total", reference, other.losses(batch))
+            run_backward("total", reference, other.losses(batch))
             reference.step()
             for a, b in zip(model.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32, scaled norms
@@ -301,12 +313,12 @@ def test_accumulation_equals_one_big_batch(way, deferred, k):
     for i in range(k):
         if deferred and i < k - 1:
             with optimizer.accumulate():
-                bring(way, optimizer, model.losses(i), 1 / k)
+                run_backward(way, optimizer, model.losses(i), 1 / k)
             assert optimizer._gradsurg.pending
         else:
-            bring(way, optimizer, model.losses(i), 1 / k)
+            run_backward(way, optimizer, model.losses(i), 1 / k)
     batches = [other.losses(i) for i in range(k)]
-    bring("backward", reference, {name: sum(b[name] for b in batches) / k for name in batches[0]})
+    run_backward("backward", reference, {name: sum(b[name] for b in batches) / k for name in batches[0]})
     for a, b in zip(gradients(model), gradients(other), strict=True):
         # The same sums of k float32 gradients in another order: a few last places of the largest entries.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
@@ -319,7 +331,7 @@ def test_accumulation_works_on_the_sum_of_rows_to_the_bit():
     optimizer = wrapped(model)
     want = {}
     for batch in range(3):
-        bring("total", optimizer, model.losses(batch))
+        run_backward("total", optimizer, model.losses(batch))
         for name, row in reference_rows(other.losses(batch), trained(other)).items():
             have = want.get(name)
             want[name] = (
@@ -333,7 +345,7 @@ def test_accumulation_works_on_the_sum_of_rows_to_the_bit():
 def test_step_ends_the_rows():
     model = build()
     optimizer = wrapped(model)
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     optimizer.step()
     assert rows_of(optimizer) == {}
 
@@ -342,10 +354,10 @@ def test_surgery_waits_for_step_if_all_of_it_was_deferred():
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
     with optimizer.accumulate():
-        bring("total", optimizer, model.losses(0))
-        bring("total", optimizer, model.losses(1))
+        run_backward("total", optimizer, model.losses(0))
+        run_backward("total", optimizer, model.losses(1))
     for batch in range(2):
-        bring("total", reference, other.losses(batch))
+        run_backward("total", reference, other.losses(batch))
     optimizer.step()
     reference.step()
     assert equal_weights(model, other)
@@ -362,10 +374,10 @@ def test_zeroing_while_surgery_waits_drops_the_rows(zero, before):
     if before == "zeros":
         model.zero_grad(set_to_none=False)
     with optimizer.accumulate():
-        bring("total", optimizer, model.losses(0))
+        run_backward("total", optimizer, model.losses(0))
     clear(zero, model, optimizer)
-    bring("total", optimizer, model.losses(1))
-    bring("total", reference, other.losses(1))
+    run_backward("total", optimizer, model.losses(1))
+    run_backward("total", reference, other.losses(1))
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(other), strict=True))
 
 
@@ -373,7 +385,7 @@ def test_a_step_after_zeroing_while_surgery_waits_is_a_step_without_gradient():
     model, plain_model = twins()
     optimizer, plain = wrapped(model, torch.optim.Adam), torch.optim.Adam(plain_model.parameters(), lr=0.1)
     with optimizer.accumulate():
-        bring("total", optimizer, model.losses(0))
+        run_backward("total", optimizer, model.losses(0))
     model.zero_grad()
     optimizer.step()
     plain.step()
@@ -391,11 +403,11 @@ def test_a_plain_backward_while_surgery_waits_loses_nothing(way, which):
         return sum(p.square().sum() for p in part.parameters())
 
     with optimizer.accumulate():
-        bring(way, optimizer, model.losses(0))
+        run_backward(way, optimizer, model.losses(0))
     extra(model).backward()
-    bring(way, optimizer, model.losses(1))
+    run_backward(way, optimizer, model.losses(1))
     for batch in range(2):
-        bring("total", reference, other.losses(batch))
+        run_backward("total", reference, other.losses(batch))
     extra(other).backward()
     assert rows_of(optimizer).keys() == model.losses(0).keys()
     for a, b in zip(gradients(model), gradients(other), strict=True):
@@ -423,7 +435,7 @@ def test_changing_p_grad_while_surgery_waits_is_refused(change, before):
     if before == "zeros":
         model.zero_grad(set_to_none=False)
     with optimizer.accumulate():
-        bring("total", optimizer, model.losses(0))
+        run_backward("total", optimizer, model.losses(0))
     if "clip" in change:
         if "others" in change:
             model.trunk[0].bias.sum().backward()
@@ -441,7 +453,7 @@ def test_changing_p_grad_while_surgery_waits_is_refused(change, before):
     vars(optimizer).pop("grad_scale", None)
     vars(optimizer).pop("found_inf", None)
     optimizer.zero_grad()
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     optimizer.step()
 
 
@@ -482,10 +494,10 @@ def clear(route, model, optimizer):
 def test_zeroing_by_any_route_starts_afresh(way, route):
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     clear(route, model, optimizer)
-    bring(way, optimizer, model.losses(1))
-    bring(way, reference, other.losses(1))
+    run_backward(way, optimizer, model.losses(1))
+    run_backward(way, reference, other.losses(1))
     assert same(rows_of(optimizer), rows_of(reference))
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(other), strict=True))
 
@@ -497,12 +509,12 @@ def test_a_plain_backward_before_is_kept_and_added(way):
     penalty = sum(p.square().sum() for p in model.parameters())
     penalty.backward()
     foreign = [g.clone() for g in gradients(model)]
-    bring(way, optimizer, model.losses(0))
-    bring(way, reference, other.losses(0))
+    run_backward(way, optimizer, model.losses(0))
+    run_backward(way, reference, other.losses(0))
     assert same(rows_of(optimizer), rows_of(reference))
     assert same(gradients(model), [u + f for u, f in zip(gradients(other), foreign, strict=True)])
-    bring(way, optimizer, model.losses(1))  # and is counted once, however often surgery is redone
-    bring(way, reference, other.losses(1))
+    run_backward(way, optimizer, model.losses(1))  # and is counted once, however often surgery is redone
+    run_backward(way, reference, other.losses(1))
     assert same(gradients(model), [u + f for u, f in zip(gradients(other), foreign, strict=True)])
 
 
@@ -510,8 +522,8 @@ def test_a_plain_backward_before_is_kept_and_added(way):
 def test_a_plain_backward_after_is_added(way):
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
-    bring(way, optimizer, model.losses(0))
-    bring(way, reference, other.losses(0))
+    run_backward(way, optimizer, model.losses(0))
+    run_backward(way, reference, other.losses(0))
     sum(p.square().sum() for p in model.parameters()).backward()
     assert same(gradients(model), [u + 2 * p for u, p in zip(gradients(other), other.parameters(), strict=True)])
     optimizer.step()
@@ -523,11 +535,11 @@ def test_clipping_between_micro_batches_counts(way):
     # As in torch: what was clipped is added to, not undone.
     model, other = twins()
     optimizer, reference = wrapped(model), wrapped(other)
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     clipped = [g.clone() for g in gradients(model)]
-    bring(way, optimizer, model.losses(1))
-    bring(way, reference, other.losses(1))
+    run_backward(way, optimizer, model.losses(1))
+    run_backward(way, reference, other.losses(1))
     assert same(gradients(model), [u + c for u, c in zip(gradients(other), clipped, strict=True)])
 
 
@@ -537,7 +549,7 @@ def test_clipping_before_the_step_keeps_the_guarantee():
     corrected = 0
     for batch in range(10):
         optimizer.zero_grad()
-        bring("total", optimizer, model.losses(batch))
+        run_backward("total", optimizer, model.losses(batch))
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         assert (optimizer.report.update_cosines >= -1e-4).all()  # float32 gradients
@@ -549,7 +561,7 @@ def test_a_plain_step_between_is_not_judged_by_old_rows():
     model, plain_model = twins()
     optimizer = wrapped(model, torch.optim.Adam, lr=0.05)
     plain = torch.optim.Adam(plain_model.parameters(), lr=0.05)
-    bring("total", optimizer, model.losses(0))  # a step that something else called off
+    run_backward("total", optimizer, model.losses(0))  # a step that something else called off
     for m in (model, plain_model):
         m.zero_grad()
         sum(m.losses(1).values()).backward()
@@ -558,7 +570,7 @@ def test_a_plain_step_between_is_not_judged_by_old_rows():
         optimizer.step()
     assert caught[0].filename == __file__
     assert equal_weights(model, plain_model)
-    bring("total", optimizer, model.losses(2))
+    run_backward("total", optimizer, model.losses(2))
     optimizer.zero_grad()  # the optimizer's own says that the losses are dropped
     sum(model.losses(3).values()).backward()
     optimizer.step()
@@ -567,13 +579,13 @@ def test_a_plain_step_between_is_not_judged_by_old_rows():
 def test_gradients_that_are_replaced_are_said_to_go_unjudged():
     model = build()
     optimizer = wrapped(model, lr=0.05)
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     for p in model.parameters():
         p.grad = -p.grad
     with pytest.warns(UserWarning, match="replaced"):
         optimizer.step()
     assert optimizer.report.movement is None
-    bring("total", optimizer, model.losses(1))
+    run_backward("total", optimizer, model.losses(1))
     for p in model.parameters():
         p.grad.mul_(0.5)
     optimizer.step()
@@ -598,7 +610,7 @@ def test_a_wrapped_optimizer_that_is_given_no_losses_says_so_once():
     assert equal_weights(model, plain_model)
     for batch in range(2):  # a plain step between is nobody's mistake once there are tasks
         optimizer.zero_grad()
-        sum(model.losses(batch).values()).backward() if batch else bring("total", optimizer, model.losses(batch))
+        sum(model.losses(batch).values()).backward() if batch else run_backward("total", optimizer, model.losses(batch))
         optimizer.step()
 
 
@@ -612,7 +624,7 @@ def test_a_penalty_in_the_same_backward(order, shared_graph):
     if shared_graph:
         total, penalty = total * 1.0, penalty * 1.0
     (total + penalty if order == "total first" else penalty + total).backward()
-    bring("backward", reference, other.losses(0))
+    run_backward("backward", reference, other.losses(0))
     want = [p.grad + 2 * p.detach() for p in other.trunk.parameters()]
     assert same(gradients(model.trunk), want)
     assert same(gradients(model.heads), gradients(other.heads))
@@ -651,7 +663,7 @@ def test_plain_is_a_loss_that_takes_no_part(way):
             optimizer.total(losses, plain=penalty).backward()
         else:
             optimizer.backward(losses, plain=penalty)
-        bring("backward", reference, other.losses(batch))
+        run_backward("backward", reference, other.losses(batch))
     foreign = [torch.zeros_like(p) for p in other.parameters()]
     for batch in range(2):
         penalty = other.losses(batch)["left"] * 2.0 + other.trunk[0].weight.square().sum()
@@ -709,8 +721,8 @@ def test_an_absent_task_takes_no_part(absent, way):
     else:  # a loss of something else: a task whose row is empty
         losses["right"] = nn.Parameter(torch.ones(())).square()
     del want["right"]
-    bring(way, optimizer, losses)
-    bring(way, reference, want)
+    run_backward(way, optimizer, losses)
+    run_backward(way, reference, want)
     assert same(gradients(model), gradients(other))
     assert all(p.grad is None for p in model.heads["right"].parameters())
     optimizer.step()
@@ -784,7 +796,7 @@ def test_create_graph_is_refused():
     with pytest.raises(MultiTaskError, match="create_graph"):
         optimizer.total(model.losses(0)).backward(create_graph=True)
     assert gradients(model) == [None] * len(gradients(model))
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     optimizer.step()
 
 
@@ -794,7 +806,7 @@ def test_a_total_that_did_not_run_warns(how, zeros):
     model = build()
     optimizer = wrapped(model)
     if zeros:
-        bring("total", optimizer, model.losses(0))
+        run_backward("total", optimizer, model.losses(0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     total = optimizer.total(model.losses(0))
@@ -943,7 +955,7 @@ def test_ways_in_can_be_mixed_within_a_step():
     with optimizer.task("right"):
         losses["right"].backward(retain_graph=True)
     optimizer.total({"whole": losses["whole"]}).backward()
-    bring("backward", reference, other.losses(0))
+    run_backward("backward", reference, other.losses(0))
     assert same(rows_of(optimizer), rows_of(reference))
     assert same(gradients(model), gradients(other))
 
@@ -957,7 +969,7 @@ def test_set_gradients_takes_the_shared_parameters_in_order():
     optimizer = wrapped(model, shared=trunk)
     rows = reference_rows(model.losses(0), trunk)
     optimizer.set_gradients(rows)
-    bring("total", wrapped(other, shared=other.trunk), other.losses(0))
+    run_backward("total", wrapped(other, shared=other.trunk), other.losses(0))
     assert same(gradients(model.trunk), gradients(other.trunk))
     assert all(p.grad is None for p in model.heads.parameters())
 
@@ -1018,7 +1030,7 @@ def test_set_gradients_wants_a_dict(value):
 def test_row_dtype_narrows_shared_rows_only(way, kind):
     model, other = twins(kind)
     optimizer = wrapped(model, row_dtype=torch.bfloat16)
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     want = reference_rows(other.losses(0), trained(other))
     parameters = trained(model)
     for name, row in rows_of(optimizer).items():
@@ -1057,7 +1069,7 @@ def test_parameters_declared_not_shared_get_the_plain_sum(kind):
         model.extra = nn.Parameter(torch.ones(3))
         shared = [model.extra]
     optimizer = wrapped(model, shared=shared)
-    bring("backward", optimizer, model.losses(0))
+    run_backward("backward", optimizer, model.losses(0))
     for i, loss in enumerate(other.losses(0).values()):
         loss.backward(retain_graph=i < 2)
     want = {n: p.grad for n, p in other.named_parameters()}
@@ -1072,7 +1084,7 @@ def test_autocast(way):
     optimizer = wrapped(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses, want = model.losses(0), other.losses(0)
-    bring(way, optimizer, losses)
+    run_backward(way, optimizer, losses)
     assert same(rows_of(optimizer), reference_rows(want, trained(other)))
     assert not same(rows_of(optimizer), reference_rows(other.losses(0), trained(other))), "autocast did nothing"
 
@@ -1082,8 +1094,8 @@ def test_anomaly_mode():
     optimizer, calm = wrapped(model), wrapped(other)
     with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bring("total", optimizer, model.losses(0))
-    bring("total", calm, other.losses(0))
+        run_backward("total", optimizer, model.losses(0))
+    run_backward("total", calm, other.losses(0))
     optimizer.step()
     calm.step()
     assert equal_weights(model, other)
@@ -1093,7 +1105,7 @@ def test_rows_are_those_of_the_batch_norm_in_training():
     model = Heads()
     model.trunk.insert(1, nn.BatchNorm1d(7))
     optimizer = wrapped(model)
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     assert model.trunk[1].num_batches_tracked == 1  # one forward, however many tasks
 
 

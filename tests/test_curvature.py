@@ -149,9 +149,9 @@ def test_what_cannot_have_it_says_so(monkeypatch):
         optimizer.total([h.sum(), h.square().sum()], features=h)
     optimizer.total([h.sum(), h.square().sum()]).backward()
     optimizer.step()
-    traffic = optimizer._gradsurg.traffic
-    monkeypatch.setattr(traffic, "lay_out", lambda _: None)
-    monkeypatch.setattr(traffic, "layout", Layout())  # as over several ranks
+    session = optimizer._gradsurg.session
+    monkeypatch.setattr(session, "lay_out", lambda _: None)
+    monkeypatch.setattr(session, "layout", Layout())  # as over several ranks
     with pytest.raises(gradsurg.MultiTaskError, match="curvature='task'"):
         optimizer.total([h.sum(), h.square().sum()])
 

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from models import Snapshot, bring, build, equal_weights, same, trained, twins
+from models import Snapshot, build, equal_weights, run_backward, same, trained, twins
 from torch import nn
 
 import gradsurg
@@ -67,7 +67,7 @@ def prepare(way="total", steps=2, **options):
     for batch in range(steps):
         for o, m in [(optimizer, model), (reference, other)]:
             o.zero_grad()
-            bring(way, o, m.losses(batch))
+            run_backward(way, o, m.losses(batch))
             o.step()
     return model, optimizer, other, reference
 
@@ -91,7 +91,7 @@ def test_an_exception_inside_a_task(way, which, before):
         losses = {which: losses[which]}
     was, rows, held = Snapshot.of(model), copy_rows(optimizer), [p.grad for p in model.parameters()]
     with pytest.raises(Mine):
-        bring(way, optimizer, losses)
+        run_backward(way, optimizer, losses)
     assert same(Snapshot.of(model), was)
     assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
     assert same(rows_of(optimizer), rows)
@@ -155,7 +155,7 @@ def test_an_exception_in_plain(way):
     was = Snapshot.of(model)
     broken = Broken.apply(model.trunk[0].weight.square().sum())
     with pytest.raises(Mine):
-        bring(way, optimizer, model.losses(3), plain=broken)
+        run_backward(way, optimizer, model.losses(3), plain=broken)
     assert same(Snapshot.of(model), was)
     assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
 
@@ -170,7 +170,7 @@ def test_a_hook_that_raises(way):
 
     handle = model.trunk[0].weight.register_hook(raises)
     with pytest.raises(Mine):
-        bring(way, optimizer, model.losses(3))
+        run_backward(way, optimizer, model.losses(3))
     handle.remove()
     assert all(p.grad is None for p in model.parameters())
     assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
@@ -223,10 +223,10 @@ def test_an_exception_inside_the_inner_step(fail, way):
     for o, m in [(optimizer, model), (reference, other)]:
         for batch in range(2):
             o.zero_grad()
-            bring(way, o, m.losses(batch))
+            run_backward(way, o, m.losses(batch))
             o.step()
         o.zero_grad()
-        bring(way, o, m.losses(2))
+        run_backward(way, o, m.losses(2))
     was, rows = Snapshot.of(model), copy_rows(optimizer)
     optimizer.fail = fail
     with pytest.raises(Mine):
@@ -421,12 +421,12 @@ def test_a_surgery_that_raises(before, way):
         sum(p.square().sum() for p in model.parameters()).backward()
     losses = model.losses(0)
     if way == "task":  # alone, the first has nobody to operate on
-        bring(way, optimizer, {"left": losses.pop("left").clone()})
+        run_backward(way, optimizer, {"left": losses.pop("left").clone()})
         losses = model.losses(0)
         del losses["left"]
     was = Snapshot.of(model)
     with pytest.raises(Mine):
-        bring(way, optimizer, losses)
+        run_backward(way, optimizer, losses)
     if way != "task":  # there the first task's gradient was written, and is what p.grad goes back to
         assert rows_of(optimizer) == {}
     assert same(Snapshot.of(model), was)
@@ -501,7 +501,7 @@ def test_undeclared_names_are_refused_with_a_suggestion(way):
     losses = model.losses(0)
     losses["lefd"] = losses.pop("left")
     with pytest.raises(ValueError, match=r"'lefd'.*Did you mean 'left'"):
-        bring(way, optimizer, dict(sorted(losses.items())))
+        run_backward(way, optimizer, dict(sorted(losses.items())))
     assert all(p.grad is None for p in model.parameters())
     good_step(optimizer, model)
 
@@ -510,13 +510,13 @@ def test_undeclared_names_are_refused_with_a_suggestion(way):
 def test_names_are_text_whatever_they_were(way):
     model = build()
     optimizer = wrapped(model)
-    bring(way, optimizer, dict(enumerate(model.losses(0).values())))
+    run_backward(way, optimizer, dict(enumerate(model.losses(0).values())))
     optimizer.step()
     assert optimizer.report.tasks == ("0", "1", "2")
     assert len(str(optimizer.report).splitlines()) >= 4
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="a task named None: name it by a string"):
-        bring(way, optimizer, {None: model.losses(0)["left"]})
+        run_backward(way, optimizer, {None: model.losses(0)["left"]})
     assert all(p.grad is None for p in model.parameters())
     good_step(optimizer, model)
 
@@ -527,7 +527,7 @@ def test_a_misspelt_option_is_found_at_the_first_losses(options, way):
     model = build()
     optimizer = wrapped(model, **options)
     with pytest.raises(ValueError, match=r"names the task 'lefd'.*Did you mean 'left'"):
-        bring(way, optimizer, model.losses(0))
+        run_backward(way, optimizer, model.losses(0))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -537,7 +537,7 @@ def test_a_misspelt_option_warns_with_task_blocks():
     optimizer = wrapped(model, primary="lefd")
     for batch in range(2):
         optimizer.zero_grad()
-        bring("task", optimizer, model.losses(batch))
+        run_backward("task", optimizer, model.losses(batch))
         if batch == 0:
             with pytest.warns(UserWarning, match="Did you mean 'left'") as caught:
                 optimizer.step()
@@ -580,7 +580,7 @@ def spoilt(model, batch, name, value, where="trunk"):
 def test_nonfinite_propagate_writes_it_where_a_scaler_sees_it(way, value):
     model = build()
     optimizer = wrapped(model)
-    bring(way, optimizer, spoilt(model, 0, "right", value))
+    run_backward(way, optimizer, spoilt(model, 0, "right", value))
     assert not model.trunk[0].weight.grad.isfinite().any()
     assert model.trunk[2].weight.grad.isfinite().all()
     assert optimizer.report.nonfinite == ("right",)
@@ -604,7 +604,7 @@ def test_nonfinite_raise_leaves_everything_as_it_was(way, where, before, value):
     losses = spoilt(model, 3, "right", value, where)
     with pytest.raises(MultiTaskError, match=r"'right'.*not finite"):
         # task() settles each block by itself, so only the block that raises is to be undone.
-        bring(way, optimizer, {"right": losses["right"]} if way == "task" else losses)
+        run_backward(way, optimizer, {"right": losses["right"]} if way == "task" else losses)
     assert same(Snapshot.of(model), was)
     assert same(rows_of(optimizer), rows)
     assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
@@ -620,11 +620,11 @@ def test_nonfinite_skip_task_is_a_step_without_it(way, where, value):
         optimizer.zero_grad()
         reference.zero_grad()
         losses = model.losses(batch) if batch != 1 else spoilt(model, batch, "right", value, where)
-        bring(way, optimizer, losses)
+        run_backward(way, optimizer, losses)
         want = other.losses(batch)
         if batch == 1:
             del want["right"]
-        bring(way, reference, want)
+        run_backward(way, reference, want)
         optimizer.step()
         reference.step()
         assert equal_weights(model, other)
@@ -669,7 +669,7 @@ def test_policies_do_not_change_finite_steps(policy, way):
     for batch in range(2):
         for o, m in [(optimizer, model), (reference, other)]:
             o.zero_grad()
-            bring(way, o, m.losses(batch))
+            run_backward(way, o, m.losses(batch))
             o.step()
     assert equal_weights(model, other)
 

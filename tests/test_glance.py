@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsurg.guarantee.first_look import CLEAR, glance
+from gradsurg.guarantee.first_look import CLEAR, first_look
 from gradsurg.linalg import reference
-from gradsurg.linalg.packing import Table
+from gradsurg.linalg.packing import GradientTable
 
 SHAPES = [(40_000,), (3, 5), (7,)]
 
@@ -15,7 +15,7 @@ SHAPES = [(40_000,), (3, 5), (7,)]
 def case(lean, seed, shapes=SHAPES, m=3):
     """Return rows, their norms, and parameters before and after a step along their sum plus noise."""
     generator = torch.Generator().manual_seed(seed)
-    rows = Table([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(m))
+    rows = GradientTable([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(m))
     before = [torch.randn(shape, generator=generator) for shape in shapes]
     after = [
         b - 1e-3 * (lean * sum(row[k] for row in rows) + torch.randn(b.shape, generator=generator))
@@ -32,7 +32,7 @@ def test_agrees_with_the_twin_or_says_nothing(lean, sign, seed):
     signs = [sign] * len(before)
     want, square = reference.inner_update(rows, before, after, signs)
     cosines = want / (torch.tensor(norms, dtype=torch.float64) * square**0.5)
-    seen = glance(rows, norms, before, after, signs)
+    seen = first_look(rows, norms, before, after, signs)
     if seen is None:
         assert cosines.min() < 1.2 * CLEAR
     else:
@@ -46,25 +46,25 @@ def test_agrees_with_the_twin_or_says_nothing(lean, sign, seed):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_says_nothing_of_no_movement_and_of_numbers_that_are_none(value):
     rows, norms, before, _ = case(1.0, 0)
-    assert glance(rows, norms, before, [b - value for b in before], [1.0] * 3) is None
+    assert first_look(rows, norms, before, [b - value for b in before], [1.0] * 3) is None
 
 
 def test_says_nothing_of_other_dtypes_and_layouts():
     rows, norms, before, after = case(1.0, 0)
-    assert glance(list(rows), norms, before, after, [1.0] * 3) is None
-    assert glance(rows, norms, before, [a.double() for a in after], [1.0] * 3) is None
-    assert glance(rows, norms, before, after, [1.0, 1.0, -1.0]) is None
+    assert first_look(list(rows), norms, before, after, [1.0] * 3) is None
+    assert first_look(rows, norms, before, [a.double() for a in after], [1.0] * 3) is None
+    assert first_look(rows, norms, before, after, [1.0, 1.0, -1.0]) is None
     rows, norms, before, after = case(1.0, 0, [(300, 200), (200, 300)])
-    assert glance(rows, norms, before, [a.T.contiguous().T for a in after], [1.0] * 2) is None
+    assert first_look(rows, norms, before, [a.T.contiguous().T for a in after], [1.0] * 2) is None
 
 
 def test_constant_rows_do_not_fool_it():
     """All products equal: where float32 sums drift most."""
-    rows = Table([[torch.full((200_000,), 0.1), torch.full((5,), 0.1)]])
+    rows = GradientTable([[torch.full((200_000,), 0.1), torch.full((5,), 0.1)]])
     before = [torch.full((200_000,), 0.7), torch.full((5,), 0.7)]
     after = [b - 0.3 for b in before]
     want, square = reference.inner_update(rows, before, after, [1.0, 1.0])
-    seen = glance(rows, [float(reference.gramian(rows, before).sqrt())], before, after, [1.0, 1.0])
+    seen = first_look(rows, [float(reference.gramian(rows, before).sqrt())], before, after, [1.0, 1.0])
     assert seen is not None
     assert seen[0][0] == pytest.approx(float(want), rel=2e-3)
     assert seen[1] == pytest.approx(square, rel=2e-3)
@@ -72,15 +72,15 @@ def test_constant_rows_do_not_fool_it():
 
 @pytest.mark.parametrize(("d", "g"), [(1e-30, 1.0), (1e-12, 1e-30), (1e25, 1.0), (1e15, 1e30)])
 def test_says_nothing_of_numbers_that_single_precision_has_no_products_for(d, g):
-    rows = Table([[torch.full((50,), g), torch.full((5,), g)]])
+    rows = GradientTable([[torch.full((50,), g), torch.full((5,), g)]])
     before = [torch.full((50,), d), torch.full((5,), d)]
     norms = [float(reference.gramian(rows, before).sqrt())]
-    assert glance(rows, norms, before, [torch.zeros_like(b) for b in before], [1.0, 1.0]) is None
+    assert first_look(rows, norms, before, [torch.zeros_like(b) for b in before], [1.0, 1.0]) is None
 
 
 def test_a_task_that_wants_nothing_is_clear():
     rows, norms, before, after = case(1.0, 0)
-    rows = Table([*rows, [torch.zeros_like(b) for b in before]])
-    seen = glance(rows, [*norms, 0.0], before, after, [1.0] * 3)
+    rows = GradientTable([*rows, [torch.zeros_like(b) for b in before]])
+    seen = first_look(rows, [*norms, 0.0], before, after, [1.0] * 3)
     assert seen is not None
     assert seen[0][-1] == 0

@@ -5,9 +5,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gradsurg.linalg import gramian as fast
 from gradsurg.linalg import reference
 from gradsurg.linalg.blocks import BLOCK, SMALL, blocks, cut, flat_column
+from gradsurg.linalg.combine import DIRECT, GROUPED, combine, correct_
+from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.movement import inner_update
 
 # Of |g_i| |g_j|: running float64 sums (6e-14 on constant rows), and pairwise ones.
 QUICK, EXACT = 1e-13, 1e-15
@@ -34,7 +36,7 @@ def rows_of(shapes, m, *, dtype=torch.float32, missing=0.3, seed=0):
 def assert_close_by_entry(rows, want):
     norms = want.diagonal().sqrt()
     for exact, tolerance in [(False, QUICK), (True, EXACT)]:
-        got = fast.gramian(rows, exact=exact)
+        got = gramian(rows, exact=exact)
         assert got.dtype == torch.float64
         assert torch.equal(got, got.T)
         assert ((got - want).abs() <= tolerance * norms[:, None] * norms).all()
@@ -82,8 +84,8 @@ def test_what_is_promised_holds_for_constant_rows_of_many_blocks(m):
     before, after = [torch.full(shape, 0.5) for shape in shapes], [torch.full(shape, 0.1) for shape in shapes]
     count, d = sum(shape[0] for shape in shapes), 0.5 - float(torch.tensor(0.1))
     for exact, tolerance in [(False, QUICK), (True, EXACT)]:
-        G = fast.gramian(rows, exact=exact)
-        inner, square = fast.inner_update(rows, before, after, [1.0] * 3, exact=exact)
+        G = gramian(rows, exact=exact)
+        inner, square = inner_update(rows, before, after, [1.0] * 3, exact=exact)
         for i, x in enumerate(values):
             assert inner[i].item() == pytest.approx(float(count * Fraction(d) * Fraction(x)), rel=tolerance)
             for j, y in enumerate(values):
@@ -92,7 +94,7 @@ def test_what_is_promised_holds_for_constant_rows_of_many_blocks(m):
 
 
 def test_an_infinite_row_makes_infinite_entries():
-    G = fast.gramian([[torch.tensor([float("inf")])], [torch.tensor([1.0])]])
+    G = gramian([[torch.tensor([float("inf")])], [torch.tensor([1.0])]])
     assert torch.equal(G, torch.tensor([[float("inf"), float("inf")], [float("inf"), 1.0]], dtype=torch.float64))
 
 
@@ -112,8 +114,8 @@ def test_parameters_of_several_dtypes_and_rows_of_another():
     rows = [[torch.randn(p.shape, generator=generator).to(p.dtype) for p in parameters] for _ in range(3)]
     rows[1][0] = rows[1][0].bfloat16()
     want = reference.gramian(rows, parameters)
-    assert torch.allclose(fast.gramian(rows), want, rtol=0, atol=QUICK * float(want.diagonal().max()))
-    u = fast.combine(rows, [0.5, -2.0, 3.0], parameters)
+    assert torch.allclose(gramian(rows), want, rtol=0, atol=QUICK * float(want.diagonal().max()))
+    u = combine(rows, [0.5, -2.0, 3.0], parameters)
     assert [t.dtype for t in u] == [p.dtype for p in parameters]
 
 
@@ -125,8 +127,8 @@ def test_layouts_need_no_copy_and_mix_freely():
     mixed = [last[0], rows[1], [rows[2][0].transpose(0, 1).contiguous().transpose(0, 1)]]
     want = reference.gramian(rows, parameters)
     for variant in (last, mixed):
-        assert torch.allclose(fast.gramian(variant), want, rtol=1e-11)
-        u = fast.combine(variant, [1.0, 2.0, -0.5], parameters)
+        assert torch.allclose(gramian(variant), want, rtol=1e-11)
+        u = combine(variant, [1.0, 2.0, -0.5], parameters)
         assert torch.allclose(
             u[0].double().reshape(-1), reference.combine(rows, [1.0, 2.0, -0.5], parameters), atol=1e-6
         )
@@ -151,7 +153,7 @@ def test_blocks_read_every_number_once_and_keep_tags_apart():
 def test_combination_is_that_of_the_twin(exact, dtype):
     parameters, rows = rows_of([(), (3,), (0,), (40, 5), (SMALL + 3,), (BLOCK + 5,)], 4, dtype=dtype)
     weights = [0.3, 0.0, -2.0, 1.0]
-    u = fast.combine(rows, weights, parameters, exact=exact)
+    u = combine(rows, weights, parameters, exact=exact)
     want = reference.combine(rows, weights, parameters)
     assert [t.dtype for t in u] == [p.dtype for p in parameters]
     scale = sum(abs(w) for w in weights) * 5  # |g| of a normal number rarely exceeds 5
@@ -161,11 +163,11 @@ def test_combination_is_that_of_the_twin(exact, dtype):
 
 
 def test_many_small_and_a_few_large_tensors_are_combined_where_they_were_told_to():
-    shapes = [(SMALL - 1,)] * (fast.GROUPED // SMALL + 3) + [(SMALL,), (2, fast.DIRECT // 2), (fast.DIRECT + 1,)]
+    shapes = [(SMALL - 1,)] * (GROUPED // SMALL + 3) + [(SMALL,), (2, DIRECT // 2), (DIRECT + 1,)]
     parameters, rows = rows_of(shapes, 3, missing=0)
     weights = [0.3, 0.0, -2.0]
     into = [torch.full_like(p, float("nan")) if p.numel() >= SMALL else None for p in parameters]
-    u = fast.combine(rows, weights, parameters, into=into)
+    u = combine(rows, weights, parameters, into=into)
     assert all(t is room for t, room in zip(u, into, strict=True) if room is not None)
     want = reference.combine(rows, weights, parameters)
     scale = reference.matrix(rows, parameters).abs().sum(0)
@@ -176,8 +178,8 @@ def test_a_row_of_weight_zero_is_not_read():
     parameters, rows = rows_of([(3,), (SMALL + 1,), (BLOCK + 1,)], 2, missing=0)
     rows[1] = [torch.full_like(g, float("nan")) for g in rows[1]]
     for exact in (False, True):
-        assert all(torch.isfinite(u).all() for u in fast.combine(rows, [2.0, 0.0], parameters, exact=exact))
-    assert all((u == 0).all() for u in fast.combine(rows, [0.0, 0.0], parameters))
+        assert all(torch.isfinite(u).all() for u in combine(rows, [2.0, 0.0], parameters, exact=exact))
+    assert all((u == 0).all() for u in combine(rows, [0.0, 0.0], parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
@@ -187,7 +189,7 @@ def test_movement_and_correction_are_those_of_the_twin(dtype, exact):
     generator = torch.Generator().manual_seed(9)
     after = [p + 0.1 * torch.randn(p.shape, generator=generator).to(dtype) for p in before]
     signs = [1.0, -1.0, 1.0, -1.0, 1.0]
-    inner, square = fast.inner_update(rows, before, after, signs, exact=exact)
+    inner, square = inner_update(rows, before, after, signs, exact=exact)
     want, want_square = reference.inner_update(rows, before, after, signs)
     lengths = reference.gramian(rows, before).diagonal().sqrt() * want_square**0.5
     tolerance = EXACT if exact else QUICK
@@ -195,7 +197,7 @@ def test_movement_and_correction_are_those_of_the_twin(dtype, exact):
     assert square == pytest.approx(want_square, rel=tolerance)
     coefficients = [0.0, 0.7, -0.2]
     corrected = [p.clone() for p in after]
-    fast.correct_(rows, coefficients, corrected, signs, exact=exact)
+    correct_(rows, coefficients, corrected, signs, exact=exact)
     exactly = reference.correct(rows, coefficients, after, signs)
     unit = torch.finfo(dtype).eps
     assert ((reference.flat(corrected, after) - exactly).abs() <= unit * (exactly.abs() + 5)).all()
@@ -204,7 +206,7 @@ def test_movement_and_correction_are_those_of_the_twin(dtype, exact):
 def test_correction_reaches_parameters_that_are_views():
     base = torch.zeros(4, 6)
     parameter = base[:, ::2]
-    fast.correct_([[torch.ones(4, 3)]], [0.5], [parameter], [1.0])
+    correct_([[torch.ones(4, 3)]], [0.5], [parameter], [1.0])
     assert torch.equal(parameter, torch.full((4, 3), -0.5))
     assert torch.equal(base[:, 1::2], torch.zeros(4, 3))
 
@@ -220,17 +222,17 @@ def test_sparse_rows_stay_sparse():
     dense = torch.arange(3.0)
     parameters = [torch.zeros(5, 2), torch.zeros(3)]
     rows = [[a, dense], [b, None], [None, dense]]
-    assert torch.equal(fast.gramian(rows), reference.gramian(rows, parameters))
-    u = fast.combine(rows, [1.0, 2.0, 3.0], parameters)
+    assert torch.equal(gramian(rows), reference.gramian(rows, parameters))
+    u = combine(rows, [1.0, 2.0, 3.0], parameters)
     assert u[0].is_sparse
     assert torch.equal(reference.flat(u, parameters), reference.combine(rows, [1.0, 2.0, 3.0], parameters))
     after = [torch.ones(5, 2), torch.ones(3)]
-    inner, square = fast.inner_update(rows, parameters, after, [1.0, 1.0])
+    inner, square = inner_update(rows, parameters, after, [1.0, 1.0])
     want, want_square = reference.inner_update(rows, parameters, after, [1.0, 1.0])
     assert torch.equal(inner, want)
     assert square == want_square
     wanted = reference.correct(rows, [1.0, 0.5, 2.0], after, [1.0, 1.0])
-    fast.correct_(rows, [1.0, 0.5, 2.0], after, [1.0, 1.0])
+    correct_(rows, [1.0, 0.5, 2.0], after, [1.0, 1.0])
     assert torch.equal(reference.flat(after, parameters), wanted)
 
 
@@ -239,8 +241,8 @@ def test_sparse_and_dense_rows_of_one_parameter():
     dense = torch.ones(3, 1)
     parameters = [torch.zeros(3, 1)]
     rows = [[sparse], [dense]]
-    assert torch.equal(fast.gramian(rows), reference.gramian(rows, parameters))
-    u = fast.combine(rows, [1.0, -1.0], parameters)
+    assert torch.equal(gramian(rows), reference.gramian(rows, parameters))
+    u = combine(rows, [1.0, -1.0], parameters)
     assert torch.equal(reference.flat(u, parameters), reference.combine(rows, [1.0, -1.0], parameters))
 
 
@@ -248,7 +250,7 @@ def test_a_weight_beyond_float32_on_a_gradient_near_nothing():
     parameter, tiny = torch.zeros(3), torch.full((3,), 1e-40)
     rows = [[tiny], [torch.tensor([1.0, 0.0, 0.0])]]
     want = 1e40 * tiny.double() + torch.tensor([1.0, 0.0, 0.0]).double()
-    (u,) = fast.combine(rows, [1e40, 1.0], [parameter])
+    (u,) = combine(rows, [1e40, 1.0], [parameter])
     torch.testing.assert_close(u.double(), want, rtol=1e-7, atol=0)
-    fast.correct_(rows, [1e40, 1.0], [parameter], [1.0])
+    correct_(rows, [1e40, 1.0], [parameter], [1.0])
     torch.testing.assert_close(parameter.double(), -want, rtol=1e-7, atol=0)

@@ -11,7 +11,7 @@ import torch
 from models import build, same, trained
 
 import gradsurg
-from gradsurg.monitor.files import Packed, from_json, to_json
+from gradsurg.monitor.files import PackedReport, from_json, to_json
 
 
 def attached(every=1, **options):
@@ -134,7 +134,7 @@ def test_memory_is_bounded_and_the_whole_run_stays_in_view():
     history = gradsurg.History(megabytes=0.05)
     for step in range(1000):
         history.record(gradsurg.Report(**{**vars(optimizer.report), "step": step}))
-    assert sum(Packed(report).nbytes for report in history.reports) <= 0.05 * 2**20
+    assert sum(PackedReport(report).nbytes for report in history.reports) <= 0.05 * 2**20
     steps = [report.step for report in history.reports]
     assert len(steps) >= 8
     assert steps[0] == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsurg.gradients.sentinel import Mark
+from gradsurg.gradients.sentinel import Sentinel
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 SHAPES = [(), (3,), (2, 4)]
@@ -12,7 +12,7 @@ SHAPES = [(), (3,), (2, 4)]
 
 def marked(dtype=torch.float32, shape=(3,)):
     p = nn.Parameter(torch.ones(shape, dtype=dtype))
-    return p, Mark(p)
+    return p, Sentinel(p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +66,7 @@ def test_added_to_it_gives_back_what_was_added(dtype, shape):
 def foreign(shape=(3,)):
     p = nn.Parameter(torch.ones(shape))
     p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return p, p.grad.clone(), Mark(p)
+    return p, p.grad.clone(), Sentinel(p)
 
 
 def test_a_foreign_gradient_is_left_as_it_is():
@@ -110,7 +110,7 @@ def test_a_foreign_gradient_added_to_holds_the_sum():
 def test_a_sparse_foreign_gradient_tells_only_whether_it_changed():
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.sparse_coo_tensor([[1]], [2.0], (4,))
-    mark = Mark(p)
+    mark = Sentinel(p)
     assert mark.fate() == "there"
     p.grad.mul_(0.5)
     assert mark.fate() == "added to"

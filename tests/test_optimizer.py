@@ -564,7 +564,7 @@ def test_copies_keep_the_declared_shared_parameters():
         copy.deepcopy((model, optimizer)),
         pickle.loads(pickle.dumps((model, optimizer))),
     ):
-        shared = copied._gradsurg.settings.shared
+        shared = copied._gradsurg.options.shared
         assert [id(p) for p in shared] == [id(p) for p in model_copy.trunk[0].parameters()]
         train(copied, model_copy, several, [0])
         assert copied.report.movement is not None

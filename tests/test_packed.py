@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from gradsurg.linalg import gramian as fast
 from gradsurg.linalg import reference
 from gradsurg.linalg.blocks import BLOCK, SMALL
-from gradsurg.linalg.packing import MOST, Table
+from gradsurg.linalg.combine import combine, correct_
+from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.movement import inner_update
+from gradsurg.linalg.packing import MOST, GradientTable
 
 QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖, as for rows that are not packed
 SHAPES = {
@@ -23,7 +25,7 @@ def case(shapes, m, dtype=torch.float32):
     draw = [torch.randn((m + 2, *shape), generator=generator).to(dtype) for shape in shapes]
     parameters = [stacked[m].clone() for stacked in draw]
     after = [p - 0.1 * stacked[m + 1] for p, stacked in zip(parameters, draw, strict=True)]
-    return parameters, after, Table([stacked[i].clone() for stacked in draw] for i in range(m))
+    return parameters, after, GradientTable([stacked[i].clone() for stacked in draw] for i in range(m))
 
 
 @shapes
@@ -34,7 +36,7 @@ def test_gramian_is_that_of_the_twin(shapes, m):
     want = reference.gramian(table, parameters)
     lengths = want.diagonal().sqrt()
     for exact, tolerance in [(False, QUICK), (True, EXACT)]:
-        got = fast.gramian(table, exact=exact)
+        got = gramian(table, exact=exact)
         assert torch.equal(got, got.T)
         assert ((got - want).abs() <= tolerance * lengths[:, None] * lengths).all()
 
@@ -46,14 +48,14 @@ def test_of_tensors_that_have_no_numbers_nothing_is_packed(shapes):
     signs, weights = [1.0] * len(shapes), [1.0, -2.0, 0.5]
     want_inner, want_square = reference.inner_update(table, parameters, after, signs)
     for exact in (False, True):
-        assert torch.allclose(fast.gramian(table, exact=exact), reference.gramian(table, parameters), rtol=1e-12)
-        inner, square = fast.inner_update(table, parameters, after, signs, exact=exact)
+        assert torch.allclose(gramian(table, exact=exact), reference.gramian(table, parameters), rtol=1e-12)
+        inner, square = inner_update(table, parameters, after, signs, exact=exact)
         assert torch.allclose(inner, want_inner, rtol=1e-12)
         assert square == pytest.approx(want_square, rel=1e-12)
-    u = fast.combine(table, weights, parameters)
+    u = combine(table, weights, parameters)
     assert [t.shape for t in u] == [p.shape for p in parameters]
     assert torch.allclose(reference.flat(u, parameters), reference.combine(table, weights, parameters), atol=1e-5)
-    fast.correct_(table, weights, after, signs)
+    correct_(table, weights, after, signs)
 
 
 @shapes
@@ -63,7 +65,7 @@ def test_movement_and_correction_are_those_of_the_twin(shapes, signs, exact):
     parameters, after, table = case(shapes, 5)
     signs = [signs[k % 2] for k in range(len(shapes))]
     want, want_square = reference.inner_update(table, parameters, after, signs)
-    inner, square = fast.inner_update(table, parameters, after, signs, exact=exact)
+    inner, square = inner_update(table, parameters, after, signs, exact=exact)
     tolerance = EXACT if exact else QUICK
     lengths = reference.gramian(table, parameters).diagonal().sqrt() * want_square**0.5
     assert ((inner - want).abs() <= tolerance * lengths).all()
@@ -71,7 +73,7 @@ def test_movement_and_correction_are_those_of_the_twin(shapes, signs, exact):
     coefficients = [0.3, 0.0, 2.0, -0.1, 0.0]
     moved = reference.correct(table, coefficients, after, signs)
     scale = reference.flat(after, after).abs() + reference.matrix(table, after).abs().sum(0) * 2
-    fast.correct_(table, coefficients, after, signs, exact=exact)
+    correct_(table, coefficients, after, signs, exact=exact)
     assert ((reference.flat(after, after) - moved).abs() <= (6e-8 if exact else 2.4e-7) * scale).all()
 
 
@@ -81,7 +83,7 @@ def test_movement_and_correction_are_those_of_the_twin(shapes, signs, exact):
 def test_combination_is_that_of_the_twin(shapes, dtype, exact):
     parameters, _, table = case(shapes, 4, dtype)
     weights = [0.5, -1.0, 2.0, 0.25]
-    u = fast.combine(table, weights, parameters, exact=exact)
+    u = combine(table, weights, parameters, exact=exact)
     assert [(t.shape, t.dtype) for t in u] == [(p.shape, p.dtype) for p in parameters]
     scale = reference.matrix(table, parameters).abs().sum(0)
     tolerance = 1e-15 if dtype == torch.float64 else 2.4e-7
@@ -93,7 +95,7 @@ def test_combination_is_that_of_the_twin(shapes, dtype, exact):
 def test_rows_of_sixteen_bits_are_combined_in_the_parameters_dtype():
     _, _, table = case([(7, 3), (5,)], 3, torch.bfloat16)
     parameters = [torch.zeros(7, 3), torch.zeros(5)]
-    u = fast.combine(table, [1.0, 2.0, 3.0], parameters)
+    u = combine(table, [1.0, 2.0, 3.0], parameters)
     torch.testing.assert_close(
         reference.flat(u, parameters), reference.combine(table, [1.0, 2.0, 3.0], parameters), rtol=1e-6, atol=1e-6
     )
@@ -102,7 +104,7 @@ def test_rows_of_sixteen_bits_are_combined_in_the_parameters_dtype():
 def test_a_row_of_weight_zero_is_not_read():
     parameters, _, table = case([(4,), (2, 2)], 3)
     table[1][0].fill_(float("nan"))
-    u = fast.combine(table, [1.0, 0.0, -1.0], parameters)
+    u = combine(table, [1.0, 0.0, -1.0], parameters)
     assert all(t.isfinite().all() for t in u)
 
 
@@ -118,6 +120,6 @@ def test_a_row_of_weight_zero_is_not_read():
     ids=["a gap", "two dtypes", "sparse", "complex", "one tensor"],
 )
 def test_what_cannot_be_packed_is_read_as_it_is(rows):
-    table = Table(rows)
+    table = GradientTable(rows)
     assert table.packed() is None
-    torch.testing.assert_close(fast.gramian(table), fast.gramian(rows), rtol=0, atol=0)
+    torch.testing.assert_close(gramian(table), gramian(rows), rtol=0, atol=0)

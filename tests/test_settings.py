@@ -11,7 +11,7 @@ import gradsurg
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.optimizer import options as module
-from gradsurg.optimizer.options import settings_from
+from gradsurg.optimizer.options import options_from
 from gradsurg.surgery import SURGERIES, Cone, ExcessMTL
 
 
@@ -20,7 +20,7 @@ def optimizer_of(model):
 
 
 def test_the_defaults_are_those_of_the_design():
-    settings = settings_from({}, [optimizer_of(build())])
+    settings = options_from({}, [optimizer_of(build())])
     assert settings.pipeline.normalizer.name == "norm"
     assert settings.pipeline.surgery.name == "cone"
     assert settings.pipeline.levels is None
@@ -37,16 +37,16 @@ def test_every_option_is_documented_in_wrap():
 @pytest.mark.parametrize("surgery", SURGERIES)
 @pytest.mark.parametrize("normalize", NORMALIZERS)
 def test_names_and_instances_mean_the_same(surgery, normalize):
-    by_name = settings_from({"surgery": surgery, "normalize": normalize}, [])
+    by_name = options_from({"surgery": surgery, "normalize": normalize}, [])
     given = {"surgery": SURGERIES[surgery](), "normalize": NORMALIZERS[normalize]()}
-    assert settings_from(given, []) == by_name
+    assert options_from(given, []) == by_name
 
 
 @pytest.mark.parametrize("guarantee", ["update", "gradient", "none"])
 @pytest.mark.parametrize("granularity", ["model", "group", "tensor"])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip_task", "raise"])
 def test_valid_words(guarantee, granularity, nonfinite):
-    settings = settings_from({"guarantee": guarantee, "granularity": granularity, "nonfinite": nonfinite}, [])
+    settings = options_from({"guarantee": guarantee, "granularity": granularity, "nonfinite": nonfinite}, [])
     assert (settings.guarantee, settings.granularity, settings.nonfinite) == (guarantee, granularity, nonfinite)
     assert settings.pipeline.guarantee == guarantee
 
@@ -120,7 +120,7 @@ def test_a_wrong_value_says_what_is_right(option, value, match):
 )
 def test_names_are_checked_against_the_declared_ones(options, match):
     with pytest.raises(ValueError, match=match):
-        settings_from({"tasks": ["left", "right"], **options}, [])
+        options_from({"tasks": ["left", "right"], **options}, [])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_triton_that_cannot_run_is_an_error_at_wrap(monkeypatch, available, inte
     assert type(optimizer) is torch.optim.SGD
     assert "gradsurg" not in optimizer.param_groups[0]
     for fallback in ("auto", "torch"):
-        assert settings_from({"backend": fallback, **options}, [optimizer]).backend == fallback
+        assert options_from({"backend": fallback, **options}, [optimizer]).backend == fallback
 
 
 @pytest.mark.parametrize("margin", [0.0, {"left": 0.0}])
@@ -154,7 +154,7 @@ def test_triton_where_it_can_run(monkeypatch, margin):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(dispatch, "triton_is_available", lambda: True)
     options = {"backend": "triton", "margin": margin}
-    assert settings_from(options, [optimizer_of(build())]).backend == "triton"
+    assert options_from(options, [optimizer_of(build())]).backend == "triton"
 
 
 def test_an_unknown_option_lists_the_known_and_the_nearest():
@@ -173,25 +173,25 @@ def test_shared_may_be_a_module_or_parameters(kind):
         "generator": model.trunk.parameters(),
         "tuple": tuple(model.trunk.parameters()),
     }[kind]
-    settings = settings_from({"shared": shared}, [optimizer_of(model)])
+    settings = options_from({"shared": shared}, [optimizer_of(model)])
     assert [id(p) for p in settings.shared] == [id(p) for p in model.trunk.parameters()]
 
 
 def test_shared_may_be_spread_over_several_optimizers():
     model = build()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model.trunk[0], model.trunk[2])]
-    assert len(settings_from({"shared": model.trunk}, optimizers).shared) == 4
+    assert len(options_from({"shared": model.trunk}, optimizers).shared) == 4
 
 
 def test_whole_numbers_of_other_types_are_seeds():
     import numpy as np
 
-    assert settings_from({"seed": np.int64(3)}, []).seed == 3
+    assert options_from({"seed": np.int64(3)}, []).seed == 3
 
 
 def test_settings_do_not_follow_later_changes_of_what_was_passed():
     preferences, tasks = {"a": 2.0}, ["a", "b"]
-    settings = settings_from({"preferences": preferences, "tasks": tasks}, [])
+    settings = options_from({"preferences": preferences, "tasks": tasks}, [])
     preferences["a"], tasks[0] = 9.0, "z"
     assert settings.preferences == {"a": 2.0}
     assert settings.tasks == ("a", "b")

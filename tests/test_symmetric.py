@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradsurg.linalg.buffers import LANE, Workspace, products_with_last
-from gradsurg.linalg.gramian import MANY_FROM, Long, Symmetric, strip_for
+from gradsurg.linalg.buffers import LANE, Buffers, products_with_last
+from gradsurg.linalg.gramian import MANY_FROM, GramianSum, PairwiseSum, strip_for
 
 QUICK, EXACT = 1e-13, 1e-15  # of ‖a‖ ‖b‖
 
@@ -31,9 +31,9 @@ def assert_close(got, want, tolerance=QUICK):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, MANY_FROM - 1, MANY_FROM, 2 * MANY_FROM])
 @pytest.mark.parametrize("size", [1, LANE - 1, LANE, 3 * LANE + 5])
 def test_strips_make_the_whole_product(m, size):
-    total, workspace = Symmetric(m), Workspace()
+    total, workspace = GramianSum(m), Buffers()
     a, b = blocks_of(m, size, 2)
-    count = 2 * Long.SHORT + 1  # long enough to be folded twice
+    count = 2 * PairwiseSum.SHORT + 1  # long enough to be folded twice
     for _ in range(count):
         for block in (a, b[:, : size // 2 + 1]):
             total.add(list(range(m)), stack(workspace, block), exact=False)
@@ -45,9 +45,9 @@ def test_strips_make_the_whole_product(m, size):
 
 
 def test_sums_that_were_folded_many_times_lose_nothing():
-    total, workspace = Symmetric(2), Workspace()
+    total, workspace = GramianSum(2), Buffers()
     block = torch.tensor([[0.1], [0.7]], dtype=torch.float64).expand(2, 3)
-    count = Long.SHORT * Long.MOST + 5
+    count = PairwiseSum.SHORT * PairwiseSum.MOST + 5
     for _ in range(count):
         total.add([0, 1], stack(workspace, block), exact=False)
     one = block[:, 0]
@@ -56,7 +56,7 @@ def test_sums_that_were_folded_many_times_lose_nothing():
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_blocks_of_some_of_the_tasks_and_single_numbers_add_up(exact):
-    total, workspace = Symmetric(4), Workspace()
+    total, workspace = GramianSum(4), Buffers()
     want = torch.zeros(4, 4, dtype=torch.float64)
     for present in ([0, 1, 2, 3], [1, 3], [2], [0, 1, 2, 3]):
         (block,) = blocks_of(len(present), 5000, 1)
@@ -71,14 +71,14 @@ def test_blocks_of_some_of_the_tasks_and_single_numbers_add_up(exact):
 
 
 def test_of_nothing_the_sum_is_zero():
-    assert torch.equal(Symmetric(3).result(), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(GramianSum(3).result(), torch.zeros(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("size", [1, LANE, 5 * LANE + 3])
 def test_products_with_the_last_row_end_with_its_square(exact, size):
     (rows,) = blocks_of(4, size, 1)
-    got = products_with_last(stack(Workspace(), rows), exact)
+    got = products_with_last(stack(Buffers(), rows), exact)
     last = rows[-1]
     for value, row in zip(got, rows, strict=True):
         bound = (EXACT if exact else QUICK) * float(row.norm() * last.norm())

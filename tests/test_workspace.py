@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from gradsurg.linalg.blocks import BLOCK, SMALL
-from gradsurg.linalg.buffers import LANE, STEP, Workspace
+from gradsurg.linalg.buffers import LANE, STEP, Buffers
 
 CPU = torch.device("cpu")
 
 
 def test_buffers_are_kept_and_never_shared_by_threads():
-    workspace = Workspace()
+    workspace = Buffers()
     first = workspace.buffer(0, 10, torch.float64, torch.device("cpu"))
     assert workspace.buffer(0, 20, torch.float64, torch.device("cpu")).data_ptr() == first.data_ptr()
     assert workspace.buffer(1, 10, torch.float64, torch.device("cpu")).data_ptr() != first.data_ptr()
@@ -29,7 +29,7 @@ def test_buffers_are_kept_and_never_shared_by_threads():
 @pytest.mark.parametrize("size", [1, 7, STEP, LANE - 1, LANE, LANE + 1, 3 * LANE, 3 * LANE + 5, 131_072, 131_073])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_matrix_has_its_numbers_and_then_nothing(size, rows):
-    workspace = Workspace()
+    workspace = Buffers()
     workspace.buffer(0, rows * (size + 8192), torch.float64, CPU).fill_(float("nan"))  # of whoever was there before
     for k in range(3):
         pieces = [torch.full((size,), float(i + k + 1)) for i in range(rows)]
@@ -52,7 +52,7 @@ def test_a_matrix_has_its_numbers_and_then_nothing(size, rows):
 
 def test_the_last_part_of_a_tensor_fits_the_matrix_of_the_others():
     # So that the views of it are not made anew: they cost more than its products.
-    workspace = Workspace()
+    workspace = Buffers()
     matrix = workspace.stack(0, [[torch.ones(33_312)]] * 3)
     strips = matrix.strips(2)
     assert workspace.stack(0, [[torch.ones(33_276)]] * 3) is matrix
@@ -64,6 +64,6 @@ def test_the_last_part_of_a_tensor_fits_the_matrix_of_the_others():
 
 
 def test_pieces_of_several_dtypes_come_together():
-    workspace = Workspace()
+    workspace = Buffers()
     pieces = [[torch.arange(3.0), torch.arange(2.0)], [], [torch.arange(5).bfloat16()]]
     assert workspace.stack(0, pieces).numbers.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]

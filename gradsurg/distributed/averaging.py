@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.distributed.collectives import RanksError
 from gradsurg.distributed.layout import Exchange, Layout
-from gradsurg.gradients.held import Aside
+from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.rows import Row, added
 
 __all__ = ["Averaged"]
@@ -32,7 +32,7 @@ class Averaged:
         self._exchange: Exchange | None = None
         self._quiet = layout.quiet()
         self._results: tuple[Row, ...] = ()
-        self.aside = Aside(parameters)
+        self.held_gradients = HeldGradients(parameters)
 
     def __enter__(self) -> Averaged:
         self._quiet.__enter__()
@@ -57,7 +57,7 @@ class Averaged:
     def add(self, *results: Row) -> None:
         """Add results to p.grad: now, or when they are averaged; until then p.grad is empty."""
         if self._exchange is None:
-            self.aside.add(*results)
+            self.held_gradients.add(*results)
         else:
             self._results = results
 
@@ -65,8 +65,8 @@ class Averaged:
         """Average what stood in p.grad, what was added, and what the rest of the enclosing pass left there."""
         if self._exchange is None:
             return
-        together = self.aside.standing()
-        for p, gradient in (pair for row in (*self._results, self.aside.lift()) for pair in row.items()):
+        together = self.held_gradients.standing()
+        for p, gradient in (pair for row in (*self._results, self.held_gradients.lift()) for pair in row.items()):
             together[p] = added(together[p], gradient) if p in together else gradient
         try:
             delivery = self._exchange.finish(together, {})
@@ -79,7 +79,7 @@ class Averaged:
 
     def drop(self, error: BaseException | None = None) -> None:
         """Give p.grad back as it was, and tell other ranks, unless the error is about them or an interruption."""
-        self.aside.restore()
+        self.held_gradients.restore()
         exchange, self._exchange = self._exchange, None
         about_them = isinstance(error, RanksError)
         if exchange is not None and not about_them and (error is None or isinstance(error, Exception)):

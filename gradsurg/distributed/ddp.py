@@ -18,7 +18,7 @@ from gradsurg.distributed.layout import Layout, generator_of
 from gradsurg.gradients.rows import ByParameter, Row
 from gradsurg.linalg.measure import Measure
 
-__all__ = ["Slices"]
+__all__ = ["DDPLayout"]
 
 
 class Spread(Layout):
@@ -45,7 +45,7 @@ class Spread(Layout):
         return self._group.total(numbers) / self._group.size**2
 
 
-class Slices(Layout):
+class DDPLayout(Layout):
     """Rows are reduced to their owners, multiplied piece by piece, and only their combination is gathered.
 
     With P numbers, m tasks and W ranks, a rank sends (m + 1) P (W − 1) / W, half of what reducing m rows to everybody

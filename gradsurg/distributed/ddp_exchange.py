@@ -16,7 +16,7 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import Row
 
 if TYPE_CHECKING:
-    from gradsurg.distributed.ddp import Slices
+    from gradsurg.distributed.ddp import DDPLayout
 
 __all__ = ["SliceExchange"]
 
@@ -71,7 +71,7 @@ class SliceExchange:
         measured: Tasks whose losses are averaged too, though they have no row; the same on all ranks.
     """
 
-    def __init__(self, slices: Slices, names: Sequence[str], measured: Sequence[str] = ()) -> None:
+    def __init__(self, slices: DDPLayout, names: Sequence[str], measured: Sequence[str] = ()) -> None:
         self._measured = measured
         self._slices, self._group, self._mine = slices, slices.group, list(names)
         self._waiting: dict[str, tuple[Row, ...]] = {}

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from gradsurg.distributed.buckets import Bucket, unpack
 from gradsurg.distributed.collectives import start_all_reduce
-from gradsurg.distributed.ddp import Slices
+from gradsurg.distributed.ddp import DDPLayout
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.measure import Measure
 
-__all__ = ["Copies"]
+__all__ = ["DDPWholeLayout"]
 
 
-class Copies(Slices):
+class DDPWholeLayout(DDPLayout):
     """A row is reduced to everybody, and from there on every rank does what one process does.
 
     For k rows a rank sends 2 k P (W - 1) / W, and nothing for the combination or the projection of the update. Only

@@ -68,21 +68,21 @@ class Ranks:
         return self._layout
 
     def _alive(self) -> bool:
-        from gradsurg.distributed.ddp import Slices
+        from gradsurg.distributed.ddp import DDPLayout
 
-        return not isinstance(self._layout, Slices) or all(replica.alive for replica in self._layout.replicas)
+        return not isinstance(self._layout, DDPLayout) or all(replica.alive for replica in self._layout.replicas)
 
     def _find(self, parameters: Sequence[Tensor]) -> Layout:
         if _is_sharded(parameters):
-            from gradsurg.distributed.fsdp import Shards
+            from gradsurg.distributed.fsdp import ShardedLayout
 
-            return Shards(parameters, self._named())
+            return ShardedLayout(parameters, self._named())
         return self._slices(parameters)
 
     def _slices(self, parameters: Sequence[Tensor]) -> Layout:
         from gradsurg.distributed.collectives import Group
-        from gradsurg.distributed.ddp import Slices
-        from gradsurg.distributed.ddp_whole import Copies
+        from gradsurg.distributed.ddp import DDPLayout
+        from gradsurg.distributed.ddp_whole import DDPWholeLayout
 
         replicas = self._early or self._replicas(parameters)
         if not replicas:
@@ -109,7 +109,7 @@ class Ranks:
                         "it: ranks would disagree about the tasks. Leave it to another optimizer."
                     )
         (group,) = groups.values()
-        kind = Copies if self._whole_rows else Slices
+        kind = DDPWholeLayout if self._whole_rows else DDPLayout
         return kind(parameters, replicas, Group(group, parameters[0].device))
 
     def _replicas(self, parameters: Sequence[Tensor]) -> list[Any]:

@@ -18,10 +18,10 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.measure import Measure
 
-__all__ = ["Shards", "local", "shard_of"]
+__all__ = ["ShardedLayout", "local", "shard_of"]
 
 
-class Shards(Layout):
+class ShardedLayout(Layout):
     """Every rank holds its local shards, and counts of them its part where other ranks hold the same numbers.
 
     The Gramian is that of the local parts, added up over ranks: m x m numbers. No gradient is gathered.
@@ -113,7 +113,7 @@ class Shards(Layout):
 class ShardExchange:
     """Nothing is sent: it makes sure that the ranks have the same tasks, and localises rows."""
 
-    def __init__(self, shards: Shards, names: Sequence[str]) -> None:
+    def __init__(self, shards: ShardedLayout, names: Sequence[str]) -> None:
         self._shards = shards
         self.names = list(names)
         self._rows: dict[str, Row] = {}

@@ -14,10 +14,10 @@ from gradsurg.distributed.layout import ALONE, Delivery, Exchange, Layout
 if TYPE_CHECKING:
     from gradsurg.gradients.capture import Capture
 
-__all__ = ["Traffic"]
+__all__ = ["Session"]
 
 
-class Traffic:
+class Session:
     """Starts an exchange when a run begins, hands it each row that was captured, and brings back what arrived.
 
     Args:

@@ -14,9 +14,9 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
-from gradsurg.gradients.reachability import Reach
+from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.rows import ByParameter, Row, TaskRows, added
-from gradsurg.gradients.sentinel import Mark
+from gradsurg.gradients.sentinel import Sentinel
 
 __all__ = ["Capture"]
 
@@ -39,12 +39,12 @@ class Capture:
         self.row_dtype = row_dtype
         self.rows = TaskRows(row_dtype)
         self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
-        self.reach = Reach()
+        self.reach = Reachability()
         self.opened: object | None = None  # one token per run, while it lasts
         self.fresh = TaskRows(row_dtype)
         self._foreign, self._next_foreign = Row(), Row()
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
-        self._mark: Mark | None = None
+        self._sentinel: Sentinel | None = None
         self._held: Held = []
 
     def open(self) -> None:
@@ -150,7 +150,7 @@ class Capture:
             p.grad = total
             if total is not None:
                 written.append((p, (total, version_of(total))))
-        self._written, self._mark = ByParameter(written), None
+        self._written, self._sentinel = ByParameter(written), None
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
@@ -169,7 +169,7 @@ class Capture:
             self._foreign.pop(parameter)
         self.write(Row())
         if parameter is not None:
-            self._mark = Mark(parameter)
+            self._sentinel = Sentinel(parameter)
             assert parameter.grad is not None
             self._written[parameter] = (parameter.grad, version_of(parameter.grad))
 
@@ -179,7 +179,7 @@ class Capture:
             self.part_with_rows()
         if self._written or self._foreign:
             self._foreign, self._written = Row(), ByParameter()
-        self._mark = None
+        self._sentinel = None
         self._close()
 
     def part_with_rows(self) -> None:
@@ -194,8 +194,8 @@ class Capture:
         """Whether the rows still stand for what is in p.grad."""
         if not self.has_rows() or not self._written:
             return False
-        if self._mark is not None:
-            return self._mark.fate() != "gone"
+        if self._sentinel is not None:
+            return self._sentinel.fate() != "gone"
         parameters = self.parameters()
         return all(map(_is_untouched, parameters, self._written.at(parameters)))
 
@@ -204,20 +204,20 @@ class Capture:
         written = self._written.get(p)
         return written is not None and p.grad is written[0]
 
-    def mark_was_scaled(self) -> bool:
+    def sentinel_was_scaled(self) -> bool:
         """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
-        return self._mark is not None and self._mark.fate() == "scaled"
+        return self._sentinel is not None and self._sentinel.fate() == "scaled"
 
     def _foreign_among(self, held: Held) -> Row:
         """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
-        if self._was_live and self._mark is None:
+        if self._was_live and self._sentinel is None:
             return self._foreign.copy()
         standing = Row((p, g) for p, g in held if g is not None)
-        if self._was_live and self._mark is not None:
-            standing.pop(self._mark.parameter)
-            below = self._mark.below()
+        if self._was_live and self._sentinel is not None:
+            standing.pop(self._sentinel.parameter)
+            below = self._sentinel.below()
             if below is not None:
-                standing[self._mark.parameter] = below
+                standing[self._sentinel.parameter] = below
         return standing
 
     def _lift(self) -> Row:

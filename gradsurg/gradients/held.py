@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gradsurg.gradients.rows import Row, added
 
-__all__ = ["Aside", "deposit"]
+__all__ = ["HeldGradients", "deposit"]
 
 
-class Aside:
+class HeldGradients:
     """What stands in p.grad, put aside; `add` gives it back with a result added, `restore` as it was.
 
     Unlike Capture it keeps no rows from one backward to the next: micro-batches add up in p.grad alone.

@@ -11,10 +11,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradsurg.gradients.dtensor import local_of
 from gradsurg.gradients.rows import Row
 
-__all__ = ["Reach"]
+__all__ = ["Reachability"]
 
 
-class Reach:
+class Reachability:
     """Remembers every parameter for which a task ever had a gradient other than zero.
 
     One compiled graph has one backward pass for all that it returns: with the heads inside, each task gets zeros for

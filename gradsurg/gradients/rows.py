@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gradsurg.linalg.packing import Table
+from gradsurg.linalg.packing import GradientTable
 
 __all__ = ["ByParameter", "Row", "TaskRows", "added", "is_finite"]
 
@@ -174,9 +174,9 @@ class TaskRows:
             once.update(row.ids())
         return [p for p in parameters if id(p) in twice]
 
-    def table(self, parameters: Sequence[Tensor]) -> Table:
+    def table(self, parameters: Sequence[Tensor]) -> GradientTable:
         """Return m lists of one gradient (or None) per parameter."""
-        return Table(row.at(parameters) for row in self._rows.values())
+        return GradientTable(row.at(parameters) for row in self._rows.values())
 
     def of(self, parameter: Tensor) -> list[Tensor]:
         """Return every gradient that a task has of a parameter."""

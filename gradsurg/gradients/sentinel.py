@@ -9,12 +9,12 @@ from torch import Tensor
 
 from gradsurg.gradients.dtensor import local_of, version_of
 
-__all__ = ["Mark"]
+__all__ = ["Sentinel"]
 
 Fate = Literal["there", "gone", "added to", "scaled"]
 
 
-class Mark:
+class Sentinel:
     """Zeros but for one number too small to matter, in a p.grad that is otherwise empty.
 
     Where the parameter has a foreign gradient, that is the mark. What happened to it is read off its numbers, because

@@ -12,21 +12,21 @@ from torch.optim import Optimizer
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.gradients.param_groups import signs_of
 from gradsurg.gradients.rows import TaskRows
-from gradsurg.guarantee.copies import Before, Part
+from gradsurg.guarantee.copies import ParameterCopies, Part
 from gradsurg.guarantee.movement import Movement, joined
-from gradsurg.guarantee.update import guard
-from gradsurg.linalg.packing import Packed, Table
+from gradsurg.guarantee.update import project_update
+from gradsurg.linalg.packing import GradientTable, PackedRows
 from gradsurg.solvers.tolerances import ROUNDING_QUICK
 from gradsurg.surgery.margin import Margin, attainable
 
 if TYPE_CHECKING:
-    from gradsurg.guarantee.movement import LaterMovement
+    from gradsurg.guarantee.movement import DeferredMovement
 
-__all__ = ["Judgement"]
+__all__ = ["UpdateConstraint"]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class UpdateConstraint:
     """What every update until the next surgery has to respect.
 
     Attributes:
@@ -45,21 +45,21 @@ class Judgement:
     allowed: Tensor | None
     layout: Layout = ALONE
     margin: Margin = 0.0
-    tables: Sequence[Table] | None = None
+    tables: Sequence[GradientTable] | None = None
 
     def among(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return those of some parameters that tasks share."""
         shared = set().union(*(map(id, block) for block in self.blocks))
         return [p for p in parameters if id(p) in shared]
 
-    def packs(self) -> list[tuple[Packed, list[Tensor]]]:
+    def packs(self) -> list[tuple[PackedRows, list[Tensor]]]:
         """Return what is packed of the rows of each block, with the block; nothing where ranks hold parts of them."""
         if self.tables is None or self.layout is not ALONE:
             return []
         pairs = ((table.packed(), block) for table, block in zip(self.tables, self.blocks, strict=True))
         return [(small, block) for small, block in pairs if small is not None]
 
-    def hold(self, optimizer: Optimizer, before: Before) -> Movement | LaterMovement | None:
+    def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> Movement | DeferredMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         sign = signs_of(optimizer)
         ours = before.ids().intersection(sign)
@@ -81,7 +81,7 @@ class Judgement:
             asked = None
             if self.margin:
                 asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)
-            movement = guard(table, G, old, new, [sign[id(p)] for p in mine], self.allowed, measure, asked)
+            movement = project_update(table, G, old, new, [sign[id(p)] for p in mine], self.allowed, measure, asked)
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from gradsurg.gradients.param_groups import trained
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.blocks import flat
-from gradsurg.linalg.packing import Packed, alike
+from gradsurg.linalg.packing import PackedRows, alike
 
-__all__ = ["Before", "Part", "Snapshot"]
+__all__ = ["ParameterCopies", "Part", "Snapshot"]
 
 
-class Before:
+class ParameterCopies:
     """Copies of parameters.
 
     Args:
@@ -33,10 +33,10 @@ class Before:
 
     @torch.no_grad()
     def __init__(
-        self, parameters: Sequence[Tensor] = (), packs: Iterable[tuple[Packed, Sequence[Tensor]]] = ()
+        self, parameters: Sequence[Tensor] = (), packs: Iterable[tuple[PackedRows, Sequence[Tensor]]] = ()
     ) -> None:
         self._parameters = parameters
-        self._vectors: list[tuple[Packed, list[Tensor], Tensor]] = []
+        self._vectors: list[tuple[PackedRows, list[Tensor], Tensor]] = []
         apart = set(map(id, parameters))
         for small, block in packs:
             own = small.at(block)
@@ -67,7 +67,7 @@ class Before:
             row.update(Row(zip(parameters, torch._utils._unflatten_dense_tensors(vector, parameters), strict=True)))
         return row
 
-    def vector_of(self, small: Packed | None) -> Tensor | None:
+    def vector_of(self, small: PackedRows | None) -> Tensor | None:
         """Return the copies of those parameters whose rows this matrix has, in its order; None where they are apart."""
         return next((vector for which, _, vector in self._vectors if which is small), None)
 
@@ -75,7 +75,7 @@ class Before:
 class Part(Sequence[Tensor]):
     """The copies of some parameters, as a list of which nothing is cut apart before it is asked for."""
 
-    def __init__(self, before: Before, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, before: ParameterCopies, parameters: Sequence[Tensor]) -> None:
         self.before, self._parameters = before, parameters
 
     def __len__(self) -> int:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gradsurg.guarantee.copies import Part
 from gradsurg.linalg.blocks import BLOCK, cut, flat
-from gradsurg.linalg.buffers import Workspace
-from gradsurg.linalg.packing import DTYPE, Table
+from gradsurg.linalg.buffers import Buffers
+from gradsurg.linalg.packing import DTYPE, GradientTable
 
-__all__ = ["CLEAR", "glance"]
+__all__ = ["CLEAR", "first_look"]
 
 # Numbers of a large tensor that are looked at at a time, half as many again at most.
 LOOKED_AT = 65_536
@@ -23,10 +23,10 @@ CLEAR = 1e-2
 # Products below 1e-38 are lost in float32: n of them are at most n · 1e-38, a hundredth of what is asked of each sum.
 LEAST = 1e-36
 
-WORKSPACE = Workspace()
+BUFFERS = Buffers()
 
 
-def glance(
+def first_look(
     rows: Sequence[Sequence[Tensor | None]],
     norms: Sequence[float],
     before: Sequence[Tensor],
@@ -48,7 +48,7 @@ def glance(
     Returns:
         m numbers and a number; None where some cosine is lower, or nothing can be said.
     """
-    if not isinstance(rows, Table) or not rows.plain:
+    if not isinstance(rows, GradientTable) or not rows.plain:
         return None
     small = rows.packed()
     others = range(len(signs)) if small is None else small.others
@@ -75,7 +75,7 @@ def glance(
         if not all(g is not None and g.is_contiguous() for g in columns):
             return None
         for was, now, *parts in cut([t.view(-1) for t in (before[k], after[k], *columns) if t is not None], LOOKED_AT):
-            d = torch.sub(was, now, out=WORKSPACE.buffer(0, was.numel(), torch.float32, was.device))
+            d = torch.sub(was, now, out=BUFFERS.buffer(0, was.numel(), torch.float32, was.device))
             square += torch.dot(d, d).item()
             inner = [x + signs[k] * torch.dot(d, g).item() for x, g in zip(inner, parts, strict=True)]
     enough, least = CLEAR * square**0.5, LEAST * sum(map(Tensor.numel, after))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LaterMovement", "Movement", "catch_up", "joined", "stream_of"]
+__all__ = ["DeferredMovement", "Movement", "catch_up", "joined", "stream_of"]
 
 
 def joined(movements: Sequence[Movement]) -> Movement | None:
@@ -41,7 +41,7 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class LaterMovement:
+class DeferredMovement:
     """A Movement of several blocks, on the device.
 
     Attributes:

@@ -9,7 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee.first_look import glance
+from gradsurg.guarantee.first_look import first_look
 from gradsurg.guarantee.movement import Movement
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.combine import correct_
@@ -24,7 +24,7 @@ from gradsurg.solvers.tolerances import (
 )
 from gradsurg.surgery.pipeline_small import norms_of
 
-__all__ = ["guard"]
+__all__ = ["project_update"]
 
 
 # What rounding the parameters may do to cos(d, g_i). Parameters of 16 bits move by few units in the last place, so
@@ -40,7 +40,7 @@ ATTEMPTS = 4
 
 
 @torch.no_grad()
-def guard(
+def project_update(
     rows: Rows,
     G: Tensor,
     before: Sequence[Tensor],
@@ -76,7 +76,7 @@ def guard(
     """
     measure = Measure() if measure is None else measure
     if asked is None and measure.alone:
-        seen = glance(rows, norms_of(G.tolist()), before, after, signs)
+        seen = first_look(rows, norms_of(G.tolist()), before, after, signs)
         if seen is not None:
             return Movement(torch.tensor(seen[0], dtype=torch.float64), seen[1])
     inner, square = measure.inner_update(rows, before, after, signs)

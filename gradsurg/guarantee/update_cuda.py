@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.gradients.param_groups import signs_of
-from gradsurg.guarantee.constraint import Judgement
-from gradsurg.guarantee.copies import Before
-from gradsurg.guarantee.movement import LaterMovement, stream_of
+from gradsurg.guarantee.constraint import UpdateConstraint
+from gradsurg.guarantee.copies import ParameterCopies
+from gradsurg.guarantee.movement import DeferredMovement, stream_of
 from gradsurg.guarantee.update import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.kernels.table import constant
 from gradsurg.solvers.tolerances import STATIONARY
 
-__all__ = ["ROUNDING", "OnboardJudgement", "guard"]
+__all__ = ["ROUNDING", "UpdateConstraintCUDA", "project_update"]
 
 # Relative error of the kernels' Gramian: see kernels/gramian.py.
 ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnboardJudgement(Judgement):
+class UpdateConstraintCUDA(UpdateConstraint):
     """What every update until the next surgery has to respect, on the device.
 
     Attributes:
@@ -36,7 +36,7 @@ class OnboardJudgement(Judgement):
     finite: Tensor
 
     @torch.no_grad()
-    def hold(self, optimizer: Optimizer, before: Before) -> LaterMovement | None:
+    def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> DeferredMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         from gradsurg.linalg.kernels.gramian import gramian
 
@@ -55,7 +55,7 @@ class OnboardJudgement(Judgement):
             G = torch.stack([G[b] for b in there])
         if any(len(mine[b]) < len(self.blocks[b]) for b in there):  # the rest belongs to another optimizer
             G = gramian(table, blocks=blocks)
-        return guard(
+        return project_update(
             table,
             G,
             [before[p] for p in chosen],
@@ -67,7 +67,7 @@ class OnboardJudgement(Judgement):
         )
 
 
-def guard(
+def project_update(
     rows: Rows,
     G: Tensor,
     before: Sequence[Tensor],
@@ -76,7 +76,7 @@ def guard(
     blocks: Sequence[int],
     allowed: Tensor | None,
     finite: Tensor,
-) -> LaterMovement:
+) -> DeferredMovement:
     """Do what guarantee.guard does, for all blocks at once.
 
     What the host would decide becomes a mode per block that the kernels read: correct it, take it back, or leave it.
@@ -112,7 +112,7 @@ def guard(
     write = partial(write, layout=writing if _in_place(writing.keep, after, place=len(rows)) else None)
     tolerance, half_place = _precision(after, blocks)
     moved = torch.where(corrected.unsqueeze(-1), products + (G @ coefficients.unsqueeze(-1)).squeeze(-1), products)
-    movement = LaterMovement(moved, torch.where(corrected, left, square), corrected, held)
+    movement = DeferredMovement(moved, torch.where(corrected, left, square), corrected, held)
     small = half_place * _norms(after, blocks) <= 0.5 * tolerance * left.clamp(min=0).sqrt()
     unsure = corrected & ~held & ~small
     watched = norms > 0 if allowed is None else (norms > 0) & allowed
@@ -146,10 +146,10 @@ def guard(
     )
 
 
-def _modes(write: Tensor, hold: Tensor | None = None) -> Tensor:
+def _modes(write: Tensor, enforce: Tensor | None = None) -> Tensor:
     """Return LEAVE, WRITE or HOLD per block, as kernels/vectors.py numbers them, int32."""
     modes = write.to(torch.int32)
-    return modes if hold is None else modes + 2 * hold.to(torch.int32)
+    return modes if enforce is None else modes + 2 * enforce.to(torch.int32)
 
 
 def _lengths(norms: Tensor, products: Tensor, square: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:

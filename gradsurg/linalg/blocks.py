@@ -13,10 +13,10 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "SMALL",
     "Block",
     "Pieces",
     "Rows",
-    "SMALL",
     "block_for",
     "blocks",
     "cut",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurg.linalg.blocks import BLOCK, SMALL, Pieces, flat
 
-__all__ = ["LANE", "Matrix", "ROWS", "SUM", "WORKSPACE", "Workspace", "inner_product", "products_with_last"]
+__all__ = ["BUFFERS", "LANE", "ROWS", "SUM", "Buffers", "Matrix", "inner_product", "products_with_last"]
 
 
 # A product sums one number after the other, so the shorter its rows, the less is rounded away. The worst of 60 pairs of
@@ -24,7 +24,7 @@ LANE = 4_096
 STEP = 64
 
 
-class Workspace(threading.local):
+class Buffers(threading.local):
     """One set of buffers a thread.
 
     Memory that malloc hands out anew is touched for the first time in every step: 83 200 parameters in 40 tensors and
@@ -99,7 +99,7 @@ class Matrix:
         return strips
 
 
-WORKSPACE = Workspace()
+BUFFERS = Buffers()
 
 
 ROWS, PRODUCT, SUM = range(3)  # slots of the workspace
@@ -111,7 +111,7 @@ def inner_product(a: Tensor, b: Tensor) -> float:
     In float32 quick sums would be off by 7e-5 on constant numbers, which nearly opposite tasks amplify beyond the
     promise of 1e-4.
     """
-    return torch.mul(a, b, out=WORKSPACE.buffer(PRODUCT, a.numel(), a.dtype, a.device)).sum().item()
+    return torch.mul(a, b, out=BUFFERS.buffer(PRODUCT, a.numel(), a.dtype, a.device)).sum().item()
 
 
 def products_with_last(matrix: Matrix, exact: bool) -> list[float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.linalg import sparse
 from gradsurg.linalg.blocks import SMALL, Rows, cut, flat_column
-from gradsurg.linalg.buffers import SUM, WORKSPACE
+from gradsurg.linalg.buffers import BUFFERS, SUM
 from gradsurg.linalg.packing import DTYPE, alike, packed
 
 __all__ = ["combine", "correct_"]
@@ -159,7 +159,7 @@ def _sum_blocks(
     direct = target.dtype == wide and not add
     every = [target, *[view for view in views if view is not None]]
     for goal, *parts in cut(every, DIRECT if direct else COMBINED):
-        total = goal if direct else WORKSPACE.buffer(SUM, goal.numel(), wide, goal.device)
+        total = goal if direct else BUFFERS.buffer(SUM, goal.numel(), wide, goal.device)
         if parts[0].dtype == wide:
             torch.mul(parts[0], weights[0], out=total)
         else:

@@ -15,11 +15,11 @@ from gradsurg.solvers.nonnegative import nonnegative
 from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery.base import ElementwiseSurgery
 
-__all__ = ["Blend", "blend"]
+__all__ = ["ElementwiseDirection", "elementwise_direction"]
 
 
 @dataclass(frozen=True)
-class Blend:
+class ElementwiseDirection:
     """The direction of one block.
 
     Attributes:
@@ -35,7 +35,7 @@ class Blend:
     stationary: bool = False
 
 
-def blend(
+def elementwise_direction(
     surgery: ElementwiseSurgery,
     rows: Rows,
     like: Sequence[Tensor],
@@ -46,7 +46,7 @@ def blend(
     allowed: Tensor | None = None,
     layout: Layout = ALONE,
     least: Tensor | None = None,
-) -> Blend:
+) -> ElementwiseDirection:
     """Return the direction of one block.
 
     Args:
@@ -89,7 +89,7 @@ def blend(
         if stationary or bool(correction[:-1].any()):
             direction = combine(with_u, correction.tolist(), like, exact=True)
     products = G @ correction
-    return Blend(direction, products[:-1], correction @ products, stationary)
+    return ElementwiseDirection(direction, products[:-1], correction @ products, stationary)
 
 
 def _column(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gradsurg.linalg import sparse
 from gradsurg.linalg.blocks import Rows, block_for, blocks
-from gradsurg.linalg.buffers import ROWS, WORKSPACE, Matrix, inner_product
+from gradsurg.linalg.buffers import BUFFERS, ROWS, Matrix, inner_product
 from gradsurg.linalg.packing import packed
 
-__all__ = ["Long", "MANY_FROM", "Symmetric", "gramian", "strip_for"]
+__all__ = ["MANY_FROM", "GramianSum", "PairwiseSum", "gramian", "strip_for"]
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
         Shape (m, m), float64, symmetric, on the CPU for CPU rows and on the rows' device otherwise.
     """
     m = len(rows)
-    total = Symmetric(m)
+    total = GramianSum(m)
     small = packed(rows)
     if small is not None:
         everybody = list(range(m))
@@ -44,7 +44,7 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     rows, columns = sparse.split(rows)
     for _, block in blocks(rows, size=block_for(m)):
         present = [i for i, pieces in enumerate(block) if pieces]
-        total.add(present, WORKSPACE.stack(ROWS, block), exact)
+        total.add(present, BUFFERS.stack(ROWS, block), exact)
     for column in columns:
         for i, a in enumerate(column):
             for j, b in enumerate(column[: i + 1]):
@@ -63,14 +63,14 @@ FEW, MANY = 2, 24
 MANY_FROM = 21
 
 
-class Symmetric:
+class GramianSum:
     """The lower half of a symmetric m x m float64 matrix: lanes of quick sums in tensors, single numbers in floats."""
 
     def __init__(self, m: int) -> None:
         self.m = m
         self.entries: list[list[float]] | None = None  # single numbers, where there are any
         self.lost: list[list[float]] = []  # what their additions rounded away
-        self.strips: dict[tuple[tuple[int, ...], int], list[Long]] = {}  # of the tasks and lanes of blocks
+        self.strips: dict[tuple[tuple[int, ...], int], list[PairwiseSum]] = {}  # of the tasks and lanes of blocks
 
     def add(self, present: list[int], matrix: Matrix, exact: bool) -> None:
         """Add the inner products of the rows of a matrix, which belong to these tasks."""
@@ -82,7 +82,7 @@ class Symmetric:
         strips = matrix.strips(strip_for(len(present)))
         key = tuple(present), len(matrix.lanes)
         if key not in self.strips:
-            self.strips[key] = [Long() for _ in strips]
+            self.strips[key] = [PairwiseSum() for _ in strips]
         for long, (strip, before) in zip(self.strips[key], strips, strict=True):
             long.add(strip, before)
 
@@ -111,7 +111,7 @@ class Symmetric:
         return torch.where(_lower_half(self.m, lower.device), lower, lower.T)
 
 
-class Long:
+class PairwiseSum:
     """A long sum of float64 matrices: short running sums of lanes, added pairwise at the end.
 
     One running sum of the 6 000 products of 100 M numbers may be off by 6e-13, and these by 2e-14.

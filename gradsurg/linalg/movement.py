@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.linalg import sparse
 from gradsurg.linalg.blocks import Rows, block_for, blocks, flat, real_of
-from gradsurg.linalg.buffers import ROWS, WORKSPACE, products_with_last
+from gradsurg.linalg.buffers import BUFFERS, ROWS, products_with_last
 from gradsurg.linalg.packing import packed
 
 __all__ = ["inner_update"]
@@ -48,7 +48,7 @@ def inner_update(
     for sign, block in blocks([before, after, *rows], tags=signs, size=block_for(m + 1)):
         assert isinstance(sign, float)
         old, new, *gradients = block
-        matrix = WORKSPACE.stack(ROWS, [*gradients, old])
+        matrix = BUFFERS.stack(ROWS, [*gradients, old])
         matrix.rows[-1].sub_(flat(new))
         *products, length = products_with_last(matrix, exact)
         square += length

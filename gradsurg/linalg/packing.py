@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradsurg.linalg.blocks import BLOCK, SMALL, evenly, flat
-from gradsurg.linalg.buffers import ROWS, WORKSPACE, Matrix, products_with_last
+from gradsurg.linalg.buffers import BUFFERS, ROWS, Matrix, products_with_last
 
-__all__ = ["Packed", "Table", "alike", "packed"]
+__all__ = ["GradientTable", "PackedRows", "alike", "packed"]
 
 # Numbers of one row that are packed at most: half a MiB a task in float32, whatever the model's size.
 MOST = 131_072
@@ -27,7 +27,7 @@ DTYPE, DEVICE, LAYOUT = map(attrgetter, ("dtype", "device", "layout"))
 DENSE = frozenset((Tensor, Parameter))
 
 
-class Table(list[list["Tensor | None"]]):
+class GradientTable(list[list["Tensor | None"]]):
     """m lists of one gradient (or None) per parameter, that are packed once.
 
     The tensors must not be written to while the table is in use.
@@ -35,7 +35,7 @@ class Table(list[list["Tensor | None"]]):
 
     def __init__(self, rows: Iterable[list[Tensor | None]]) -> None:
         super().__init__(rows)
-        self._packed: Packed | None = None
+        self._packed: PackedRows | None = None
 
     @functools.cached_property
     def plain(self) -> bool:
@@ -46,14 +46,14 @@ class Table(list[list["Tensor | None"]]):
         assert some is not None
         return some.device.type == "cpu" and some.dtype.is_floating_point and some.layout is torch.strided
 
-    def packed(self) -> Packed | None:
+    def packed(self) -> PackedRows | None:
         """Return the small tensors as a matrix, and the others; None where nothing can be packed."""
         if self._packed is None and self.plain and len(self[0]) > 1:
             self._packed = _pack(self)
         return self._packed
 
 
-class Packed:
+class PackedRows:
     """What a table holds, in two parts.
 
     Attributes:
@@ -93,7 +93,7 @@ class Packed:
         """
         m, count = self.matrix.shape
         for part in torch.split(self.matrix, evenly(count, BLOCK), dim=1):
-            matrix = WORKSPACE.matrix(ROWS, m, part.shape[1], part.device)
+            matrix = BUFFERS.matrix(ROWS, m, part.shape[1], part.device)
             matrix.numbers.copy_(part)
             yield matrix
 
@@ -108,7 +108,7 @@ class Packed:
         for start in range(0, old.numel(), size):
             here = slice(start, start + size)
             gradients = self.matrix[:, here]
-            matrix = WORKSPACE.matrix(ROWS, len(gradients) + 1, gradients.shape[1], gradients.device)
+            matrix = BUFFERS.matrix(ROWS, len(gradients) + 1, gradients.shape[1], gradients.device)
             matrix.numbers[:-1].copy_(gradients)
             d = matrix.rows[-1].copy_(old[here]).sub_(new[here])
             if isinstance(sign, Tensor):
@@ -140,9 +140,9 @@ class Packed:
         torch._foreach_copy_(parameters, self.apart(torch.sub(flat(parameters), change), after))
 
 
-def packed(rows: Sequence[Sequence[Tensor | None]]) -> Packed | None:
+def packed(rows: Sequence[Sequence[Tensor | None]]) -> PackedRows | None:
     """Return what `Table.packed` does; None of rows that are no table."""
-    return rows.packed() if isinstance(rows, Table) else None
+    return rows.packed() if isinstance(rows, GradientTable) else None
 
 
 def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -156,7 +156,7 @@ def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
     )
 
 
-def _pack(rows: Table) -> Packed | None:
+def _pack(rows: GradientTable) -> PackedRows | None:
     dense: list[Tensor] = rows[0]  # type: ignore[assignment]  # the table is plain: none is missing
     sizes = list(map(Tensor.numel, dense))
     every = range(len(sizes))
@@ -170,4 +170,4 @@ def _pack(rows: Table) -> Packed | None:
         return None
     others = sorted(set(every).difference(places))
     matrix = flat([row[k] for row in rows for k in places]).view(len(rows), -1)  # type: ignore[misc]
-    return Packed(matrix, places, [sizes[k] for k in places], others, [[row[k] for k in others] for row in rows])
+    return PackedRows(matrix, places, [sizes[k] for k in places], others, [[row[k] for k in others] for row in rows])

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradsurg.guarantee.movement import Movement
 from gradsurg.optimizer.report import Report
 
-__all__ = ["Packed", "from_json", "read_csv", "to_json", "write_csv"]
+__all__ = ["PackedReport", "from_json", "read_csv", "to_json", "write_csv"]
 
 
 NOTHING = torch.empty(0)
@@ -36,7 +36,7 @@ Layout = tuple[tuple[str, torch.device, torch.Size, torch.dtype], ...]
 _LAYOUTS: dict[Layout, Layout] = {}  # one object for all records of a kind: it would be most of what each takes
 
 
-class Packed:
+class PackedReport:
     """A report whose numbers are copied into one tensor a device, without waiting for the device.
 
     Copies, because losses may be views of something large, and a CUDA graph writes its outputs over the last step's.
@@ -254,12 +254,12 @@ def _rows(report: Report) -> Iterator[dict[str, object]]:
 
 def _report(path: Path, rows: Sequence[Mapping[str, str]]) -> Report:
     try:
-        return _parsed(rows)
+        return _parsed_rows(rows)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}, step {rows[0]['step']}: {error}") from None
 
 
-def _parsed(rows: Sequence[Mapping[str, str]]) -> Report:
+def _parsed_rows(rows: Sequence[Mapping[str, str]]) -> Report:
     first = rows[0]
     present = [row for row in rows if row["norm"]]
     tasks = tuple(row["task"] for row in present)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradsurg.gradients.param_groups import parameter_names
-from gradsurg.monitor.files import Packed, from_json, read_csv, to_json, write_csv
+from gradsurg.monitor.files import PackedReport, from_json, read_csv, to_json, write_csv
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
 from gradsurg.optimizer.report import Report
 
@@ -68,7 +68,7 @@ class History:
             raise ValueError(f"megabytes={megabytes!r}: pass a positive number")
         self.every = every
         self.megabytes = megabytes
-        self._entries: list[tuple[int, Packed]] = []  # with a running number
+        self._entries: list[tuple[int, PackedReport]] = []  # with a running number
         self._recorded = 0
         self._nbytes = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -113,7 +113,7 @@ class History:
         self._last = report
         if self._names:
             report = replace(report, blocks=tuple(self._names.get(name, name) for name in report.blocks))
-        packed = Packed(report)
+        packed = PackedReport(report)
         self._entries.append((self._recorded, packed))
         self._recorded += 1
         self._nbytes += packed.nbytes
@@ -129,12 +129,12 @@ class History:
         self._handles = []
 
     def _after_step(self, optimizer: MultiTaskOptimizer) -> None:
-        surgeon = optimizer._gradsurg
-        latest = surgeon.latest
-        if surgeon.stepped or latest is None or latest is self._last:
+        engine = optimizer._gradsurg
+        latest = engine.latest
+        if engine.stepped or latest is None or latest is self._last:
             return  # others that share the rows have yet to step; or a step in which no surgery was done
         if latest.step % self.every == 0:
-            self.record(surgeon.report)
+            self.record(engine.report)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -165,9 +165,9 @@ class History:
         return f"History of {len(steps)} report{'s' * (len(steps) != 1)}{span}, every={self.every}"
 
     @staticmethod
-    def _fetched(entries: Sequence[tuple[int, Packed]]) -> Sequence[tuple[int, Packed]]:
+    def _fetched(entries: Sequence[tuple[int, PackedReport]]) -> Sequence[tuple[int, PackedReport]]:
         """Bring what is still on devices to the CPU, in one transfer a device."""
-        waiting: dict[torch.device, list[Packed]] = {}
+        waiting: dict[torch.device, list[PackedReport]] = {}
         for _, entry in entries:
             for device in entry.devices:
                 waiting.setdefault(device, []).append(entry)

@@ -18,21 +18,21 @@ from gradsurg.gradients.total import Finish, at_once, pass_in_progress
 from gradsurg.optimizer.cheap.batched import run_batched
 from gradsurg.optimizer.cheap.features import run_on_features
 from gradsurg.optimizer.cheap.reuse import reusable, run_reused
-from gradsurg.optimizer.engine import refuse_nesting, refuse_scaled_mark
+from gradsurg.optimizer.engine import refuse_nesting, refuse_scaled_sentinel
 from gradsurg.surgery.priority import check_names
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Surgeon
+    from gradsurg.optimizer.engine import Engine
 from gradsurg.gradients.losses import check_scalar
 
-__all__ = ["bring", "entering", "evaluate", "explain", "receive", "refuse_cheap"]
+__all__ = ["evaluate", "explain", "refuse_cheap", "run_backward", "set_rows", "task_block"]
 
 
 Task = Tensor | Compute | None
 
 
-def bring(
-    surgeon: Surgeon,
+def run_backward(
+    engine: Engine,
     losses: Mapping[str, Task],
     plain: Tensor | None = None,
     features: list[Tensor] | None = None,
@@ -41,21 +41,21 @@ def bring(
     finish: Finish | None = None,
 ) -> None:
     """Let gradients in by the way that the options and the step call for; arguments as for `_run`."""
-    refuse_nesting(surgeon, "total() or backward()")
-    if surgeon.bringing:
+    refuse_nesting(engine, "total() or backward()")
+    if engine.bringing:
         raise MultiTaskError(
             "a loss that total() or backward() was given holds a total(losses) of the same optimizer: hand over the "
             "losses that it was made of"
         )
-    surgeon.bringing = True
+    engine.bringing = True
     try:
-        _bring(surgeon, losses, plain, features, gradient, retain_graph, finish)
+        _run_backward(engine, losses, plain, features, gradient, retain_graph, finish)
     finally:
-        surgeon.bringing = False
+        engine.bringing = False
 
 
-def _bring(
-    surgeon: Surgeon,
+def _run_backward(
+    engine: Engine,
     losses: Mapping[str, Task],
     plain: Tensor | None,
     features: list[Tensor] | None,
@@ -65,16 +65,16 @@ def _bring(
 ) -> None:
     tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
     if features is not None:
-        run_on_features(surgeon, tensors, features, plain, gradient, retain_graph, finish)
+        run_on_features(engine, tensors, features, plain, gradient, retain_graph, finish)
         return
     present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
-    reuse = reusable(surgeon, present)
-    if reuse is None or not run_reused(surgeon, present, reuse, plain, gradient, retain_graph, finish):
-        _run(surgeon, losses, plain, gradient, retain_graph, finish)
+    reuse = reusable(engine, present)
+    if reuse is None or not run_reused(engine, present, reuse, plain, gradient, retain_graph, finish):
+        _run(engine, losses, plain, gradient, retain_graph, finish)
 
 
 def _run(
-    surgeon: Surgeon,
+    engine: Engine,
     losses: Mapping[str, Task],
     plain: Tensor | None = None,
     gradient: Tensor | None = None,
@@ -84,165 +84,165 @@ def _run(
     """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before.
 
     Args:
-        surgeon: Whose rows they become.
+        engine: Whose rows they become.
         losses: Name -> loss, or a function that computes it; those that are None or do not require grad are absent.
         plain: A loss that takes no part in surgery.
         gradient: What to scale every loss by, as autograd hands it to a scaled total.
         retain_graph: Keep the graph for another run.
         finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
     """
-    surgeon.lay_out()
-    refuse_scaled_mark(surgeon)
-    surgeon.introduce(losses)
+    engine.lay_out()
+    refuse_scaled_sentinel(engine)
+    engine.introduce(losses)
     given = {
         name: task
         for name, task in losses.items()
         if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
     }
-    due = surgeon.rotation.choose(surgeon.turns(list(given)), gradient)
+    due = engine.rotation.choose(engine.turns(list(given)), gradient)
     passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due if name in given]
     if plain is not None and plain.requires_grad:
         passes.append((None, plain))
     known = {name: detached(loss) for name, loss in losses.items() if isinstance(loss, Tensor)}
-    surgeon.unrun = 0
-    joining = surgeon.capture.opened is not None and surgeon.enclosing_pass == pass_in_progress()
+    engine.unrun = 0
+    joining = engine.capture.opened is not None and engine.outer_pass == pass_in_progress()
     if joining:  # a second total in one backward pass, while the first waits for its end
-        surgeon.capture.take_plain()
+        engine.capture.take_plain()
     else:
-        surgeon.abort()  # of a backward pass that died, where nobody told us
-        surgeon.capture.open()
-        surgeon.enclosing_pass = pass_in_progress()
-    surgeon.joined = joining
+        engine.abort()  # of a backward pass that died, where nobody told us
+        engine.capture.open()
+        engine.outer_pass = pass_in_progress()
+    engine.joined = joining
     try:
         if not joining:
-            surgeon.traffic.start([which for which, _ in passes if which is not None], surgeon.deferring > 0)
-            if surgeon.batched.works is not False and _run_batched(surgeon, passes, gradient, retain_graph):
+            engine.session.start([which for which, _ in passes if which is not None], engine.deferring > 0)
+            if engine.batched.works is not False and _run_batched(engine, passes, gradient, retain_graph):
                 passes = [(which, task) for which, task in passes if which is None]
         retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
         watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
-        hooked = hooked_among(surgeon.capture.held)
+        hooked = hooked_among(engine.capture.held)
         for i, (which, task) in enumerate(passes):
             if not isinstance(task, Tensor):
-                known.update(_run_function(surgeon, str(which), task, retain_graph))
+                known.update(_run_function(engine, str(which), task, retain_graph))
             else:
                 keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                with surgeon.traffic.layout.quiet(), advise(), refusing_steps_in_backward(hooked):
+                with engine.session.layout.quiet(), advise(), refusing_steps_in_backward(hooked):
                     torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
                 if keep:
                     watch.check(task, "plain=" if which is None else repr(which))
                 if which is None:
-                    surgeon.capture.take_plain()
+                    engine.capture.take_plain()
                 else:
-                    surgeon.capture.take(which)
+                    engine.capture.take(which)
             if which is not None and not joining:
-                surgeon.traffic.captured(which)
-        if not known and plain is None and not surgeon.traffic.layout.several:
+                engine.session.captured(which)
+        if not known and plain is None and not engine.session.layout.several:
             raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
     except BaseException as error:
-        surgeon.abort(error)
+        engine.abort(error)
         raise
-    surgeon.losses = known
+    engine.losses = known
     if not joining:
-        (finish or at_once)(surgeon.finish, functools.partial(surgeon.abort, None, surgeon.capture.opened))
+        (finish or at_once)(engine.finish, functools.partial(engine.abort, None, engine.capture.opened))
 
 
 def _run_batched(
-    surgeon: Surgeon, passes: Sequence[tuple[str | None, Tensor | Compute]], gradient: Tensor | None, retain_graph: bool
+    engine: Engine, passes: Sequence[tuple[str | None, Tensor | Compute]], gradient: Tensor | None, retain_graph: bool
 ) -> bool:
     """Run the passes of all tasks as one where that can be done, and say whether it was."""
     losses = {which: task for which, task in passes if which is not None and isinstance(task, Tensor)}
     tasks = sum(which is not None for which, _ in passes)
     if len(losses) < tasks:
-        surgeon.batched.give_up("functions are computed and run one by one")
+        engine.batched.give_up("functions are computed and run one by one")
         return False
-    return run_batched(surgeon, losses, gradient, retain_graph or len(passes) > tasks)
+    return run_batched(engine, losses, gradient, retain_graph or len(passes) > tasks)
 
 
-def _run_function(surgeon: Surgeon, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
+def _run_function(engine: Engine, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
     """Compute a task's loss and run its backward pass; return the loss by name, or nothing where it is absent."""
-    opened, surgeon.computing = surgeon.capture.opened, name
+    opened, engine.computing = engine.capture.opened, name
     try:
-        with surgeon.traffic.layout.quiet():
+        with engine.session.layout.quiet():
             loss = evaluate(name, compute)
     finally:
-        surgeon.computing = None
-    if surgeon.capture.opened is not opened:
+        engine.computing = None
+    if engine.capture.opened is not opened:
         raise MultiTaskError(f"the function of {name!r} called zero_grad() or step(): it must only compute a loss")
     if loss is None:
         return {}
     try:
-        with surgeon.traffic.layout.quiet():
+        with engine.session.layout.quiet():
             torch.autograd.backward(loss, retain_graph=retain_graph)
     except RuntimeError as error:
         raise explain(name, error) from error
-    surgeon.capture.take(name)
+    engine.capture.take(name)
     return {name: detached(loss)}
 
 
 @contextmanager
-def entering(surgeon: Surgeon, name: str) -> Iterator[None]:
+def task_block(engine: Engine, name: str) -> Iterator[None]:
     """Send what happens to p.grad inside this block to one task's row."""
-    refuse_nesting(surgeon, "task()")
-    refuse_cheap(surgeon, "task()")
-    surgeon.lay_out()
-    refuse_scaled_mark(surgeon)
+    refuse_nesting(engine, "task()")
+    refuse_cheap(engine, "task()")
+    engine.lay_out()
+    refuse_scaled_sentinel(engine)
     name = task_name("task()", name)
-    declared = surgeon.settings.tasks
+    declared = engine.options.tasks
     if declared is not None and name not in declared:
         raise unknown_name("task()", name, declared)
-    surgeon.abort()
-    surgeon.capture.open()
-    surgeon.in_task = True
+    engine.abort()
+    engine.capture.open()
+    engine.in_task = True
     # Until something is compiled, only a task's first block is watched: there the first compilation may happen.
-    watched = surgeon.parameters() if anything_compiled() or name not in surgeon.met else []
-    surgeon.met.add(name)
+    watched = engine.parameters() if anything_compiled() or name not in engine.met else []
+    engine.met.add(name)
     try:
         with (
-            surgeon.traffic.layout.quiet(),
+            engine.session.layout.quiet(),
             advise(),
             noticing_kept_graphs(watched),
-            refusing_steps_in_backward(hooked_among(surgeon.parameters())),
+            refusing_steps_in_backward(hooked_among(engine.parameters())),
         ):
             yield
     except BaseException as error:
-        surgeon.abort(error)
+        engine.abort(error)
         raise
     finally:
-        surgeon.in_task = False
-    surgeon.learn([name])
-    surgeon.capture.take(name)
-    waiting = declared is not None and not {*surgeon.entered, name}.issuperset(declared)
-    surgeon.finish(defer=waiting or surgeon.deferring > 0)
-    if surgeon.pending:
-        surgeon.entered.add(name)
+        engine.in_task = False
+    engine.learn([name])
+    engine.capture.take(name)
+    waiting = declared is not None and not {*engine.entered, name}.issuperset(declared)
+    engine.finish(defer=waiting or engine.deferring > 0)
+    if engine.pending:
+        engine.entered.add(name)
 
 
-def receive(surgeon: Surgeon, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Take rows that were computed elsewhere."""
-    refuse_nesting(surgeon, "set_gradients()")
-    refuse_cheap(surgeon, "set_gradients()")
-    refuse_scaled_mark(surgeon)
+    refuse_nesting(engine, "set_gradients()")
+    refuse_cheap(engine, "set_gradients()")
+    refuse_scaled_sentinel(engine)
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
     gradients = {task_name("gradients", name): tensors for name, tensors in gradients.items()}
-    if surgeon.settings.tasks is not None:
-        check_names((tuple(gradients),), surgeon.settings.tasks, "gradients")
-    parameters = surgeon.parameters() if surgeon.settings.shared is None else list(surgeon.settings.shared)
+    if engine.options.tasks is not None:
+        check_names((tuple(gradients),), engine.options.tasks, "gradients")
+    parameters = engine.parameters() if engine.options.shared is None else list(engine.options.shared)
     rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
-    surgeon.introduce(rows)
-    surgeon.lay_out()
-    surgeon.capture.open()
+    engine.introduce(rows)
+    engine.lay_out()
+    engine.capture.open()
     for name, row in rows.items():
-        surgeon.capture.give(name, row)
-    surgeon.losses = {}
-    surgeon.finish()
+        engine.capture.give(name, row)
+    engine.losses = {}
+    engine.finish()
 
 
-def refuse_cheap(surgeon: Surgeon, what: str) -> None:
+def refuse_cheap(engine: Engine, what: str) -> None:
     """Refuse rows from outside in the modes that save backward passes: these choose which ones run."""
     for option, value, off in (
-        ("refresh_every", surgeon.settings.refresh_every, 1),
-        ("rotate", surgeon.settings.rotate, None),
+        ("refresh_every", engine.options.refresh_every, 1),
+        ("rotate", engine.options.rotate, None),
     ):
         if value != off:
             raise MultiTaskError(

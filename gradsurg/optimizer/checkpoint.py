@@ -7,13 +7,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["KEY", "Memory", "sealed", "unsealed"]
+__all__ = ["KEY", "Checkpoint", "sealed", "unsealed"]
 
 KEY, SEAL = "gradsurg", "sealed"
 FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
 
-class Memory:
+class Checkpoint:
     """Reads and replaces one entry of `param_groups[0]`, which survives load_state_dict and DCP alike.
 
     A missing or foreign entry (the checkpoint of a bare optimizer) is a fresh start. The entry is replaced, never

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.movement import catch_up, stream_of
-from gradsurg.guarantee.update_cuda import ROUNDING, OnboardJudgement
+from gradsurg.guarantee.update_cuda import ROUNDING, UpdateConstraintCUDA
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.table import constant
-from gradsurg.optimizer.inputs import Outcome, Patient, plain_sum, problem_of
+from gradsurg.optimizer.inputs import StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import later
 from gradsurg.solvers.problem import Problem, Solvers, State
 from gradsurg.surgery.pipeline import Direction
 
-__all__ = ["operate_onboard"]
+__all__ = ["compute_direction_cuda"]
 
 
-def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
+def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResult:
     """Turn the rows of shared parameters into gradients, on the device that they are on.
 
     Nothing is read back, so nothing waits, unless the method finds its weights on the host (Surgery.waits).
@@ -30,50 +30,50 @@ def operate_onboard(patient: Patient, blocks: list[list[Tensor]]) -> Outcome:
     from gradsurg.linalg.kernels.combine import combine
     from gradsurg.linalg.kernels.gramian import gramian
 
-    pipeline = patient.settings.pipeline
+    pipeline = inputs.options.pipeline
     parameters = [p for block in blocks for p in block]
     where = [b for b, block in enumerate(blocks) for _ in block]
-    table: Rows = patient.rows.table(parameters)
+    table: Rows = inputs.rows.table(parameters)
     G = gramian(table, blocks=where)
     finite = torch.isfinite(G).all()
     state: State | None
     if pipeline.waits(len(table)):
-        problem, direction, healthy = _on_the_host(patient, G)
+        problem, direction, healthy = _on_the_host(inputs, G)
         weights, state = direction.weights.to(G.device), direction.state if healthy else None
     else:
-        problem = _problem(patient, G)
-        direction = pipeline.direction(problem, patient.state, ROUNDING)
+        problem = _problem(inputs, G)
+        direction = pipeline.direction(problem, inputs.state, ROUNDING)
         # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
         weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
     gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
     combine(table, weights, gradients, blocks=where)
     protected = pipeline.protected(replace(problem, gramian=G))
-    return Outcome(
+    return StepResult(
         gradients=Row(zip(parameters, gradients, strict=True)),
-        report=later(patient, blocks, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))),
-        judgement=OnboardJudgement(patient.rows, blocks, G, protected, finite=finite),
+        report=later(inputs, blocks, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))),
+        constraint=UpdateConstraintCUDA(inputs.rows, blocks, G, protected, finite=finite),
         state=state,
     )
 
 
-def _problem(patient: Patient, G: Tensor) -> Problem:
+def _problem(inputs: StepInputs, G: Tensor) -> Problem:
     """Return the problem on the device; methods that do not wait ask for neither losses nor random numbers."""
     from gradsurg.linalg.kernels import cone
 
-    tasks = tuple(patient.rows)
+    tasks = tuple(inputs.rows)
     return Problem(
         gramian=G,
-        preferences=constant([patient.settings.preferences.get(name, 1.0) for name in tasks], G.device),
+        preferences=constant([inputs.options.preferences.get(name, 1.0) for name in tasks], G.device),
         tasks=tasks,
         solvers=Solvers(cone.nonnegative, cone.simplex, cone.project_rows),
     )
 
 
-def _on_the_host(patient: Patient, G: Tensor) -> tuple[Problem, Direction, bool]:
-    problem = problem_of(patient, G.cpu())
+def _on_the_host(inputs: StepInputs, G: Tensor) -> tuple[Problem, Direction, bool]:
+    problem = problem_of(inputs, G.cpu())
     if not bool(torch.isfinite(problem.gramian).all()):
         return problem, plain_sum(problem), False
-    return problem, patient.settings.pipeline.direction(problem, patient.state, ROUNDING), True
+    return problem, inputs.options.pipeline.direction(problem, inputs.state, ROUNDING), True
 
 
 def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:

@@ -11,18 +11,18 @@ from torch import Tensor
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.gradients.recycle import Spare
 from gradsurg.gradients.rows import Row, TaskRows
-from gradsurg.guarantee.constraint import Judgement
-from gradsurg.optimizer.options import Settings
-from gradsurg.optimizer.report import LaterReport, Report
+from gradsurg.guarantee.constraint import UpdateConstraint
+from gradsurg.optimizer.options import Options
+from gradsurg.optimizer.report import DeferredReport, Report
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.pipeline import Direction
 from gradsurg.surgery.pipeline_small import knows
 
-__all__ = ["Outcome", "Patient", "plain_sum", "problem_of"]
+__all__ = ["StepInputs", "StepResult", "plain_sum", "problem_of"]
 
 
 @dataclass(frozen=True)
-class Patient:
+class StepInputs:
     """All that an operation needs to know.
 
     Attributes:
@@ -43,7 +43,7 @@ class Patient:
     parameters: list[Tensor]
     groups: list[list[Tensor]]
     losses: Mapping[str, Tensor]
-    settings: Settings
+    options: Options
     step: int
     state: State
     skipped: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What came of it.
 
     Attributes:
@@ -64,8 +64,8 @@ class Outcome:
     """
 
     gradients: Row
-    report: Report | LaterReport
-    judgement: Judgement | None = None
+    report: Report | DeferredReport
+    constraint: UpdateConstraint | None = None
     state: State | None = None
 
 
@@ -78,19 +78,19 @@ def plain_sum(problem: Problem) -> Direction:
     )
 
 
-def problem_of(patient: Patient, G: Tensor) -> Problem:
+def problem_of(inputs: StepInputs, G: Tensor) -> Problem:
     """Return what the m x m part is asked, on the CPU."""
-    tasks, settings = tuple(patient.rows), patient.settings
+    tasks, options = tuple(inputs.rows), inputs.options
     losses = generator = None
-    more = not knows(settings.pipeline.normalizer, settings.pipeline.surgery)
+    more = not knows(options.pipeline.normalizer, options.pipeline.surgery)
     if more:
         # Drawn from (seed, step): the same on every rank, and the same when accumulation redoes the step's surgery.
-        generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + patient.step) % 2**63)
-    if more and all(name in patient.losses for name in tasks):
-        losses = torch.tensor([float(patient.losses[name]) for name in tasks], dtype=torch.float64)
+        generator = torch.Generator().manual_seed((options.seed * 1_000_003 + inputs.step) % 2**63)
+    if more and all(name in inputs.losses for name in tasks):
+        losses = torch.tensor([float(inputs.losses[name]) for name in tasks], dtype=torch.float64)
     return Problem(
         gramian=G,
-        preferences=torch.tensor([settings.preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),
+        preferences=torch.tensor([options.preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),
         tasks=tasks,
         losses=losses,
         generator=generator,

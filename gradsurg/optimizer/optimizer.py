@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from gradsurg.distributed.detect import several_ranks
 from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
 from gradsurg.gradients.total import Total, at_end_of_backward
-from gradsurg.optimizer.backward import bring, entering, receive
+from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
-from gradsurg.optimizer.engine import Surgeon
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import Report
 
 __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
@@ -30,7 +30,7 @@ class MultiTaskOptimizer(Optimizer):
     hooks; what is added is listed here.
     """
 
-    _gradsurg: Surgeon
+    _gradsurg: Engine
 
     def total(
         self, losses: Losses, *, plain: Tensor | None = None, features: Tensor | Sequence[Tensor] | None = None
@@ -62,21 +62,21 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.total({"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
             >>> optimizer.step()
         """
-        surgeon = self._gradsurg
+        engine = self._gradsurg
         others = several_ranks()  # this one may have no task in a step, and takes part in what the others have
-        parsed = parse_losses(losses, surgeon.settings.tasks, empty=others)
+        parsed = parse_losses(losses, engine.options.tasks, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
-        value = value_of(parsed, surgeon.settings.preferences, plain, lambda: surgeon.parameters()[0].device)
+        value = value_of(parsed, engine.options.preferences, plain, lambda: engine.parameters()[0].device)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
         if not torch.is_grad_enabled() or not (trainable or others):
             return value.clone()
-        given = None if features is None else check_features(features, surgeon.settings)
-        surgeon.introduce(parsed)
-        surgeon.lay_out()
-        surgeon.unrun += 1
+        given = None if features is None else check_features(features, engine.options)
+        engine.introduce(parsed)
+        engine.lay_out()
+        engine.unrun += 1
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
-        run = functools.partial(_run_nested, surgeon, parsed, plain, given)
+        run = functools.partial(_run_nested, engine, parsed, plain, given)
         return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
 
     def backward(
@@ -113,16 +113,16 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.backward({"zero": lambda: loss(0), "one": lambda: loss(1)})
             >>> optimizer.step()
         """
-        surgeon = self._gradsurg
-        functions = features is None and surgeon.settings.refresh_every == 1
+        engine = self._gradsurg
+        functions = features is None and engine.options.refresh_every == 1
         others = several_ranks()
-        parsed = parse_losses(losses, surgeon.settings.tasks, functions=functions, empty=others)
+        parsed = parse_losses(losses, engine.options.tasks, functions=functions, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
-        given = None if features is None else check_features(features, surgeon.settings)
+        given = None if features is None else check_features(features, engine.options)
         trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
         if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
-        bring(surgeon, parsed, plain, given, retain_graph=retain_graph)
+        run_backward(engine, parsed, plain, given, retain_graph=retain_graph)
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:
@@ -147,8 +147,8 @@ class MultiTaskOptimizer(Optimizer):
             ...         loss.backward()
             >>> optimizer.step()
         """
-        surgeon = self._gradsurg
-        with entering(surgeon, name):
+        engine = self._gradsurg
+        with task_block(engine, name):
             yield
 
     def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
@@ -171,7 +171,7 @@ class MultiTaskOptimizer(Optimizer):
             >>> w.grad.tolist()
             [0.0, 1.0]
         """
-        receive(self._gradsurg, gradients)
+        set_rows(self._gradsurg, gradients)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -195,12 +195,12 @@ class MultiTaskOptimizer(Optimizer):
             >>> w.grad.tolist()
             [2.0, -4.0]
         """
-        surgeon = self._gradsurg
-        surgeon.deferring += 1
+        engine = self._gradsurg
+        engine.deferring += 1
         try:
             yield
         finally:
-            surgeon.deferring -= 1
+            engine.deferring -= 1
 
     @property
     def report(self) -> Report | None:
@@ -271,14 +271,14 @@ def report(optimizer: Any) -> Report | None:
 
 
 def _run_nested(
-    surgeon: Surgeon,
+    engine: Engine,
     losses: dict[str, Tensor | None],
     plain: Tensor | None,
     features: list[Tensor] | None,
     gradient: Tensor,
     keep: bool,
 ) -> None:
-    bring(surgeon, losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
+    run_backward(engine, losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
 
 
 def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:

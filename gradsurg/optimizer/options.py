@@ -22,14 +22,14 @@ from gradsurg.surgery.margin import named, parse_margin
 from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
 from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
 
-__all__ = ["Settings", "settings_from"]
+__all__ = ["Options", "options_from"]
 
 GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
 NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     """The options of wrap(), checked."""
 
     pipeline: Pipeline
@@ -49,9 +49,9 @@ class Settings:
     asked: frozenset[str] = frozenset()  # the options that were given, as against left at their defaults
 
 
-def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Settings:
+def options_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Options:
     """Return checked settings; a wrong option's name or value is an error that lists the valid ones."""
-    valid = {name: name for name in inspect.signature(_settings).parameters if name != "optimizers"}
+    valid = {name: name for name in inspect.signature(_options).parameters if name != "optimizers"}
     listed = {**valid, "model": "model"}  # which wrap() takes out before
     for name in options:
         if name not in valid:
@@ -59,10 +59,10 @@ def settings_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -
                 choose("option", name, listed)
             except ValueError as error:
                 raise TypeError(f"wrap() has no option {name!r}. {error}") from None
-    return replace(_settings(optimizers, **options), asked=frozenset(options))
+    return replace(_options(optimizers, **options), asked=frozenset(options))
 
 
-def _settings(
+def _options(
     optimizers: Sequence[Optimizer],
     *,
     normalize: str | Normalizer = "norm",
@@ -83,7 +83,7 @@ def _settings(
     refresh_every: int = 1,
     rotate: int | None = None,
     batched: bool = False,
-) -> Settings:
+) -> Options:
     guarantee = choose("guarantee", guarantee, GUARANTEES)
     names = _names(tasks)
     levels = parse_levels(_primary(primary))
@@ -100,7 +100,7 @@ def _settings(
     for option, flag in (("atomic", atomic), ("batched", batched)):
         if not isinstance(flag, bool):
             raise ValueError(f"{option}={flag!r}: pass True or False")
-    settings = Settings(
+    options = Options(
         pipeline=Pipeline(
             normalizer=resolve_normalizer(normalize),
             surgery=resolve_surgery(surgery),
@@ -123,24 +123,24 @@ def _settings(
         rotate=None if rotate is None else _count("rotate", rotate),
         batched=batched,
     )
-    _check_cheap(settings)
-    return settings
+    _check_cheap(options)
+    return options
 
 
-def _check_cheap(settings: Settings) -> None:
+def _check_cheap(options: Options) -> None:
     """Refuse what a mode that saves backward passes cannot do."""
-    if settings.refresh_every == 1:
+    if options.refresh_every == 1:
         return
-    if settings.rotate is not None:
+    if options.rotate is not None:
         raise ValueError("refresh_every and rotate both save backward passes, each in its own way: choose one")
-    if settings.granularity != "model":
+    if options.granularity != "model":
         raise ValueError(
-            f"refresh_every={settings.refresh_every} needs granularity='model', and it is {settings.granularity!r}: "
+            f"refresh_every={options.refresh_every} needs granularity='model', and it is {options.granularity!r}: "
             "one backward pass of a weighted sum has one weight per task"
         )
-    if isinstance(settings.pipeline.surgery, ElementwiseSurgery):
+    if isinstance(options.pipeline.surgery, ElementwiseSurgery):
         raise ValueError(
-            f"refresh_every={settings.refresh_every} reuses weights, and this surgery has none: it decides number by "
+            f"refresh_every={options.refresh_every} reuses weights, and this surgery has none: it decides number by "
             "number. Use one that weighs, such as surgery='cone'."
         )
 

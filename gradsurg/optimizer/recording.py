@@ -9,42 +9,42 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradsurg.optimizer.report import LaterReport, Report
+from gradsurg.optimizer.report import DeferredReport, Report
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery.pipeline import Direction
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.inputs import Patient
+    from gradsurg.optimizer.inputs import StepInputs
 
 __all__ = ["block_names", "later", "report_of", "unmeasured"]
 
 
-def block_names(patient: Patient, blocks: list[list[Tensor]]) -> tuple[str, ...]:
+def block_names(inputs: StepInputs, blocks: list[list[Tensor]]) -> tuple[str, ...]:
     """Return what the report calls each block."""
-    granularity = patient.settings.granularity
+    granularity = inputs.options.granularity
     if granularity == "model":
         return ("model",)
     if granularity == "tensor":
-        return tuple(patient.names.get(id(p), "parameter") for (p,) in blocks)
-    group = {id(p): f"group {k}" for k, group in enumerate(patient.groups) for p in group}
+        return tuple(inputs.names.get(id(p), "parameter") for (p,) in blocks)
+    group = {id(p): f"group {k}" for k, group in enumerate(inputs.groups) for p in group}
     return tuple(group[id(block[0])] for block in blocks)
 
 
 def later(
-    patient: Patient,
+    inputs: StepInputs,
     blocks: list[list[Tensor]],
     problem: Problem,
     direction: Direction,
     *,
     path: str = "torch",
     fetch: Callable[[Problem, Direction], tuple[Problem, Direction]] | None = None,
-) -> LaterReport:
+) -> DeferredReport:
     """Return a report that is made when it is read: few are, and ten operations on m x m numbers take 0.1 ms.
 
     What it remembers has neither rows nor parameters in it, nor a state, which may be as large. `fetch` brings the
     numbers to the host, where they are on a device.
     """
-    told = patient.step, dict(patient.losses), patient.skipped, block_names(patient, blocks)
+    told = inputs.step, dict(inputs.losses), inputs.skipped, block_names(inputs, blocks)
     if any(direction.state.values()):
         direction = replace(direction, state={})
 
@@ -52,7 +52,7 @@ def later(
         there = (problem, direction) if fetch is None else fetch(problem, direction)
         return replace(report_of(*told, *there), path=path)
 
-    return LaterReport(patient.step, make)
+    return DeferredReport(inputs.step, make)
 
 
 def report_of(
@@ -85,18 +85,18 @@ def report_of(
     )
 
 
-def unmeasured(patient: Patient) -> Report:
+def unmeasured(inputs: StepInputs) -> Report:
     """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
-    m = len(patient.rows)
+    m = len(inputs.rows)
     unknown = torch.full((m,), float("nan"), dtype=torch.float64)
     return Report(
-        step=patient.step,
-        tasks=tuple(patient.rows),
-        losses=dict(patient.losses),
+        step=inputs.step,
+        tasks=tuple(inputs.rows),
+        losses=dict(inputs.losses),
         gramian=torch.diag_embed(unknown),
         scales=torch.ones(1, m, dtype=torch.float64),
         weights=torch.ones(1, m, dtype=torch.float64),
         products=unknown,
         square=torch.tensor(float("nan"), dtype=torch.float64),
-        nonfinite=patient.skipped,
+        nonfinite=inputs.skipped,
     )

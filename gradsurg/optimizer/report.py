@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee.movement import LaterMovement, Movement, catch_up, joined
+from gradsurg.guarantee.movement import DeferredMovement, Movement, catch_up, joined
 
-__all__ = ["LaterReport", "Report", "settled"]
+__all__ = ["DeferredReport", "Report", "settled"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,7 +255,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 @dataclass(frozen=True)
-class LaterReport:
+class DeferredReport:
     """A report that is made when it is read, which then waits for the device, if there is one.
 
     Attributes:
@@ -266,11 +266,11 @@ class LaterReport:
 
     step: int
     make: Callable[[], Report]
-    movements: tuple[LaterMovement | Movement, ...] = ()
+    movements: tuple[DeferredMovement | Movement, ...] = ()
 
-    def with_movement(self, movement: object) -> LaterReport:
+    def with_movement(self, movement: object) -> DeferredReport:
         """Return the report of a step that has also done this."""
-        assert isinstance(movement, (LaterMovement, Movement))
+        assert isinstance(movement, (DeferredMovement, Movement))
         return replace(self, movements=(*self.movements, movement))
 
     def read(self) -> Report:
@@ -279,13 +279,13 @@ class LaterReport:
         return replace(report, movement=_joined(self.movements)) if self.movements else report
 
 
-def settled(report: Report | LaterReport) -> Report:
+def settled(report: Report | DeferredReport) -> Report:
     """Return the report itself, waiting for the device where it is still there."""
-    return report.read() if isinstance(report, LaterReport) else report
+    return report.read() if isinstance(report, DeferredReport) else report
 
 
-def _joined(movements: Sequence[LaterMovement | Movement]) -> Movement | None:
-    there = [movement for movement in movements if isinstance(movement, LaterMovement)]
+def _joined(movements: Sequence[DeferredMovement | Movement]) -> Movement | None:
+    there = [movement for movement in movements if isinstance(movement, DeferredMovement)]
     if not there:  # one judgement makes all of them, on a device or not
         return joined([movement for movement in movements if isinstance(movement, Movement)])
     for movement in there:

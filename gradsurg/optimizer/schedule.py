@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.gradients.rows import Row, TaskRows
-from gradsurg.guarantee.constraint import Judgement
-from gradsurg.optimizer.checkpoint import Memory
-from gradsurg.optimizer.report import LaterReport, Report, settled
+from gradsurg.guarantee.constraint import UpdateConstraint
+from gradsurg.optimizer.checkpoint import Checkpoint
+from gradsurg.optimizer.report import DeferredReport, Report, settled
 
 if TYPE_CHECKING:
     pass
@@ -42,9 +42,9 @@ class Rotation:
     numbers, are part of the state dict too (see `pack`), so that a resumed run is bit-equal to an uninterrupted one.
     """
 
-    def __init__(self, count: int | None, memory: Memory, row_dtype: torch.dtype | None) -> None:
+    def __init__(self, count: int | None, checkpoint: Checkpoint, row_dtype: torch.dtype | None) -> None:
         self.count = count
-        self.memory = memory
+        self.checkpoint = checkpoint
         self.row_dtype = row_dtype
         self._averages: dict[str, Row] = {}
         self._arrived: list[tuple[Optimizer, Mapping[str, Sequence[Tensor | None]]]] = []
@@ -56,7 +56,7 @@ class Rotation:
         if self.count is None:
             return list(names)
         self._unpack()
-        last: Mapping[str, int] = self.memory.recall(KEY).get("last", {})
+        last: Mapping[str, int] = self.checkpoint.recall(KEY).get("last", {})
         new = [name for name in names if name not in self._averages]
         waiting = sorted((name for name in names if name in self._averages), key=lambda name: last.get(name, -1))
         due = {*new, *waiting[: max(self.count - len(new), 0)]}
@@ -77,7 +77,7 @@ class Rotation:
                 complete.add(name, Row((p, self._scaled(average)) for p, average in self._averages[name].items()))
         return complete
 
-    def reported(self, report: Report | LaterReport) -> Report | LaterReport:
+    def reported(self, report: Report | DeferredReport) -> Report | DeferredReport:
         """Return the report with what of it is about averages."""
         if all(self._present.values()):
             return report
@@ -87,21 +87,21 @@ class Rotation:
         )
 
     @torch.no_grad()
-    def end_step(self, judgement: Judgement | None) -> None:
+    def end_step(self, constraint: UpdateConstraint | None) -> None:
         """Let the gradients of the step into the averages: of what tasks share, and only where they are finite."""
         if self.count is None or not self._present:
             return
         due = [name for name, is_due in self._present.items() if is_due]
-        kept = self.memory.recall(KEY)
-        last = {**kept.get("last", {}), **dict.fromkeys(due, self.memory.step)}
+        kept = self.checkpoint.recall(KEY)
+        last = {**kept.get("last", {}), **dict.fromkeys(due, self.checkpoint.step)}
         counts = dict(kept.get("counts", {}))
-        if judgement is not None:  # else nothing is shared, or something was not finite
-            shared = [p for block in judgement.blocks for p in block]
+        if constraint is not None:  # else nothing is shared, or something was not finite
+            shared = [p for block in constraint.blocks for p in block]
             for name in due:
-                if name in judgement.rows:
+                if name in constraint.rows:
                     counts[name] = counts.get(name, 0) + 1 if name in self._averages else 1
-                    self._learn(name, judgement.rows[name], shared, (1 - DECAY) / (1 - DECAY ** counts[name]))
-        self.memory.keep(KEY, last=last, counts=counts)
+                    self._learn(name, constraint.rows[name], shared, (1 - DECAY) / (1 - DECAY ** counts[name]))
+        self.checkpoint.keep(KEY, last=last, counts=counts)
         self.forget()
 
     def forget(self) -> None:
@@ -116,7 +116,7 @@ class Rotation:
         parameters = _held(optimizer)
         return {name: [average.get(p) for p in parameters] for name, average in self._averages.items()}
 
-    def receive(self, optimizer: Optimizer, packed: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def set_rows(self, optimizer: Optimizer, packed: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Take averages from a checkpoint, at their first use: the optimizer may not hold its parameters yet."""
         self._arrived.append((optimizer, packed))
 
@@ -139,7 +139,7 @@ class Rotation:
         if not isinstance(entry, dict) or ROWS not in entry:
             return state_dict
         if self.count is not None:
-            self.receive(optimizer, entry[ROWS])
+            self.set_rows(optimizer, entry[ROWS])
         rest = {k: v for k, v in entry.items() if k != ROWS}
         first = {**groups[0], key: rest}
         if not rest:
@@ -193,16 +193,16 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
 class Refresh:
     """Which weights a step may reuse; kept in the checkpoint, so that a resumed run goes on as if uninterrupted."""
 
-    def __init__(self, every: int, memory: Memory) -> None:
+    def __init__(self, every: int, checkpoint: Checkpoint) -> None:
         self.every = every
-        self.memory = memory
+        self.checkpoint = checkpoint
         self._reused = False
 
     def weights(self, names: Iterable[str]) -> dict[str, float] | None:
         """Return the weights for exactly these tasks, or None where this step has to find new ones."""
         if self.every == 1:
             return None
-        kept = self.memory.recall(KEY)
+        kept = self.checkpoint.recall(KEY)
         if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
             return None
         return dict(kept["weights"])
@@ -216,10 +216,10 @@ class Refresh:
         if self.every == 1:
             return
         if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
-            self.memory.keep(KEY, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
+            self.checkpoint.keep(KEY, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
         elif self._reused:
-            kept = self.memory.recall(KEY)
-            self.memory.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
+            kept = self.checkpoint.recall(KEY)
+            self.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
         self._reused = False
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.gradients.compile import outside_compilation
-from gradsurg.optimizer.engine import Surgeon
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer
 from gradsurg.optimizer.step import after_step, before_step, take_back, watch
 
@@ -82,15 +82,15 @@ def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
 
 
-def extend(optimizer: Optimizer, surgeon: Surgeon) -> MultiTaskOptimizer:
+def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
     """Give the optimizer the extended class, in place, and the surgeon that it shares with others."""
     patched = scheduler_patch(optimizer)
     vars(optimizer).pop("step", None)
     optimizer.__class__ = _extended_class(type(optimizer))
     wrapped = cast(MultiTaskOptimizer, optimizer)
-    wrapped.__dict__[STATE] = surgeon
-    surgeon.optimizers.append(wrapped)
-    surgeon.memory.touch()
+    wrapped.__dict__[STATE] = engine
+    engine.optimizers.append(wrapped)
+    engine.checkpoint.touch()
     if patched:
         patch_for_scheduler(wrapped)
     return wrapped
@@ -133,16 +133,16 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
 
     Arguments beyond the closure are the optimizer's own.
     """
-    surgeon = self._gradsurg
-    before = before_step(surgeon, self, closure is not None)
-    watched = None if closure is None else watch(surgeon, closure)
+    engine = self._gradsurg
+    before = before_step(engine, self, closure is not None)
+    watched = None if closure is None else watch(engine, closure)
     arguments = () if watched is None and not more else (watched, *more)
     try:
         result = _inner_step(inner_class(self))(self, *arguments, **named)
     except BaseException:
-        take_back(surgeon, self, before)
+        take_back(engine, self, before)
         raise
-    after_step(surgeon, self, before)
+    after_step(engine, self, before)
     return result
 
 
@@ -152,19 +152,19 @@ def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
 
 
 def _copy(self: MultiTaskOptimizer) -> MultiTaskOptimizer:
-    copied = _rebuild(inner_class(self), Surgeon(self._gradsurg.settings))  # rows are never shared with a copy
+    copied = _rebuild(inner_class(self), Engine(self._gradsurg.options))  # rows are never shared with a copy
     copied.__setstate__(self.__getstate__())
     return copied
 
 
 def _rebuild(
-    inner: type[Optimizer], surgeon: Surgeon, averages: Mapping[str, Sequence[Tensor | None]] | None = None
+    inner: type[Optimizer], engine: Engine, averages: Mapping[str, Sequence[Tensor | None]] | None = None
 ) -> MultiTaskOptimizer:
     """Unpickle: the dynamic class cannot be named in a pickle, its base can."""
     extended = _extended_class(inner)
     optimizer = extended.__new__(extended)
-    optimizer.__dict__[STATE] = surgeon
-    surgeon.optimizers.append(optimizer)
+    optimizer.__dict__[STATE] = engine
+    engine.optimizers.append(optimizer)
     if averages:
-        surgeon.rotation.receive(optimizer, averages)
+        engine.rotation.set_rows(optimizer, averages)
     return optimizer

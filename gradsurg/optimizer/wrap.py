@@ -12,9 +12,9 @@ from typing import Any, overload
 from torch.optim import Optimizer
 
 from gradsurg.distributed.modules import check_model, refuse_optimizer
-from gradsurg.optimizer.engine import Surgeon
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
-from gradsurg.optimizer.options import settings_from
+from gradsurg.optimizer.options import options_from
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 
 __all__ = ["unwrap", "wrap"]
@@ -93,9 +93,9 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
     if len(set(map(id, optimizers))) < len(optimizers):
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     model = check_model(options.pop("model", None))
-    surgeon = Surgeon(settings_from(options, optimizers), model)
-    wrapped = [extend(each, surgeon) for each in optimizers]
-    surgeon.traffic.ranks.know_early(surgeon.parameters())
+    engine = Engine(options_from(options, optimizers), model)
+    wrapped = [extend(each, engine) for each in optimizers]
+    engine.session.ranks.know_early(engine.parameters())
     return wrapped if several else wrapped[0]
 
 
@@ -110,9 +110,9 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
         True
     """
     wrapped = find_wrapped(optimizer)
-    surgeon = wrapped._gradsurg
-    surgeon.forget()
-    surgeon.optimizers.remove(wrapped)
+    engine = wrapped._gradsurg
+    engine.forget()
+    engine.optimizers.remove(wrapped)
     for group in wrapped.param_groups:
         group.pop("gradsurg", None)
     return restore_class(wrapped)

@@ -45,7 +45,7 @@ class Surgery(ABC):
 
     @property
     def measures_excess(self) -> bool:
-        """Whether `weights` wants problem.excess, for which wrap() hands the rows to gradsurg.surgery.methods.excess_mtl."""
+        """Whether `weights` wants problem.excess, for which wrap() hands it the rows."""
         return False
 
     @abstractmethod

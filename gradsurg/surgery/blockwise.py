@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.shortcut import vector
 
-__all__ = ["Block", "Matrix", "Memory", "UNITS", "Vector", "each_block", "resumed"]
+__all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block", "resumed"]
 
 
 # What a method whose answer does not scale with the gradients by itself measures them in: their root mean square norm,

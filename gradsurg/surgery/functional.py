@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import choose
-from gradsurg.linalg.elementwise import blend
+from gradsurg.linalg.elementwise import elementwise_direction
 from gradsurg.linalg.gramian import gramian
 from gradsurg.normalize import Normalizer, resolve_normalizer
 from gradsurg.solvers.problem import Problem
@@ -184,7 +184,7 @@ def _combine_elementwise(
         scales = weights(G, "sum", normalize=normalize, losses=losses)
     pull = _preferences(preferences, len(exact), torch.device("cpu"))
     rows, draws = [[row] for row in exact], generator or torch.Generator().manual_seed(0)
-    found = blend(surgery, rows, [exact[0]], scales.tolist(), pull, draws, guarantee == "gradient")
+    found = elementwise_direction(surgery, rows, [exact[0]], scales.tolist(), pull, draws, guarantee == "gradient")
     return found.direction[0]
 
 

@@ -21,7 +21,7 @@ from gradsurg.surgery.pipeline_small import solve as solve_quickly
 from gradsurg.surgery.priority import Levels, levels_of, order, protected
 from gradsurg.surgery.shortcut import far_from_zero
 
-__all__ = ["Direction", "GUARANTEES", "Pipeline", "scales_of"]
+__all__ = ["GUARANTEES", "Direction", "Pipeline", "scales_of"]
 
 
 GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
@@ -111,7 +111,7 @@ class Pipeline:
     def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
         """Return the weights of u for one step, over the raw gradients, and what is known about them.
 
-        The usual options are worked out in Python floats, one small Gramian at a time; see gradsurg.surgery.pipeline_small.
+        The usual options are worked out in Python floats, one small Gramian at a time; see pipeline_small.py.
         """
         # Where a device has solvers of its own nothing is read back, nor in the interpreter, which does as it does.
         usual = self.levels is None and not self.margin and problem.solvers is HOST

@@ -192,7 +192,7 @@ def not_all_sharded() -> str:
     return ""
 
 
-def traffic(ours: bool) -> list[tuple[str, int]]:
+def session(ours: bool) -> list[tuple[str, int]]:
     """Return every collective of one step on DTensors: of a plain step of one loss, or of ours with three."""
     model = sharded(nets.build(Mixed), "layers")
     optimizer = nets.optimizer_of(model) if ours else torch.optim.AdamW(model.parameters(), lr=0.02)

@@ -63,7 +63,7 @@ def test_parameters_that_nobody_averages_are_refused(ranks):
 
 def test_no_gradient_is_gathered(ranks):
     """Over m plain steps we send the ranks' inner products and nothing else."""
-    m, ours, plain = 3, ranks(2).run(jobs_sharded.traffic, True)[0], ranks(2).run(jobs_sharded.traffic, False)[0]
+    m, ours, plain = 3, ranks(2).run(jobs_sharded.session, True)[0], ranks(2).run(jobs_sharded.session, False)[0]
     scattered = sum(size for name, size in ours if name == "reduce_scatter")
     assert 0 < scattered <= m * sum(size for name, size in plain if name == "reduce_scatter") + 1
     # Parameters are gathered for the backward pass of every task, as plain FSDP2 does for its one.

@@ -40,7 +40,7 @@ def launches(monkeypatch):
         return torch.empty(len(values), dtype=dtype, device=device)
 
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
-    monkeypatch.setattr(operation, "_path", lambda patient, shared: "triton")
+    monkeypatch.setattr(operation, "_path", lambda inputs, shared: "triton")
     monkeypatch.setattr(table, "_cached", lambda key, device, make, fleeting=False: make())
     monkeypatch.setattr(table, "_upload", upload)
     return seen

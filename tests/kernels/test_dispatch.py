@@ -12,9 +12,9 @@ from gradsurg.distributed.layout import Layout
 from gradsurg.gradients.rows import Row, TaskRows
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.linalg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
-from gradsurg.optimizer.direction import operate
-from gradsurg.optimizer.inputs import Patient
-from gradsurg.optimizer.options import settings_from
+from gradsurg.optimizer.direction import compute_direction
+from gradsurg.optimizer.inputs import StepInputs
+from gradsurg.optimizer.options import options_from
 from gradsurg.optimizer.report import settled
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -262,7 +262,7 @@ def test_rows_where_triton_cannot_run(monkeypatch):
 # -- what a step does with it --------------------------------------------------------------------------------------
 
 
-class Table(nn.Module):
+class GradientTable(nn.Module):
     """Two losses of one embedding with sparse gradients."""
 
     def __init__(self):
@@ -296,7 +296,7 @@ def test_the_report_names_the_path_on_a_cpu(monkeypatch, backend):
         (AllShared, {"surgery": "graddrop"}),
         (AllShared, {"margin": 0.1}),
         (AllShared, {"row_dtype": torch.float64}),
-        (Table, {}),
+        (GradientTable, {}),
     ],
 )
 def test_auto_falls_back_silently_where_there_is_no_kernel(interpreted, model, options):
@@ -317,8 +317,8 @@ def test_several_ranks(interpreted):
     rows.add("right", Row([(p, torch.tensor([-2.0, 1.0]))]))
 
     def outcome(backend):
-        settings = settings_from({"backend": backend}, [torch.optim.SGD([p], lr=0.1)])
-        return operate(Patient(rows, [p], [[p]], {}, settings, 0, {}, layout=Layout()))
+        settings = options_from({"backend": backend}, [torch.optim.SGD([p], lr=0.1)])
+        return compute_direction(StepInputs(rows, [p], [[p]], {}, settings, 0, {}, layout=Layout()))
 
     with pytest.raises(ValueError, match=r"several ranks.*backend='auto'"):
         outcome("triton")

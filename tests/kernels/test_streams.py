@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradsurg.guarantee.movement import LaterMovement, catch_up, stream_of
+from gradsurg.guarantee.movement import DeferredMovement, catch_up, stream_of
 from gradsurg.linalg.kernels import table
-from gradsurg.optimizer.report import LaterReport, Report
+from gradsurg.optimizer.report import DeferredReport, Report
 
 CARD = torch.device("cuda:1")
 
@@ -46,8 +46,8 @@ def test_a_report_waits_for_the_streams_that_it_was_made_on(card):
     catch_up(streams[0])
     assert card == streams[:1]
     numbers = torch.ones(1, 2), torch.ones(1), torch.tensor([True]), torch.tensor([False])
-    movements = tuple(LaterMovement(*numbers, stream) for stream in streams)
-    report = LaterReport(0, lambda: Report(0, (), {}, *[torch.ones(())] * 5), movements).read()
+    movements = tuple(DeferredMovement(*numbers, stream) for stream in streams)
+    report = DeferredReport(0, lambda: Report(0, (), {}, *[torch.ones(())] * 5), movements).read()
     assert report.movement.inner.tolist() == [2.0, 2.0]
     assert card == [streams[0], *streams]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import bring, build, data, equal_weights, reference_rows, rows_of, same, trained, twins
+from models import build, data, equal_weights, reference_rows, rows_of, run_backward, same, trained, twins
 from torch import nn
 
 import gradsurg
@@ -32,7 +32,7 @@ def test_an_optimizer_in_the_backward_pass_is_refused_with_reason(way, where):
     hooked = {"trunk": model.trunk, "heads": model.heads, "last": model.heads["whole"]}[where]
     handles = step_in_backward(list(hooked.parameters()))
     with pytest.raises(MultiTaskError, match="Remove the hook and call step"):
-        bring(way, optimizer, model.losses(0))
+        run_backward(way, optimizer, model.losses(0))
     for handle in handles:
         handle.remove()
     other = build()
@@ -40,7 +40,7 @@ def test_an_optimizer_in_the_backward_pass_is_refused_with_reason(way, where):
     reference = wrapped(other)
     for o, m in [(optimizer, model), (reference, other)]:  # and nothing is left of it
         o.zero_grad()
-        bring(way, o, m.losses(1))
+        run_backward(way, o, m.losses(1))
         o.step()
     assert equal_weights(model, other)
 
@@ -99,7 +99,7 @@ def test_graphs_that_batched_gradients_cannot_take(way):
     model, other = Unusual(), Unusual()
     other.load_state_dict(model.state_dict())
     optimizer = wrapped(model)
-    bring(way, optimizer, model.losses(0))
+    run_backward(way, optimizer, model.losses(0))
     assert same(rows_of(optimizer), reference_rows(other.losses(0), trained(other)))
 
 

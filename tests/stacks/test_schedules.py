@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from models import bring, build, data, equal_weights, same, twins
+from models import build, data, equal_weights, run_backward, same, twins
 from torch.optim import lr_scheduler, swa_utils
 
 import gradsurg
@@ -119,7 +119,7 @@ def test_batch_norm_of_an_averaged_model():
     model.trunk.insert(1, torch.nn.BatchNorm1d(7))
     optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1))
     averaged = swa_utils.AveragedModel(model)
-    bring("total", optimizer, model.losses(0))
+    run_backward("total", optimizer, model.losses(0))
     optimizer.step()
     averaged.update_parameters(model)
     swa_utils.update_bn([data(0, 16, 5), data(1, 16, 5)], averaged.module.trunk)
@@ -141,7 +141,7 @@ def test_distributed_checkpoints_on_disk(tmp_path):
     def run(model, optimizer, batches):
         for batch in batches:
             optimizer.zero_grad()
-            bring("total", optimizer, model.losses(batch))
+            run_backward("total", optimizer, model.losses(batch))
             optimizer.step()
 
     model, optimizer = training(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Heads, bring, build, data, equal_weights, reference_rows, rows_of, same, twins
+from models import Heads, build, data, equal_weights, reference_rows, rows_of, run_backward, same, twins
 from torch import nn
 
 import gradsurg
@@ -135,7 +135,7 @@ def test_rows_take_m_times_the_parameters_however_many_micro_batches(way, dtype)
     trunk = sum(p.numel() for p in model.trunk.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     for batch in range(3):
-        bring(way, optimizer, model.losses(batch), 1 / 3)
+        run_backward(way, optimizer, model.losses(batch), 1 / 3)
         rows = optimizer._gradsurg.capture.rows
         assert bytes_of(rows) == 3 * trunk * (4 if dtype is None else 2) + heads * 4
     optimizer.step()

@@ -32,8 +32,11 @@ def certify_cagrad(J, r, c, u, tolerance=1e-10):
     w, _ = scipy.optimize.nnls(J.T.numpy(), (u - mean).numpy())  # u − g_0 = Σ y_i g_i with y ≥ 0
     w = torch.tensor(w / max(w.sum(), 1e-300))
     if radius > 0 and w.sum() > 0:
-        blend = w @ J
-        assert abs(blend @ mean + radius * blend.norm() - worst) <= tolerance * J.norm(dim=1).max() ** 2
+        elementwise_direction = w @ J
+        assert (
+            abs(elementwise_direction @ mean + radius * elementwise_direction.norm() - worst)
+            <= tolerance * J.norm(dim=1).max() ** 2
+        )
 
 
 @cases
@@ -52,15 +55,17 @@ def test_cagrad_by_its_dual(seed):
     radius = float(c * mean.norm())
 
     def dual(w):
-        blend = torch.tensor(w) @ J
-        return float(blend @ mean + radius * blend.norm())
+        elementwise_direction = torch.tensor(w) @ J
+        return float(elementwise_direction @ mean + radius * elementwise_direction.norm())
 
     simplex = {"type": "eq", "fun": lambda w: w.sum() - 1}
     found = scipy.optimize.minimize(
         dual, np.full(4, 0.25), bounds=[(0, 1)] * 4, constraints=simplex, tol=1e-14, options={"maxiter": 500}
     )
-    blend = torch.tensor(found.x) @ J
-    assert torch.allclose(gradsurg.combine(J, CAGrad(c)), mean + radius * blend / blend.norm(), atol=1e-4)
+    elementwise_direction = torch.tensor(found.x) @ J
+    assert torch.allclose(
+        gradsurg.combine(J, CAGrad(c)), mean + radius * elementwise_direction / elementwise_direction.norm(), atol=1e-4
+    )
 
 
 @quiet

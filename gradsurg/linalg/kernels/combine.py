@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES, Rows
-from gradsurg.linalg.kernels.table import Plan, device_of, guard, plan
+from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
 from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE, row_start
 
 __all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for"]
@@ -196,7 +196,7 @@ def _launch(
         modes = torch.full((layout.blocks,), WRITE.value, dtype=torch.int32, device=device)
     few = m <= TASKS[0]
     tasks = TASKS[0] if few else TASKS[1]
-    with guard(device):
+    with on_device(device):
         for launch in layout.launches:
             row_dtype, out_dtype = launch.dtypes
             combine_kernel[(len(launch.items),)](

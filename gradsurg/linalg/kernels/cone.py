@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
-from gradsurg.linalg.kernels.table import guard
+from gradsurg.linalg.kernels.table import on_device
 
 __all__ = [
     "MOST_TASKS",
@@ -272,7 +272,7 @@ def _solve(gramian: Tensor, linear: Tensor | None, mask: Tensor, sizes: Tensor |
         gramian, shared = gramian.expand(*shape, m, m), 1
     answers = torch.empty(*shape, m, dtype=torch.float64, device=device)
     nothing = answers  # an argument that is not read
-    with guard(device):
+    with on_device(device):
         cone_kernel[(programs,)](
             gramian.contiguous(),
             nothing if linear is None else linear.detach().contiguous(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsurg.linalg.kernels import dots, pairs, reduce
 from gradsurg.linalg.kernels.dispatch import GramianKernel, gramian_kernel, task_tiles
-from gradsurg.linalg.kernels.table import Launch, Plan, constant, device_of, guard, plan
+from gradsurg.linalg.kernels.table import Launch, Plan, constant, device_of, on_device, plan
 
 __all__ = ["TRITON_DTYPES", "gramian", "sum_partials"]
 
@@ -62,7 +62,7 @@ def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int
     planes = len(places)
     where = constant([place for both in places for place in both], out.device)
     grid = (triton.cdiv(planes, reduce.PLANES), layout.blocks)
-    with guard(out.device):
+    with on_device(out.device):
         reduce.reduce_kernel[grid](
             partials,
             layout.bounds,
@@ -83,7 +83,7 @@ def _write(rows: Rows, blocks: Sequence[int] | None, G: Tensor) -> None:
     kernel = gramian_kernel(m)
     pairs_of = pairs.pair_places(kernel.tasks) if kernel.name == "pairs" else dots.dot_places(kernel.tasks // dots.TILE)
     partials = torch.empty(max(layout.slots, 1), len(pairs_of), dtype=torch.float64, device=G.device)
-    with guard(G.device):
+    with on_device(G.device):
         for launch in layout.launches:
             _launch(kernel, launch, layout, partials, m)
     sum_partials(partials, layout, [_both(i, j, m) for i, j in pairs_of], G)

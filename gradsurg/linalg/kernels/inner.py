@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES, Rows, sum_partials
-from gradsurg.linalg.kernels.table import Plan, device_of, guard, plan
+from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
 from gradsurg.linalg.kernels.vectors import LEAVE, lanes, row_start
 
 __all__ = ["TASKS", "inner", "inner_kernel", "layout_of", "registers_for"]
@@ -133,7 +133,7 @@ def inner(
     partials = torch.empty(max(layout.slots, 1), tiles * (tasks + 1), dtype=torch.float64, device=device)
     if modes is None:
         modes = torch.ones(layout.blocks, dtype=torch.int32, device=device)
-    with guard(device):
+    with on_device(device):
         for launch in layout.launches:
             row_dtype, moved_dtype = launch.dtypes
             inner_kernel[(len(launch.items), tiles)](

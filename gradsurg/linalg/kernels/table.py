@@ -20,7 +20,7 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.linalg.blocks import Block, flat_column
 from gradsurg.linalg.kernels.dispatch import vector
 
-__all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "guard", "launches_for", "plan"]
+__all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "launches_for", "on_device", "plan"]
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def device_of(lists: Sequence[Sequence[Tensor | None]]) -> torch.device:
     return next((t.device for one in lists for t in one if t is not None), torch.device("cpu"))
 
 
-def guard(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which kernels are launched on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -185,7 +185,7 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
 
 def _is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured; torch asks that of the current device alone."""
-    with guard(device):
+    with on_device(device):
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

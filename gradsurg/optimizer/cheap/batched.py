@@ -24,7 +24,7 @@ from gradsurg.gradients.losses import seed_of
 from gradsurg.gradients.rows import Row
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Surgeon
+    from gradsurg.optimizer.engine import Engine
 
 __all__ = ["run_batched"]
 
@@ -39,11 +39,11 @@ OBSTACLES = {
 }
 
 
-def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
+def run_batched(engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
     """Fill the fresh rows of all these tasks; False where they have to run one by one, and nothing has happened.
 
     Args:
-        surgeon: Whose rows they become.
+        engine: Whose rows they become.
         losses: Name -> loss that requires grad.
         gradient: What to scale every loss by, as autograd hands it to a scaled total.
         keep: Keep the graph for another run.
@@ -51,13 +51,13 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
     Raises:
         MultiTaskError: The pass failed where earlier steps' went through, so that the graph is used up.
     """
-    state = surgeon.batched
+    state = engine.batched
     if state.works is False or len(losses) < 2:
         return False
-    parameters = surgeon.capture.held
+    parameters = engine.capture.held
     seeds = [seed_of(gradient, loss) for loss in losses.values()]
     graph = map_of(list(losses.values()))
-    obstacle = _obstacle(surgeon.traffic.layout, parameters, graph)
+    obstacle = _obstacle(engine.session.layout, parameters, graph)
     if obstacle is not None:
         state.give_up(obstacle)
         return False
@@ -84,7 +84,7 @@ def run_batched(surgeon: Surgeon, losses: Mapping[str, Tensor], gradient: Tensor
             for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
                 deposit(leaf, g)
                 row.pop(leaf)
-        surgeon.capture.give(name, row)
+        engine.capture.give(name, row)
     return True
 
 

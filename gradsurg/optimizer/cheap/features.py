@@ -22,31 +22,31 @@ from gradsurg.distributed.layout import Layout
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
-from gradsurg.gradients.held import Aside
+from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.losses import seed_of
 from gradsurg.gradients.rows import Row, TaskRows, added
 from gradsurg.gradients.total import Finish, at_once
-from gradsurg.optimizer.direction import operate
-from gradsurg.optimizer.inputs import Patient
-from gradsurg.optimizer.options import Settings
+from gradsurg.optimizer.direction import compute_direction
+from gradsurg.optimizer.inputs import StepInputs
+from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import Report, settled
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Surgeon
+    from gradsurg.optimizer.engine import Engine
 
 __all__ = ["check_features", "run_on_features"]
 
 
-def check_features(features: Tensor | Sequence[Tensor], settings: Settings) -> list[Tensor]:
+def check_features(features: Tensor | Sequence[Tensor], options: Options) -> list[Tensor]:
     """Return the features as a list, or raise a ValueError that says which of them cannot be used and why."""
-    if settings.refresh_every > 1 or settings.rotate is not None:
-        option = "rotate" if settings.refresh_every == 1 else "refresh_every"
+    if options.refresh_every > 1 or options.rotate is not None:
+        option = "rotate" if options.refresh_every == 1 else "refresh_every"
         raise ValueError(f"features= and wrap(..., {option}=...) both save backward passes: choose one")
-    if settings.granularity != "model":
-        raise ValueError(f"features= needs granularity='model', and it is {settings.granularity!r}")
-    if settings.pipeline.surgery.measures_excess:
+    if options.granularity != "model":
+        raise ValueError(f"features= needs granularity='model', and it is {options.granularity!r}")
+    if options.pipeline.surgery.measures_excess:
         raise ValueError(
-            f"features= are new tensors in every step, and surgery={settings.pipeline.surgery!r} remembers numbers of "
+            f"features= are new tensors in every step, and surgery={options.pipeline.surgery!r} remembers numbers of "
             "each parameter: use curvature='task'"
         )
     given: object = [features] if isinstance(features, Tensor) else features
@@ -70,7 +70,7 @@ def check_features(features: Tensor | Sequence[Tensor], settings: Settings) -> l
 
 
 def run_on_features(
-    surgeon: Surgeon,
+    engine: Engine,
     losses: Mapping[str, Tensor | None],
     features: list[Tensor],
     plain: Tensor | None = None,
@@ -83,37 +83,37 @@ def run_on_features(
     On any error p.grad is as before. Micro-batches have features of their own, so each has its own surgery, and the
     results add up in p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
     """
-    surgeon.settle()
-    surgeon.introduce(losses)
-    _warn_of_update(surgeon)
-    settings, layout = _settings(surgeon.settings, features), surgeon.traffic.layout
+    engine.settle()
+    engine.introduce(losses)
+    _warn_of_update(engine)
+    options, layout = _options(engine.options, features), engine.session.layout
     spread = layout.of_features()
     known = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
     present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
-    with Averaged(surgeon.parameters(), layout) as averaged:
-        aside = averaged.aside
+    with Averaged(engine.parameters(), layout) as averaged:
+        held_gradients = averaged.held_gradients
         with _on_all_ranks(layout, known) as done:
             watch = Watch(present.values() if plain is None else [*present.values(), plain])
             if plain is not None and plain.requires_grad:
                 with advise():
                     torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
                 watch.check(plain, "plain=")
-            penalty = aside.lift()
-            rows, own = _heads(surgeon, present, features, aside, gradient, watch)
+            penalty = held_gradients.lift()
+            rows, own = _heads(engine, present, features, held_gradients, gradient, watch)
             done.extend(rows)
         averaged.begin()
         known = layout.mean_losses(known)
-        surgeon.screen(rows, own)
-        outcome = operate(
-            Patient(
+        engine.screen(rows, own)
+        outcome = compute_direction(
+            StepInputs(
                 rows=rows,
                 parameters=features,
                 groups=[features],
                 losses=known,
-                settings=settings,
-                step=surgeon.memory.step,
-                state=surgeon.memory.state,
-                skipped=surgeon.skipped,
+                options=options,
+                step=engine.checkpoint.step,
+                state=engine.checkpoint.state,
+                skipped=engine.skipped,
                 layout=spread,
             )
         )
@@ -121,13 +121,13 @@ def run_on_features(
         if reached:
             torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=retain_graph)
         report = settled(outcome.report)
-        result = _joined(aside.lift(), own, rows, _weights(report, settings))
+        result = _joined(held_gradients.lift(), own, rows, _weights(report, options))
         averaged.add(penalty, result)
 
     def end() -> None:
         averaged.complete()
-        surgeon.memory.learn(report.tasks if layout.several else ())
-        surgeon.record(replace(report, level="features"), outcome.state)
+        engine.checkpoint.learn(report.tasks if layout.several else ())
+        engine.record(replace(report, level="features"), outcome.state)
 
     (finish or at_once)(end, averaged.drop)
 
@@ -149,23 +149,23 @@ def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
         )
 
 
-def _settings(settings: Settings, features: list[Tensor]) -> Settings:
+def _options(options: Options, features: list[Tensor]) -> Options:
     """Return the settings of the operation on the features: what is promised of the update is held of u here."""
-    guarantee = "gradient" if settings.guarantee == "update" else settings.guarantee
-    pipeline = replace(settings.pipeline, guarantee=guarantee)
-    return replace(settings, pipeline=pipeline, guarantee=guarantee, shared=tuple(features))
+    guarantee = "gradient" if options.guarantee == "update" else options.guarantee
+    pipeline = replace(options.pipeline, guarantee=guarantee)
+    return replace(options, pipeline=pipeline, guarantee=guarantee, shared=tuple(features))
 
 
 def _heads(
-    surgeon: Surgeon,
+    engine: Engine,
     losses: Mapping[str, Tensor],
     features: list[Tensor],
-    aside: Aside,
+    held_gradients: HeldGradients,
     gradient: Tensor | None,
     watch: Watch,
 ) -> tuple[TaskRows, TaskRows]:
     """Return every task's gradient with respect to the features, and to the leaves that it reaches past them."""
-    rows, own = TaskRows(surgeon.settings.row_dtype), TaskRows()
+    rows, own = TaskRows(engine.options.row_dtype), TaskRows()
     edges = [edge_of(h) for h in features]
     # Leaves before the features may also be reached past them, and one feature may be made from another: what a task
     # wants of these is then only what does not pass a feature on the way.
@@ -178,9 +178,9 @@ def _heads(
                 found = _gradients(name, loss, [*features, *leaves], seed_of(gradient, loss))
             watch.check(loss, repr(name))
             rows.add(name, Row((h, g) for h, g in zip(features, found, strict=False) if g is not None))
-            past = aside.sorted(zip(leaves, found[len(features) :], strict=True))
+            past = held_gradients.sorted(zip(leaves, found[len(features) :], strict=True))
             if anything_compiled():
-                surgeon.capture.reach.sift(name, past)
+                engine.capture.reach.sift(name, past)
             own.add(name, past)
     finally:
         for block in blocks:
@@ -207,9 +207,9 @@ def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> S
         ) from error
 
 
-def _weights(report: Report, settings: Settings) -> dict[str, float]:
+def _weights(report: Report, options: Options) -> dict[str, float]:
     if len(report.tasks) == 1:
-        return {name: settings.preferences.get(name, 1.0) for name in report.tasks}
+        return {name: options.preferences.get(name, 1.0) for name in report.tasks}
     weights: list[float] = report.weights[0].tolist()
     return dict(zip(report.tasks, weights, strict=True))
 
@@ -239,10 +239,10 @@ def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, flo
     return result
 
 
-def _warn_of_update(surgeon: Surgeon) -> None:
-    if surgeon.settings.guarantee != "update" or "guarantee" not in surgeon.settings.asked or surgeon.told_of_features:
+def _warn_of_update(engine: Engine) -> None:
+    if engine.options.guarantee != "update" or "guarantee" not in engine.options.asked or engine.told_of_features:
         return
-    surgeon.told_of_features = True
+    engine.told_of_features = True
     warn(
         "guarantee='update' was asked for, and a step with features= cannot hold the update to it: that takes each "
         "task's gradient of every parameter. It is held of the direction in the features instead; the report says so."

@@ -26,7 +26,7 @@ from gradsurg.gradients.total import Finish, at_once
 from gradsurg.optimizer.report import Report
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Surgeon
+    from gradsurg.optimizer.engine import Engine
 
 __all__ = ["Reuse", "reusable", "run_reused"]
 
@@ -50,27 +50,27 @@ class Reuse:
     graph: Map
 
 
-def reusable(surgeon: Surgeon, losses: Mapping[str, Tensor]) -> Reuse | None:
+def reusable(engine: Engine, losses: Mapping[str, Tensor]) -> Reuse | None:
     """Return what this step may go by, or None where it, on any rank, has to find new weights.
 
     Over several ranks, all need the very tasks that the weights are of: a rank that lacks one could not tell what is
     shared.
     """
-    if surgeon.refresh.every == 1:
+    if engine.refresh.every == 1:
         return None
-    surgeon.lay_out()
-    surgeon.introduce(losses)
-    weights = None if surgeon.capture.is_live() else surgeon.refresh.weights(losses)
+    engine.lay_out()
+    engine.introduce(losses)
+    weights = None if engine.capture.is_live() else engine.refresh.weights(losses)
     reuse = None
     if weights is not None:
-        graph = map_of(list(losses.values()), surgeon.settings.shared or ())
-        _check_can_tell(graph, surgeon)
-        reuse = Reuse(weights, graph) if _knows_compiled(graph, surgeon, losses) else None
-    return reuse if surgeon.traffic.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
+        graph = map_of(list(losses.values()), engine.options.shared or ())
+        _check_can_tell(graph, engine)
+        reuse = Reuse(weights, graph) if _knows_compiled(graph, engine, losses) else None
+    return reuse if engine.session.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
 
 
 def run_reused(
-    surgeon: Surgeon,
+    engine: Engine,
     losses: Mapping[str, Tensor],
     reuse: Reuse,
     plain: Tensor | None = None,
@@ -86,21 +86,21 @@ def run_reused(
         Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault:
         p.grad and the graph are then as before.
     """
-    surgeon.settle()
-    layout = surgeon.traffic.layout
-    watchful = surgeon.settings.nonfinite != "propagate"
-    with Averaged(surgeon.parameters(), layout).begin() as averaged:
-        aside = averaged.aside
+    engine.settle()
+    layout = engine.session.layout
+    watchful = engine.options.nonfinite != "propagate"
+    with Averaged(engine.parameters(), layout).begin() as averaged:
+        held_gradients = averaged.held_gradients
         penalty = Row()
         if plain is not None and plain.requires_grad:
             watch = Watch([plain, *losses.values()])
             with advise():
                 torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
             watch.check(plain, "plain=")
-            penalty = aside.lift()
+            penalty = held_gradients.lift()
         with advise():
             _weighted_backward(losses, reuse.weights, gradient, reuse.graph, retain_graph or watchful)
-        result = aside.lift()
+        result = held_gradients.lift()
         broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
         if watchful and layout.on_any_rank([KEY], broken):
             averaged.drop()
@@ -110,8 +110,8 @@ def run_reused(
 
     def end() -> None:
         averaged.complete()
-        surgeon.refresh.note_reuse()
-        surgeon.record(_report(surgeon.memory.step, layout.mean_losses(detached), reuse.weights), None)
+        engine.refresh.note_reuse()
+        engine.record(_report(engine.checkpoint.step, layout.mean_losses(detached), reuse.weights), None)
 
     (finish or at_once)(end, averaged.drop)
     return True
@@ -163,17 +163,17 @@ def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], 
     return scaled
 
 
-def _check_can_tell(graph: Map, surgeon: Surgeon) -> None:
+def _check_can_tell(graph: Map, engine: Engine) -> None:
     """Refuse graphs in which one pass cannot treat shared parameters and others apart."""
     if graph.hidden:
         raise MultiTaskError(
             "a head uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters it reaches, so "
             "refresh_every= cannot tell whether they are shared: checkpoint it with use_reentrant=False"
         )
-    declared = surgeon.settings.shared
+    declared = engine.options.shared
     if declared is None:
         return
-    members, ours = set(map(id, declared)), set(map(id, surgeon.parameters()))
+    members, ours = set(map(id, declared)), set(map(id, engine.parameters()))
     strangers = [leaf for leaf in graph.leaves if id(leaf) in ours and id(leaf) not in members]
     if strangers:
         raise MultiTaskError(
@@ -183,13 +183,13 @@ def _check_can_tell(graph: Map, surgeon: Surgeon) -> None:
         )
 
 
-def _knows_compiled(graph: Map, surgeon: Surgeon, losses: Mapping[str, Tensor]) -> bool:
+def _knows_compiled(graph: Map, engine: Engine, losses: Mapping[str, Tensor]) -> bool:
     """Return whether it is known who reaches the parameters inside compiled graphs that several losses reach.
 
     Raises:
         MultiTaskError: One of them is a head's, which the one pass would weigh like what is shared.
     """
-    ours = set(map(id, surgeon.parameters()))
+    ours = set(map(id, engine.parameters()))
     for node in graph.common:
         if type(node).__name__ != "CompiledFunctionBackward":
             continue
@@ -197,7 +197,7 @@ def _knows_compiled(graph: Map, surgeon: Surgeon, losses: Mapping[str, Tensor]) 
             leaf = None if after is None else leaf_of(after)
             if leaf is None or id(leaf) not in ours:
                 continue
-            known = surgeon.capture.reach.count(leaf, losses)
+            known = engine.capture.reach.count(leaf, losses)
             if known == 0:  # a resumed program, before its first surgery
                 return False
             if known == 1:

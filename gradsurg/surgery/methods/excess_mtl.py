@@ -17,7 +17,7 @@ from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
 if TYPE_CHECKING:
-    from gradsurg.optimizer.inputs import Patient
+    from gradsurg.optimizer.inputs import StepInputs
 
 __all__ = ["ExcessMTL", "excess_of", "measured"]
 
@@ -119,15 +119,15 @@ Roots = Mapping[int, Tensor]  # position of a parameter -> root of the accumulat
 
 
 def measured(
-    patient: Patient, problem: Problem, blocks: list[list[Tensor]], tables: Sequence[Rows]
+    inputs: StepInputs, problem: Problem, blocks: list[list[Tensor]], tables: Sequence[Rows]
 ) -> tuple[Problem, dict[str, Any]]:
     """Put into the problem what the surgery asks of the rows; also what the state has to keep of it, {} for nothing."""
-    pipeline = patient.settings.pipeline
+    pipeline = inputs.options.pipeline
     if not pipeline.surgery.measures_excess:
         return problem, {}
-    place = {id(p): k for k, p in enumerate(patient.parameters)}
-    roots, found = patient.state.get("curvature", {}), []
-    for block, table, scales in zip(blocks, tables, pipeline.scales(problem, patient.state)[0].tolist(), strict=True):
+    place = {id(p): k for k, p in enumerate(inputs.parameters)}
+    roots, found = inputs.state.get("curvature", {}), []
+    for block, table, scales in zip(blocks, tables, pipeline.scales(problem, inputs.state)[0].tolist(), strict=True):
         excess, roots = excess_of(table, scales, problem.tasks, [place[id(p)] for p in block], roots)
         found.append(excess)
     return replace(problem, excess=torch.tensor(found, dtype=torch.float64)), {"curvature": roots}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradsurg import solvers
 from gradsurg.linalg.kernels import cone
+from gradsurg.solvers.problem import HOST
 from tests.hostile import FAMILIES, draw
 
 # From G alone u is known to its rounding over the square of the angle by which rows miss dependence.
@@ -77,7 +77,7 @@ def check(kind, m, seeds):
     scale = torch.stack([instance[3] for instance in instances])
     with steps_taken() as turns:
         lam = cone.nonnegative(G, b, scale=scale)
-    theirs = solvers.nonnegative(G, b, scale=scale)
+    theirs = HOST.nonnegative(G, b, scale=scale)
     for (J, gramian, r, length), mine, other in zip(instances, lam, theirs, strict=True):
         assert (mine >= 0).all()
         assert kkt_residual(gramian, gramian @ r, mine, length) <= 1e-9
@@ -113,7 +113,7 @@ def test_simplex_is_the_solvers(kind):
         assert (alpha >= 0).all()
         assert abs(alpha.sum() - 1) <= 1e-12
         scale = J.norm(dim=1).max()
-        assert ((alpha - solvers.simplex(G)) @ J).abs().max() <= 1e-6 * scale
+        assert ((alpha - HOST.simplex(G)) @ J).abs().max() <= 1e-6 * scale
         # Optimality: no vertex of the hull lies further along −u than u itself.
         u = alpha @ J
         assert (J @ u >= u @ u - 1e-9 * scale * scale).all()
@@ -123,7 +123,7 @@ def test_simplex_with_some_left_out():
     G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.5]], dtype=torch.float64)
     allowed = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
     got = cone.simplex(G, allowed=allowed)
-    wanted = torch.stack([solvers.simplex(G, allowed=mask) for mask in allowed])
+    wanted = torch.stack([HOST.simplex(G, allowed=mask) for mask in allowed])
     assert (got - wanted).abs().max() <= 1e-12
     G[2, 2] = 0  # a row at the origin is the least there is
     assert torch.equal(cone.simplex(G), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
@@ -134,7 +134,7 @@ def test_upgrad_is_one_launch_of_m_programs(m, kind):
     J = draw(kind, m, 3 * m, 1)
     G = (J[:, None] * J).sum(-1)
     r = torch.rand(m, dtype=torch.float64) + 0.5
-    wanted = r + r @ solvers.project_rows(G)
+    wanted = r + r @ HOST.project_rows(G)
     assert ((cone.upgrad(G, r) - wanted) @ J).abs().max() <= 1e-9 * J.norm()
     if m <= 5:
         both = cone.upgrad(torch.stack([G, 4 * G]), r)
@@ -146,14 +146,14 @@ def test_broadcasting_and_batches():
     Js = torch.stack([draw("surrounding", 4, 12, seed) for seed in range(4)]).reshape(2, 2, 4, 12)
     G = Js @ Js.mT
     b = G.sum(-1)
-    assert (cone.nonnegative(G, b) - solvers.nonnegative(G, b)).abs().max() <= 1e-9
-    assert (cone.nonnegative(G[0, 0], b) - solvers.nonnegative(G[0, 0], b)).abs().max() <= 1e-9 * b.abs().max()
+    assert (cone.nonnegative(G, b) - HOST.nonnegative(G, b)).abs().max() <= 1e-9
+    assert (cone.nonnegative(G[0, 0], b) - HOST.nonnegative(G[0, 0], b)).abs().max() <= 1e-9 * b.abs().max()
     allowed = torch.tensor([True, False, True, True])
     got = cone.nonnegative(G, b, allowed=allowed)
-    assert (got - solvers.nonnegative(G, b, allowed=allowed)).abs().max() <= 1e-9
+    assert (got - HOST.nonnegative(G, b, allowed=allowed)).abs().max() <= 1e-9
     assert not got[..., 1].any()
     shared = G[:, :1]  # one Gramian for a row of programs
-    assert (cone.nonnegative(shared, b) - solvers.nonnegative(shared, b)).abs().max() <= 1e-9 * b.abs().max()
+    assert (cone.nonnegative(shared, b) - HOST.nonnegative(shared, b)).abs().max() <= 1e-9 * b.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of infinity times 0

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 import gradsurg
-from gradsurg.guarantee.update import guard as guard_on_the_host
-from gradsurg.guarantee.update_cuda import guard
-from gradsurg.linalg import gramian as host
+from gradsurg.guarantee.update import project_update as guard_on_the_host
+from gradsurg.guarantee.update_cuda import project_update
+from gradsurg.linalg.gramian import gramian
 from gradsurg.linalg.kernels import table
-from gradsurg.optimizer.report import LaterReport
+from gradsurg.optimizer.report import DeferredReport
 from tests.kernels.interpreted import harness  # noqa: F401 (has the interpreter round bfloat16 as hardware does)
 from tests.kernels.whole_step import (
     CAPTURABLE,
@@ -208,9 +208,9 @@ def test_the_guarantee_decides_as_the_host_does(dtype, size):
     after = [(p.float() - d).to(dtype) for p, d in zip(before, moves, strict=True)]
     mine, theirs = [p.clone() for p in after], [p.clone() for p in after]
     count = len(CASES)
-    G = torch.stack([host.gramian([[row[k]] for row in rows], exact=True) for k in range(count)])
+    G = torch.stack([gramian([[row[k]] for row in rows], exact=True) for k in range(count)])
     finite, ones = torch.tensor(True), [1.0] * count
-    movement = guard(rows, G, before, mine, ones, list(range(count)), None, finite)
+    movement = project_update(rows, G, before, mine, ones, list(range(count)), None, finite)
     for k in range(count):
         wanted = guard_on_the_host([[row[k]] for row in rows], G[k], [before[k]], [theirs[k]], [1.0], None)
         assert bool(movement.corrected[k]) == wanted.corrected
@@ -222,7 +222,7 @@ def test_the_guarantee_decides_as_the_host_does(dtype, size):
         assert (torch.stack([d @ row[k].double() for row in rows]) >= allowed * norms * d.norm()).all()
         assert (movement.inner[k] - wanted.inner).abs().max() <= 1e-6 * norms.max() * (1 + d.norm())
     untouched = [p.clone() for p in after]
-    guard(rows, G, before, untouched, ones, list(range(count)), None, torch.tensor(False))
+    project_update(rows, G, before, untouched, ones, list(range(count)), None, torch.tensor(False))
     assert all(torch.equal(p, q) for p, q in zip(untouched, after, strict=True))
 
 
@@ -253,6 +253,6 @@ def test_rows_are_let_go_while_a_report_is_unread(backend):
     assert not any(row() is None for row in rows)
     wrapped.step()
     gc.collect()
-    assert isinstance(wrapped._gradsurg.latest, LaterReport)
+    assert isinstance(wrapped._gradsurg.latest, DeferredReport)
     assert all(row() is None for row in rows)
     assert wrapped.report is wrapped.report
