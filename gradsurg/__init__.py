@@ -1,5 +1,7 @@
 """Train one PyTorch model on several losses: wrap any optimizer, and no update hurts a task to first order."""
 
+import sys
+
 from gradsurg.distributed.check_sync import check_sync
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import prepare_compile
@@ -15,6 +17,10 @@ from gradsurg.surgery.catalogue import methods
 from gradsurg.surgery.functional import combine, weights
 
 __version__ = "0.1.0.dev0"
+
+# Both live in monitor/; `import gradsurg.plot` and `from gradsurg.loggers import TensorBoard` find them here too.
+sys.modules[f"{__name__}.plot"] = plot
+sys.modules[f"{__name__}.loggers"] = loggers
 
 __all__ = [
     "History",

@@ -29,7 +29,8 @@ from gradsurg.errors import warn
 __all__ = ["Batched", "Refresh", "Rotation"]
 
 
-KEY, ROWS = "rotate", "rows"
+# Keys of the checkpoint's entry.
+KEY, ROWS, REFRESH = "rotate", "rows", "refresh"
 
 
 DECAY = 0.9  # of the averages, as β_1 in the paper; the first n gradients of a task weigh (1 - β) / (1 - β^n)
@@ -202,7 +203,7 @@ class Refresh:
         """Return the weights for exactly these tasks, or None where this step has to find new ones."""
         if self.every == 1:
             return None
-        kept = self.checkpoint.recall(KEY)
+        kept = self.checkpoint.recall(REFRESH)
         if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
             return None
         return dict(kept["weights"])
@@ -216,10 +217,10 @@ class Refresh:
         if self.every == 1:
             return
         if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
-            self.checkpoint.keep(KEY, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
+            self.checkpoint.keep(REFRESH, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
         elif self._reused:
-            kept = self.checkpoint.recall(KEY)
-            self.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
+            kept = self.checkpoint.recall(REFRESH)
+            self.checkpoint.keep(REFRESH, weights=kept["weights"], age=kept["age"] + 1)
         self._reused = False
 
 

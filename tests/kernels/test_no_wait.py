@@ -14,10 +14,9 @@ HOME = Path(gradsurg.__file__).parent
 
 # What a step on CUDA runs after the losses: everything in these files, unless it is named below.
 HOT = [
-    "linalg/kernels/constants.py",
     "guarantee/update_cuda.py",
     "optimizer/direction_cuda.py",
-    "optimizer/report.py",
+    "guarantee/movement.py",
     "linalg/kernels/combine.py",
     "linalg/kernels/cone.py",
     "linalg/kernels/dispatch.py",
@@ -52,9 +51,7 @@ ALLOWED = {
         "_on_the_host": "methods whose `waits` is True find their weights there",
         "_fetched": "runs when somebody reads the report",
     },
-    "optimizer/report.py": {"_joined": "runs when somebody reads the report"},
     "linalg/kernels/table.py": {"_upload": "a table in host memory, before it is copied without waiting"},
-    "linalg/kernels/constants.py": {"constant": "torch.tensor on the CPU alone"},
     "surgery/pipeline.py": {
         "weights": "the functional form, not a step",
         "_plainly_settled": "the functional form, not a step",

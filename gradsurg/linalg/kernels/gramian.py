@@ -60,7 +60,7 @@ def gramian(rows: Rows, *, blocks: Sequence[int] | None = None) -> Tensor:
 def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int]], out: Tensor) -> None:
     """Add up partial sums (slots, planes) block by block into `out` (blocks, stride)."""
     planes = len(places)
-    where = constant([place for both in places for place in both], out.device)
+    where = constant([place for both in places for place in both], out.device, torch.int64)
     grid = (triton.cdiv(planes, reduce.PLANES), layout.blocks)
     with on_device(out.device):
         reduce.reduce_kernel[grid](

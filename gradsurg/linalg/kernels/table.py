@@ -141,8 +141,11 @@ def launches_for(sizes: Sequence[int], chunk: int) -> list[tuple[int, int, int]]
     return [(k, first, min(chunk, size - first)) for k, size in enumerate(sizes) for first in range(0, size, chunk)]
 
 
-def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Return the numbers as a tensor on the device, uploaded once."""
+def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the numbers as a 1-D tensor on the device, uploaded once; not to be written to.
+
+    torch.tensor(values, device="cuda") copies from memory that is not pinned, and so waits for all that was launched.
+    """
     return _cached((device, dtype, tuple(values)), device, lambda: _upload(list(values), device, dtype))
 
 
