@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,13 @@ from gradsurg.surgery.margin import named, parse_margin
 from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
 from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
 
-__all__ = ["Options", "options_from"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["DEFAULT_GUARANTEE", "Options", "check_options", "naming_the_nearest_option"]
 
 GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
+# The default as an object of its own: this tells a guarantee that was asked for from one that was not.
+DEFAULT_GUARANTEE = str(b"update", "ascii")
 NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
 
 
@@ -33,57 +39,65 @@ class Options:
     """The options of wrap(), checked."""
 
     pipeline: Pipeline
-    guarantee: str = "update"
-    preferences: Mapping[str, float] = field(default_factory=dict)
-    granularity: str = "model"
-    tasks: tuple[str, ...] | None = None
-    shared: tuple[Tensor, ...] | None = None
-    row_dtype: torch.dtype | None = None
-    nonfinite: str = "propagate"
-    atomic: bool = False
-    backend: str = "auto"
-    seed: int = 0
-    refresh_every: int = 1
-    rotate: int | None = None
-    batched: bool = False
-    asked: frozenset[str] = frozenset()  # the options that were given, as against left at their defaults
+    guarantee: str
+    preferences: Mapping[str, float]
+    granularity: str
+    tasks: tuple[str, ...] | None
+    shared: tuple[Tensor, ...] | None
+    row_dtype: torch.dtype | None
+    nonfinite: str
+    atomic: bool
+    backend: str
+    seed: int
+    refresh_every: int
+    rotate: int | None
+    batched: bool
+    guarantee_asked: bool
 
 
-def options_from(options: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Options:
-    """Return checked settings; a wrong option's name or value is an error that lists the valid ones."""
-    valid = {name: name for name in inspect.signature(_options).parameters if name != "optimizers"}
-    listed = {**valid, "model": "model"}  # which wrap() takes out before
-    for name in options:
-        if name not in valid:
-            try:
-                choose("option", name, listed)
-            except ValueError as error:
-                raise TypeError(f"wrap() has no option {name!r}. {error}") from None
-    return replace(_options(optimizers, **options), asked=frozenset(options))
+def naming_the_nearest_option(function: F) -> F:
+    """Return the function with an error for unknown options that names the nearest known one."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint} The options are "
+                    f"{', '.join(known[1:])}."
+                )
+        return function(*arguments, **options)
+
+    return cast(F, checked)
 
 
-def _options(
+def check_options(
     optimizers: Sequence[Optimizer],
     *,
-    normalize: str | Normalizer = "norm",
-    surgery: str | Surgery = "cone",
-    primary: str | Sequence[Any] | None = None,
-    auxiliary: str = "protect",
-    preferences: Mapping[str, float] | None = None,
-    guarantee: str = "update",
-    margin: float | Mapping[str, float] = 0.0,
-    granularity: str = "model",
-    tasks: Sequence[str] | None = None,
-    shared: nn.Module | Iterable[Tensor] | None = None,
-    row_dtype: torch.dtype | None = None,
-    nonfinite: str = "propagate",
-    atomic: bool = False,
-    backend: str = "auto",
-    seed: int = 0,
-    refresh_every: int = 1,
-    rotate: int | None = None,
-    batched: bool = False,
+    normalize: str | Normalizer,
+    surgery: str | Surgery,
+    primary: str | Sequence[Any] | None,
+    auxiliary: str,
+    preferences: Mapping[str, float] | None,
+    guarantee: str,
+    margin: float | Mapping[str, float],
+    granularity: str,
+    tasks: Sequence[str] | None,
+    shared: nn.Module | Iterable[Tensor] | None,
+    row_dtype: torch.dtype | None,
+    nonfinite: str,
+    atomic: bool,
+    backend: str,
+    seed: int,
+    refresh_every: int,
+    rotate: int | None,
+    batched: bool,
 ) -> Options:
+    """Return checked options; the arguments are those of `wrap`, and a wrong one is an error that names the fix."""
+    asked = guarantee is not DEFAULT_GUARANTEE
     guarantee = choose("guarantee", guarantee, GUARANTEES)
     names = _names(tasks)
     levels = parse_levels(_primary(primary))
@@ -122,6 +136,7 @@ def _options(
         refresh_every=_count("refresh_every", refresh_every),
         rotate=None if rotate is None else _count("rotate", rotate),
         batched=batched,
+        guarantee_asked=asked,
     )
     _check_cheap(options)
     return options

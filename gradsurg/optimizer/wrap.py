@@ -6,75 +6,132 @@ real optimizer, and nothing held in two places can go stale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.distributed.modules import check_model, refuse_optimizer
+from gradsurg.normalize import Normalizer
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
-from gradsurg.optimizer.options import options_from
+from gradsurg.optimizer.options import DEFAULT_GUARANTEE, check_options, naming_the_nearest_option
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
+from gradsurg.surgery import Surgery
 
-__all__ = ["unwrap", "wrap"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["WrapOptions", "unwrap", "wrap"]
+
+
+class WrapOptions(TypedDict, total=False):
+    """The options of `wrap`, for type checkers; a test compares them with its signature."""
+
+    normalize: str | Normalizer
+    surgery: str | Surgery
+    primary: str | Sequence[Any] | None
+    auxiliary: str
+    preferences: Mapping[str, float] | None
+    guarantee: str
+    margin: float | Mapping[str, float]
+    granularity: str
+    model: nn.Module | None
+    tasks: Sequence[str] | None
+    shared: nn.Module | Iterable[Tensor] | None
+    row_dtype: torch.dtype | None
+    nonfinite: str
+    atomic: bool
+    backend: str
+    seed: int
+    refresh_every: int
+    rotate: int | None
+    batched: bool
 
 
 @overload
-def wrap(optimizer: Optimizer, **options: Any) -> MultiTaskOptimizer: ...
+def wrap(optimizer: Optimizer, **options: Unpack[WrapOptions]) -> MultiTaskOptimizer: ...
 @overload
-def wrap(optimizer: Sequence[Optimizer], **options: Any) -> list[MultiTaskOptimizer]: ...
-def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
+def wrap(optimizer: Sequence[Optimizer], **options: Unpack[WrapOptions]) -> list[MultiTaskOptimizer]: ...
+@naming_the_nearest_option
+def wrap(
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    normalize: str | Normalizer = "norm",
+    surgery: str | Surgery = "cone",
+    primary: str | Sequence[Any] | None = None,
+    auxiliary: str = "protect",
+    preferences: Mapping[str, float] | None = None,
+    guarantee: str = DEFAULT_GUARANTEE,
+    margin: float | Mapping[str, float] = 0.0,
+    granularity: str = "model",
+    model: nn.Module | None = None,
+    tasks: Sequence[str] | None = None,
+    shared: nn.Module | Iterable[Tensor] | None = None,
+    row_dtype: torch.dtype | None = None,
+    nonfinite: str = "propagate",
+    atomic: bool = False,
+    backend: str = "auto",
+    seed: int = 0,
+    refresh_every: int = 1,
+    rotate: int | None = None,
+    batched: bool = False,
+) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
     """Make any torch optimizer train on several losses, so that no update hurts a task to first order.
 
-    The object itself is extended and returned: schedulers, scalers and checkpoints that hold it stay right.
+    The object itself is extended and returned, so schedulers, scalers and checkpoints that hold it stay right.
 
     Args:
-        optimizer: An instance of any torch.optim.Optimizer, or several that together train one model; these share
-            their rows, and total() may be called on either.
-        **options: All keyword-only, each checked:
-
-            normalize: "norm" (default), "none", … or a Normalizer: what the rows are scaled by before surgery.
-            surgery: "cone" (default), "sum", "upgrad", "mgda", "pcgrad", … or a Surgery.
-            primary: A task's name, or levels [["main"], ["aux1", "aux2"], ["reg"]]; the tasks not named come last.
-            auxiliary: "protect" (default): lower levels only constrain the first. "help": they add what does not hurt
-                a higher level; guarantees then cover the first level alone.
-            preferences: Task name -> r_i > 0 (default 1): the weight in the sum that surgery starts from. Heads
-                get their plain gradient; but a task alone in a step gets its r_i on all that it reaches.
-            guarantee: "update" (default) projects the parameters' real movement, whatever the optimizer makes of the
-                gradient; "gradient" projects only what is written to p.grad; "none" trusts the surgery.
-            margin: τ in [0, 1), or task name -> τ (0 for the others): guarantees hold to ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m
-                and not only to 0, t the plain sum; in the update t is what the optimizer would have done. Of margins
-                that no direction as long as t can keep, as large a share as one can: `report.margin_kept`.
-            granularity: "model" (default), "group" or "tensor": one Gramian, one a parameter group, one a parameter.
-            model: Where several ranks train it: the DistributedDataParallel or fully_shard module, if it cannot be
-                found by itself.
-            tasks: The task names, where they are known beforehand.
-            shared: The parameters that surgery treats; by default those that at least two tasks of a step reached.
-            row_dtype: E.g. torch.bfloat16: store the task gradients of shared parameters in less memory.
-            nonfinite: "propagate" (default): NaN goes into p.grad, where GradScaler sees it; "skip_task" leaves such
-                a task out of the step; "raise".
-            atomic: True: where the optimizer's own step raises half way, its state and all parameters are put back, so
-                that the step can be tried again. Costs a copy of both each step: 3 P for Adam. By default the copy of
-                the parameters that guarantee="update" needs is all that is put back.
-            backend: "auto" (default): Triton's kernels where the shared parameters are on one CUDA device and Triton is
-                installed, torch elsewhere; report.path says which. "torch"; "triton": an error where it cannot run.
-                With the kernels nothing waits for the device from the first backward to the end of step(), but where
-                gradsurg.methods() says waits=True of the surgery or the normaliser, or there are more than 32 tasks.
-            seed: For the methods that draw random numbers.
-            refresh_every: k: find new weights in every k-th step; between, one backward pass of the sum weighted by
-                the last ones, without a guarantee. 1 by default.
-            rotate: k: run the backward passes of k tasks a step, those that waited longest; the others take part
-                with moving averages of their gradients. Costs m more copies of the shared parameters. None by default.
-            batched: True: run all tasks' backward passes through the shared part as one (torch's vmap). Faster where
-                starting operations is what takes time: small models, small batches. Costs m times the memory of a pass.
-                Where it cannot be done, one warning says why, and the passes run one by one.
+        optimizer: An instance of any torch.optim.Optimizer, or a list of several that together train one model. Those
+            share their rows, and total() may be called on any of them.
+        normalize: How the task gradients are scaled before surgery: a name such as "norm" or "none", or a Normalizer.
+            `gradsurg.methods()` lists all.
+        surgery: How the task gradients are combined: a name such as "cone", "sum", "upgrad", "mgda" or "pcgrad", or a
+            Surgery. `gradsurg.methods()` lists all.
+        primary: A task's name, or levels of names such as [["main"], ["aux1", "aux2"], ["reg"]]. Tasks that are not
+            named come last.
+        auxiliary: What lower levels do. "protect": they only constrain the first level. "help": they also add what
+            hurts no higher level; guarantees then cover the first level alone.
+        preferences: Task name -> r_i > 0 (1 for the others), the weights of the sum that surgery starts from. Heads
+            get their plain gradient. A task that is alone in a step gets its r_i on all parameters that it reaches.
+        guarantee: "update" projects the movement that the optimizer really makes; "gradient" projects only what is
+            written to p.grad; "none" trusts the surgery.
+        margin: τ in [0, 1), or task name -> τ (0 for the others). The guarantee then asks for
+            ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m instead of 0, where t is the plain sum (for the update: the movement that the
+            optimizer would have made). If no direction of length ‖t‖ satisfies all margins, all are scaled down by one
+            common factor, reported as `report.margin_kept`.
+        granularity: "model" treats all shared parameters together, "group" each parameter group by itself, "tensor"
+            each parameter by itself.
+        model: The DistributedDataParallel or fully_shard module, if several ranks train it and it cannot be found.
+        tasks: The task names, if they are known beforehand.
+        shared: The parameters that surgery treats. Default: those that at least two tasks of a step reached.
+        row_dtype: A floating dtype such as torch.bfloat16 in which task gradients of shared parameters are stored.
+        nonfinite: What happens to a task whose gradient has a NaN or an infinity. "propagate": it goes into p.grad,
+            so that GradScaler sees it. "skip_task": this step goes without the task. "raise": an error.
+        atomic: If the optimizer's own step raises half way, put back its state and all parameters, so that the step
+            can be tried again. Costs a copy of both in each step: 3 P numbers for Adam. If False, only the copies of
+            parameters that guarantee="update" needs are put back.
+        backend: "auto" uses the Triton kernels if the shared parameters are on one CUDA device and Triton is
+            installed, and torch otherwise; `report.path` says which. "triton" is an error where the kernels cannot
+            run; "torch" never uses them. With the kernels nothing waits for the device from the first backward pass
+            to the end of step(), unless `gradsurg.methods()` says waits=True of the surgery or the normaliser, or
+            there are more than 32 tasks.
+        seed: Seed of the methods that draw random numbers.
+        refresh_every: k finds new weights in every k-th step. Between, one backward pass of the sum weighted by the
+            last weights has to do, without a guarantee.
+        rotate: k runs the backward passes of only k tasks in each step, those that waited longest. The other tasks
+            take part with moving averages of their gradients. Costs m more copies of the shared parameters.
+        batched: Run the backward passes of all tasks through the shared part as one (torch's vmap). Faster if starting
+            operations takes most of the time: small models, small batches. Costs m times the memory of one pass. If it
+            cannot be done, one warning says why, and the passes run one by one.
 
     Returns:
-        The same object (or a list of the same objects), now also a MultiTaskOptimizer.
+        The same object, or a list of the same objects, now also a MultiTaskOptimizer.
 
     Raises:
-        TypeError: Not an optimizer instance, or already wrapped.
+        TypeError: Not an optimizer instance, already wrapped, or an option that does not exist.
         ValueError: A wrong name or value; the message lists the valid ones.
 
     Example:
@@ -84,6 +141,7 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
         >>> isinstance(optimizer, torch.optim.AdamW)
         True
     """
+    given = {name: value for name, value in locals().items() if name not in ("optimizer", "model")}
     several = isinstance(optimizer, (list, tuple))
     optimizers: list[Optimizer] = list(optimizer) if several else [optimizer]  # type: ignore[list-item, arg-type]
     if not optimizers:
@@ -92,8 +150,9 @@ def wrap(optimizer: Optimizer | Sequence[Optimizer], **options: Any) -> MultiTas
         _check_optimizer(each)
     if len(set(map(id, optimizers))) < len(optimizers):
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
-    model = check_model(options.pop("model", None))
-    engine = Engine(options_from(options, optimizers), model)
+    checked = check_model(model)
+    options = check_options(optimizers, **given)
+    engine = Engine(options, checked)
     wrapped = [extend(each, engine) for each in optimizers]
     engine.session.ranks.know_early(engine.parameters())
     return wrapped if several else wrapped[0]

@@ -14,8 +14,8 @@ from gradsurg.linalg.kernels import dispatch
 from gradsurg.linalg.kernels.dispatch import gramian_kernel, path, path_of, task_tiles, vector
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.inputs import StepInputs
-from gradsurg.optimizer.options import options_from
 from gradsurg.optimizer.report import settled
+from tests.wrap_options import options_from
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLOAT = (torch.float32, torch.float32)

@@ -240,7 +240,7 @@ def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, flo
 
 
 def _warn_of_update(engine: Engine) -> None:
-    if engine.options.guarantee != "update" or "guarantee" not in engine.options.asked or engine.told_of_features:
+    if engine.options.guarantee != "update" or not engine.options.guarantee_asked or engine.told_of_features:
         return
     engine.told_of_features = True
     warn(
