@@ -1,0 +1,46 @@
+"""A default step stays as easy to follow as it is: it enters no more files, and none of them more often."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.flow import calls_before_backward, default_step, flow, off
+
+# Raise none of these numbers: they were 40 files and 256 stays before the modules were put into rooms.
+FILES = 42
+STAYS = 239
+DEPTH = {True: 6, False: 4}  # by total(losses).backward(), by backward(losses)
+# Files of options that are off, which a default step enters all the same.
+ENTERED = {
+    "distributed/detect.py",
+    "distributed/session.py",
+    "gradients/dtensor.py",
+    "linalg/kernels/dispatch.py",
+    "optimizer/cheap/reuse.py",
+    "optimizer/schedule.py",
+    "surgery/methods/excess_mtl.py",
+    "surgery/priority.py",
+}
+
+
+def test_a_step_enters_few_files_and_seldom():
+    step, optimizer = default_step()
+    counted = flow(step)
+    assert bool((optimizer.report.gramian < 0).any())  # without a conflict a step is shorter
+    assert len(counted.files) <= FILES
+    assert counted.stays.total() <= STAYS
+    assert {file for file in counted.files if off(file)} <= ENTERED
+
+
+@pytest.mark.parametrize("by_total", [True, False])
+def test_few_calls_lead_to_the_first_backward_pass(by_total):
+    stack = calls_before_backward(default_step(by_total=by_total)[0])
+    assert 1 <= len(stack) <= DEPTH[by_total], stack
+
+
+def test_stays_are_counted_where_the_file_changes():
+    step, _ = default_step()
+    counted = flow(step)
+    assert counted.calls[0] == ("optimizer/optimizer.py", "zero_grad")
+    changes = sum(a != b for (a, _), (b, _) in zip(counted.calls, counted.calls[1:], strict=False))
+    assert counted.stays.total() == changes + 1
