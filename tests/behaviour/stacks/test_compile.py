@@ -29,7 +29,7 @@ def _nothing_compiled():
 def run(scenario, caches):
     environment = {
         **os.environ,
-        "PYTHONPATH": str(SCENARIOS.parents[2]),
+        "PYTHONPATH": str(SCENARIOS.parents[3]),
         "TORCHINDUCTOR_CACHE_DIR": str(caches),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the pool of compile workers takes longer to start than to compile this
         "OMP_NUM_THREADS": "1",

@@ -7,7 +7,7 @@ import pytest
 
 import gradsurg
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")

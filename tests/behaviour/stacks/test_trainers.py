@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gradsurg
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 
 
 def example(name):

@@ -1,6 +1,6 @@
 """The promises of the library that are not about angles, as properties over optimizers, surgeries, options and seeds.
 
-Promise 2, that nobody is hurt, is tests/test_guarantee.py.
+Promise 2, that nobody is hurt, is tests/guarantee/test_update.py.
 """
 
 import copy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([\w-]+) \| ([\d.]+)[^|]*\|([^|]*)\|", PAGE, flags=re.MULTILINE)
 LIBRARIES = [row for row in ROWS if row[0] != "Python"]

@@ -1,6 +1,6 @@
 """What test_compile.py runs in processes of its own, because compiled code and its caches outlive a test.
 
-python tests/stacks/compiling.py SCENARIO: raises where something is wrong, and prints "ok".
+python tests/behaviour/stacks/compiling.py SCENARIO: raises where something is wrong, and prints "ok".
 """
 
 import sys
