@@ -1,1 +1,1 @@
-"""The only code that reads or writes as many numbers as there are parameters."""
+"""The only code that touches P numbers: Gramians, weighted sums and inner products of rows; for every higher room."""

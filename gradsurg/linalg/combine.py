@@ -14,22 +14,19 @@ from gradsurg.linalg.packing import DTYPE, alike, packed
 
 __all__ = ["combine", "correct_"]
 
-
-# Parameters below SMALL are combined together, a row at a time, but no more than so many numbers, so that u stays in
-# the cache. 5 M numbers, m = 8, all together, in such groups and one by one: tensors of 100 000 34, 19 and 18 ms, of
-# 25 000 26, 22 and 21. Smaller ones pay for the calls: 2 M numbers in tensors of 4 096, one by one 41 ms, together 16.
+# Parameters below SMALL are combined in groups, a row at a time. A group has about GROUPED numbers, so that u stays in
+# the cache. Times in ms at m = 8, for 5 M numbers (2 M in the last line):
+#   numbers per tensor   all together   in groups   one by one
+#              100 000             34          19           18
+#               25 000             26          22           21
+#                4 096                         16           41
 GROUPED = 262_144
-
-
-# Numbers of one parameter that are combined at a time: 4.2 M numbers, m = 4, in blocks of 32 768 7.7 ms, in these 6.1.
+# Numbers of one parameter that are combined at a time: 4.2 M numbers at m = 4 take 7.7 ms in blocks of 32 768 and
+# 6.1 ms in these. If u is written without a buffer in between, 40 M numbers take 78 ms in these and 65 ms in DIRECT.
 COMBINED = 131_072
-
-
-# And where u is written without a buffer in between: 40 M numbers, m = 4, in blocks of 131 072 78 ms, in these 65.
 DIRECT = 524_288
-
-
-QUICK = frozenset((torch.float32, torch.float64))  # dtypes of u that are summed as they are
+# Dtypes of u that are summed as they are.
+QUICK = frozenset((torch.float32, torch.float64))
 
 
 def combine(
@@ -46,13 +43,14 @@ def combine(
         rows: m lists of gradients; at least one of each parameter is not None.
         weights: m numbers. A row of weight 0 is not read, so a row of NaN with weight 0 is harmless.
         like: The parameters: u has their dtypes.
-        exact: Add up in float64 and round once: needed where the rows nearly cancel.
-        into: Tensors like the parameters that large ones may be written to; None makes new ones.
+        exact: Add up in float64 and round once: needed if the rows nearly cancel.
+        into: Tensors like the parameters, or None; large parts of u may be written there.
 
     Returns:
-        u; sparse where all rows of the parameter are sparse.
+        u; sparse if all rows of the parameter are sparse.
     """
     exact = exact or _too_large(weights)
+    into = [None] * len(like) if into is None else into
     result: list[Tensor | None] = [None] * len(like)
     small = packed(rows)
     dtypes = set(map(DTYPE, like))
@@ -62,37 +60,35 @@ def combine(
         parts = small.apart(small.sum(weights, *dtypes), rows[0])
         if not small.others:
             return parts
-        room = None if into is None else [into[k] for k in small.others]
-        rest = combine(small.rest, weights, [like[k] for k in small.others], into=room)
+        rest = combine(small.rest, weights, [like[k] for k in small.others], into=[into[k] for k in small.others])
         for k, part in zip([*small.places, *small.others], [*parts, *rest], strict=True):
             result[k] = part
         return [u for u in result if u is not None]
+    # By the tasks that have a gradient, dtype and device: the parameters that can be combined by one call per row.
     grouped: dict[tuple[object, ...], list[int]] = {}
-    everywhere = [i for i, weight in enumerate(weights) if weight != 0]
-    plain = not exact and everywhere and like[0].dtype in QUICK and alike([*rows, like])
+    nonzero = [i for i, weight in enumerate(weights) if weight != 0]
+    plain = not exact and nonzero and like[0].dtype in QUICK and alike([*rows, like])
     for k, parameter in enumerate(like):
         if plain and parameter.numel() < SMALL:
-            grouped.setdefault((*everywhere, parameter.dtype, parameter.device), []).append(k)
+            grouped.setdefault((*nonzero, parameter.dtype, parameter.device), []).append(k)
             continue
         if plain and parameter.numel() <= DIRECT:
-            result[k] = _sum_whole(
-                [rows[i][k] for i in everywhere], [weights[i] for i in everywhere], None if into is None else into[k]
-            )
+            result[k] = _sum_whole([rows[i][k] for i in nonzero], [weights[i] for i in nonzero], into[k])
             continue
-        column = [row[k] for row in rows]
-        some = next(g for g in column if g is not None)
-        used = [i for i, g in enumerate(column) if g is not None and weights[i] != 0]
-        if any(g is not None and g.is_sparse for g in column):
-            result[k] = sparse.combine([column[i] for i in used], [weights[i] for i in used], some)
-        elif not used:
+        present = [(i, g) for i, row in enumerate(rows) if (g := row[k]) is not None]
+        some, any_sparse = present[0][1], any(g.is_sparse for _, g in present)
+        present = [(i, g) for i, g in present if weights[i] != 0]
+        column, factors = [g for _, g in present], [weights[i] for i, _ in present]
+        if any_sparse:
+            result[k] = sparse.combine(column, factors, some)
+        elif not present:
             result[k] = torch.zeros_like(some, dtype=parameter.dtype)
         elif exact or some.numel() >= COMBINED or parameter.dtype not in QUICK:
-            spare = None if into is None else into[k]
-            out = torch.empty_like(some, dtype=parameter.dtype) if spare is None else spare
-            _sum_blocks([column[i] for i in used], [weights[i] for i in used], out, exact)
-            result[k] = out
+            out = into[k]
+            result[k] = out = torch.empty_like(some, dtype=parameter.dtype) if out is None else out
+            _sum_blocks(column, factors, out, exact)
         else:
-            grouped.setdefault((*used, parameter.dtype, parameter.device), []).append(k)
+            grouped.setdefault((*[i for i, _ in present], parameter.dtype, parameter.device), []).append(k)
     for key, indices in ((key, part) for key, every in grouped.items() for part in _groups(every, like)):
         used = [int(i) for i in key[:-2]]  # type: ignore[call-overload]
         dtype = like[indices[0]].dtype
@@ -119,7 +115,7 @@ def correct_(
         rows: m lists of gradients.
         coefficients: λ, m numbers; a row with 0 is not read.
         after: The parameters; written.
-        signs: +1 per parameter, −1 where the optimizer maximises (there the sum is added).
+        signs: +1 per parameter, −1 if the optimizer maximises (then the sum is added).
         exact: Add up in float64, for movements that nearly cancel.
     """
     exact = exact or _too_large(coefficients)
@@ -130,17 +126,15 @@ def correct_(
         rows = small.rest
         after, signs = [after[k] for k in small.others], [signs[k] for k in small.others]
     for k, parameter in enumerate(after):
-        present = [(rows[i][k], -signs[k] * coefficients[i]) for i in used]
-        present = [(g, c) for g, c in present if g is not None]
-        if any(g is not None and g.is_sparse for g, _ in present):
+        present = [(g, -signs[k] * coefficients[i]) for i in used if (g := rows[i][k]) is not None]
+        if any(g.is_sparse for g, _ in present):
             for g, c in present:
-                assert g is not None
                 parameter.add_(g.to(parameter.dtype), alpha=c)
         elif present:
             _sum_blocks([g for g, _ in present], [c for _, c in present], parameter, exact, add=True)
 
 
-def _sum_whole(column: list[Tensor | None], weights: list[float], out: Tensor | None) -> Tensor:
+def _sum_whole(column: Sequence[Tensor | None], weights: Sequence[float], out: Tensor | None) -> Tensor:
     """Return Σ w_i g_i of dense tensors of one dtype, none of them missing."""
     first, *others = [g for g in column if g is not None]
     u = torch.mul(first, weights[0], out=out)
@@ -150,15 +144,13 @@ def _sum_whole(column: list[Tensor | None], weights: list[float], out: Tensor | 
 
 
 def _sum_blocks(
-    column: list[Tensor | None], weights: list[float], out: Tensor, exact: bool, *, add: bool = False
+    column: Sequence[Tensor], weights: Sequence[float], out: Tensor, exact: bool, *, add: bool = False
 ) -> None:
     """Write Σ w_i g_i into `out`, or add it, block by block, in a wide enough dtype."""
-    *views, target = flat_column([*column, out])
-    assert target is not None
+    *views, target = [t for t in flat_column([*column, out]) if t is not None]
     wide = torch.float64 if exact else torch.promote_types(target.dtype, torch.float32)
     direct = target.dtype == wide and not add
-    every = [target, *[view for view in views if view is not None]]
-    for goal, *parts in cut(every, DIRECT if direct else COMBINED):
+    for goal, *parts in cut([target, *views], DIRECT if direct else COMBINED):
         total = goal if direct else BUFFERS.buffer(SUM, goal.numel(), wide, goal.device)
         if parts[0].dtype == wide:
             torch.mul(parts[0], weights[0], out=total)
@@ -172,7 +164,8 @@ def _sum_blocks(
             goal.copy_(total.add_(goal))
         elif not direct:
             goal.copy_(total)
-    if target.data_ptr() != out.data_ptr():  # `out` is not dense, so flattening had to copy
+    # If `out` is not dense, flattening had to copy it.
+    if target.data_ptr() != out.data_ptr():
         out.copy_(torch.view_as_complex(target.view(*out.shape, 2)) if out.is_complex() else target.view(out.shape))
 
 
@@ -190,13 +183,13 @@ def _groups(indices: list[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
         yield group
 
 
+def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]
+
+
 def _too_large(weights: Sequence[float]) -> bool:
-    """Whether a weight does not fit into float32: that of a learned task's gradient of 1e-40, made as long as others.
+    """Whether a weight does not fit into float32, as the weight of a gradient of 1e-40 that is scaled to norm 1.
 
     Met in training: a task at cross-entropy 0 under normalize="norm". Its weight times its gradient fits again.
     """
     return any(abs(w) > torch.finfo(torch.float32).max for w in weights)
-
-
-def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]

@@ -1,7 +1,6 @@
-"""The only code that touches P numbers: inner products of rows, and their combinations.
+"""The Gramian of the rows: the first pass over the gradients.
 
-`rows` is m lists of one gradient per parameter, None where a task did not reach it. Every function here has a plain
-float64 twin in reference.py. On a device other than the CPU the same code runs, block by block.
+Its plain float64 twin is in reference.py. On a device other than the CPU the same code runs, block by block.
 """
 
 from __future__ import annotations
@@ -18,6 +17,16 @@ from gradsurg.linalg.packing import packed
 
 __all__ = ["MANY_FROM", "GramianSum", "PairwiseSum", "gramian", "strip_for"]
 
+# The lower half of a product is computed in strips of FEW rows, or of MANY from MANY_FROM tasks on. Time on one core of
+# an EPYC, in ns per number:
+#   strips of     2     4     8    24
+#   m = 8       6.4   7.0   8.5
+#   m = 16       24    29    27    31
+#   m = 24       51    61    50    47
+#   m = 64      342   419   286   229
+FEW, MANY = 2, 24
+MANY_FROM = 21
+
 
 @torch.no_grad()
 def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
@@ -29,15 +38,14 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
             numbers at a time are summed one after the other: 6e-14 at worst, on constant rows.
 
     Returns:
-        Shape (m, m), float64, symmetric, on the CPU for CPU rows and on the rows' device otherwise.
+        Shape (m, m), float64, symmetric; on the CPU for CPU rows, on the rows' device otherwise.
     """
     m = len(rows)
     total = GramianSum(m)
     small = packed(rows)
     if small is not None:
-        everybody = list(range(m))
         for matrix in small.wide():
-            total.add(everybody, matrix, exact)
+            total.add(list(range(m)), matrix, exact)
         if not small.others:
             return total.result()
         rows = small.rest
@@ -53,27 +61,26 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     return total.result()
 
 
-# A product's lower half is computed in strips of so many rows: few, or many where there are many. CPU ns a number on a
-# core of an EPYC, in strips of 2, 4, 8 and 24 rows: m = 4 2.0, 2.2; m = 8 6.4, 7.0, 8.5; m = 16 24, 29, 27, 31; m = 24
-# 51, 61, 50, 47; m = 64 342, 419, 286, 229. In lanes m = 2 takes 0.79, as three dot products 1.06; m = 8 as products of
-# 16 384 numbers a row 8.0.
-FEW, MANY = 2, 24
-
-
-MANY_FROM = 21
+def strip_for(m: int) -> int:
+    """Return how many rows of a matrix of m are multiplied at a time."""
+    return MANY if m >= MANY_FROM else FEW
 
 
 class GramianSum:
-    """The lower half of a symmetric m x m float64 matrix: lanes of quick sums in tensors, single numbers in floats."""
+    """The lower half of a symmetric m x m float64 matrix, as a sum over blocks.
+
+    Quick products are summed as tensors, one sum per set of tasks and number of lanes; exact ones as single numbers.
+    """
 
     def __init__(self, m: int) -> None:
         self.m = m
-        self.entries: list[list[float]] | None = None  # single numbers, where there are any
-        self.lost: list[list[float]] = []  # what their additions rounded away
-        self.strips: dict[tuple[tuple[int, ...], int], list[PairwiseSum]] = {}  # of the tasks and lanes of blocks
+        # Single numbers, if there are any, and what their additions rounded away.
+        self.entries: list[list[float]] | None = None
+        self.lost: list[list[float]] = []
+        self.strips: dict[tuple[tuple[int, ...], int], list[PairwiseSum]] = {}
 
     def add(self, present: list[int], matrix: Matrix, exact: bool) -> None:
-        """Add the inner products of the rows of a matrix, which belong to these tasks."""
+        """Add the inner products of a matrix's rows, which belong to the tasks `present`."""
         if exact:
             for a, i in enumerate(present):
                 for b, j in enumerate(present[: a + 1]):
@@ -87,7 +94,7 @@ class GramianSum:
             long.add(strip, before)
 
     def put(self, i: int, j: int, value: float) -> None:
-        """Add to one entry, i ≥ j; thousands of blocks are summed as exactly as one."""
+        """Add to one entry, i ≥ j, with compensation: thousands of blocks are summed as exactly as one."""
         if self.entries is None:
             self.entries, self.lost = ([[0.0] * self.m for _ in range(self.m)] for _ in range(2))
         old = self.entries[i][j]
@@ -107,17 +114,19 @@ class GramianSum:
                 lower[index[:, None], index] += square.to(lower.device)
             if self.entries is not None:
                 sums, lost = torch.tensor([self.entries, self.lost], dtype=torch.float64).to(lower.device)
-                lower += sums.add_(lost.nan_to_num_(0))  # of an infinite entry nothing is lost
+                # The loss of an infinite entry is NaN, and counts as 0.
+                lower += sums.add_(lost.nan_to_num_(0))
         return torch.where(_lower_half(self.m, lower.device), lower, lower.T)
 
 
 class PairwiseSum:
     """A long sum of float64 matrices: short running sums of lanes, added pairwise at the end.
 
-    One running sum of the 6 000 products of 100 M numbers may be off by 6e-13, and these by 2e-14.
+    One running sum of the 6 000 products of 100 M numbers may be off by 6e-13; these are off by 2e-14.
     """
 
-    SHORT, MOST = 16, 64  # blocks in a running sum; sums kept
+    # Blocks in one running sum, and the number of running sums that are kept before they are added up.
+    SHORT, MOST = 16, 64
 
     def __init__(self) -> None:
         self._running: Tensor | None = None
@@ -135,16 +144,11 @@ class PairwiseSum:
                 self._done = [torch.stack(self._done).sum(0)]
 
     def total(self) -> Tensor:
-        """Return the sum of all; something must have been added."""
+        """Return the sum; something must have been added."""
         if self._running is None:
             return torch.stack(self._done).sum(0)
         running = self._running.sum(0)
         return torch.stack([*self._done, running]).sum(0) if self._done else running
-
-
-def strip_for(m: int) -> int:
-    """Return how many rows of a matrix of m are multiplied at a time."""
-    return MANY if m >= MANY_FROM else FEW
 
 
 @functools.lru_cache(maxsize=64)

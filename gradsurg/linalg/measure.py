@@ -1,4 +1,4 @@
-"""Gramian and inner products over all ranks."""
+"""Gramians and inner products over all ranks, for the layouts of distributed training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Measure:
     """Gramian and inner products of some parameters, over all ranks.
 
     Args:
-        cuts: Per parameter, the part of the flattened tensor that this rank counts, where others hold the same
+        cuts: Per parameter, the part of the flattened tensor that this rank counts if other ranks hold the same
             numbers; None counts all of it.
-        total: Adds a small tensor up over the ranks; None where there is but one.
+        total: Adds up a small tensor over the ranks; None if there is only one rank.
     """
 
     def __init__(
@@ -30,15 +30,15 @@ class Measure:
 
     @property
     def alone(self) -> bool:
-        """Whether this process has all of everything."""
+        """Whether this process holds and counts every number."""
         return self._cuts is None and self._total is None
 
     def counted(self, rows: Rows) -> Rows:
-        """Return what this rank counts of its rows."""
+        """Return the part of its rows that this rank counts."""
         return [self._counted(row) for row in rows] if self._cuts is not None else rows
 
     def gramian(self, rows: Rows, *, exact: bool = False) -> Tensor:
-        """Return what gramian.gramian does, for the whole of the rows."""
+        """Return the Gramian of the whole rows; see gramian.gramian."""
         return self._sum(gramian(self.counted(rows), exact=exact))
 
     def inner_update(
@@ -50,7 +50,7 @@ class Measure:
         *,
         exact: bool = False,
     ) -> tuple[Tensor, float]:
-        """Return what gramian.inner_update does, for the whole of rows and parameters."""
+        """Return ⟨d, g_i⟩ and ‖d‖² of the whole rows and parameters; see movement.inner_update."""
         if self.alone:
             return inner_update(rows, before, after, signs, exact=exact)
         old, new = self._counted(before), self._counted(after)
@@ -59,12 +59,12 @@ class Measure:
         return numbers[:-1], float(numbers[-1])
 
     def nonzero(self, rows: Rows) -> list[bool]:
-        """Return which rows have a number other than 0 on any rank."""
+        """Return, for each row, whether any rank has a number other than 0 in it."""
         here = [any(g is not None and bool(g.any()) for g in row) for row in rows]
         return [bool(count) for count in self._sum(torch.tensor(here, dtype=torch.float64))]
 
     def norm(self, tensors: Sequence[Tensor]) -> float:
-        """Return the length of the whole of the tensors."""
+        """Return the Euclidean length of the whole tensors, taken as one vector."""
         real = [real_of(t) for t in self._counted(tensors) if t is not None]
         square = torch.stack([n.double() for n in torch._foreach_norm(real)]).square().sum()
         return float(self._sum(square).sqrt())

@@ -1,4 +1,4 @@
-"""Inner products of a step's movement with every row."""
+"""Inner products of a step's movement with every row, for the guarantee."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inner_update(
         rows: m lists of gradients, as for `gramian`.
         before: The parameters before the optimizer's step.
         after: The parameters now.
-        signs: +1 per parameter, −1 where the optimizer maximises.
+        signs: +1 per parameter, −1 if the optimizer maximises.
         exact: As for `gramian`.
 
     Returns:
@@ -48,6 +48,7 @@ def inner_update(
     for sign, block in blocks([before, after, *rows], tags=signs, size=block_for(m + 1)):
         assert isinstance(sign, float)
         old, new, *gradients = block
+        # The movement becomes the last row of the matrix.
         matrix = BUFFERS.stack(ROWS, [*gradients, old])
         matrix.rows[-1].sub_(flat(new))
         *products, length = products_with_last(matrix, exact)

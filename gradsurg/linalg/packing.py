@@ -1,7 +1,7 @@
-"""Rows whose small tensors are packed into one matrix, once a step, for all who read them.
+"""Rows whose small tensors are packed into one matrix, once per step, for every pass that reads them.
 
-Forty tensors of a few thousand numbers cost more in calls than in arithmetic, and a step reads them up to four times:
-for the Gramian, for u, for the movement, for its correction.
+Forty tensors of a few thousand numbers cost more in calls than in arithmetic. A step reads them up to four times: for
+the Gramian, for u, for the movement and for its correction.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradsurg.linalg.blocks import BLOCK, SMALL, evenly, flat
+from gradsurg.linalg.blocks import BLOCK, SMALL, Rows, evenly, flat
 from gradsurg.linalg.buffers import BUFFERS, ROWS, Matrix, products_with_last
 
 __all__ = ["GradientTable", "PackedRows", "alike", "packed"]
 
-# Numbers of one row that are packed at most: half a MiB a task in float32, whatever the model's size.
+# The most numbers of one row that are packed: half a MiB per task in float32, whatever the model's size.
 MOST = 131_072
-
+# For map() over all tensors, without a loop in Python.
 DTYPE, DEVICE, LAYOUT = map(attrgetter, ("dtype", "device", "layout"))
 DENSE = frozenset((Tensor, Parameter))
 
 
 class GradientTable(list[list["Tensor | None"]]):
-    """m lists of one gradient (or None) per parameter, that are packed once.
+    """m lists of one gradient (or None) per parameter, packed at most once.
 
-    The tensors must not be written to while the table is in use.
+    Nobody may write to the tensors while the table is in use.
     """
 
     def __init__(self, rows: Iterable[list[Tensor | None]]) -> None:
@@ -39,7 +39,7 @@ class GradientTable(list[list["Tensor | None"]]):
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether there is a dense, real tensor of one dtype at every place, on the CPU."""
+        """Whether every entry is a dense, real tensor of one dtype, on the CPU."""
         if not (len(self) and len(self[0]) and alike(self)):
             return False
         some = self[0][0]
@@ -47,18 +47,18 @@ class GradientTable(list[list["Tensor | None"]]):
         return some.device.type == "cpu" and some.dtype.is_floating_point and some.layout is torch.strided
 
     def packed(self) -> PackedRows | None:
-        """Return the small tensors as a matrix, and the others; None where nothing can be packed."""
+        """Return the small tensors as a matrix, and the others; None if nothing can be packed."""
         if self._packed is None and self.plain and len(self[0]) > 1:
             self._packed = _pack(self)
         return self._packed
 
 
 class PackedRows:
-    """What a table holds, in two parts.
+    """The content of a GradientTable in two parts: small tensors in a matrix, and the rest as rows.
 
     Attributes:
         matrix: The small tensors of each row one after the other, shape (m, numbers), in the rows' dtype.
-        places: The positions of these in the rows.
+        places: The parameters' positions of these in a row.
         sizes: How many numbers each of them has.
         others: The positions of the rest.
         rest: The rest, as rows.
@@ -70,28 +70,26 @@ class PackedRows:
         self.matrix, self.places, self.sizes, self.others, self.rest = matrix, places, sizes, others, rest
 
     def at(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return the packed ones of one more list, such as the parameters."""
+        """Return the entries of another list, such as the parameters, at the packed positions."""
         if not self.others:
             return list(tensors)  # type: ignore[arg-type]
         return [tensors[k] for k in self.places]  # type: ignore[misc]
 
     def apart(self, vector: Tensor, like: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return views of a vector in the shapes of the packed ones of a list."""
+        """Cut a vector of all packed numbers into views, in the shapes of the packed entries of `like`."""
         return torch._utils._unflatten_dense_tensors(vector, self.at(like))  # type: ignore[no-any-return]
 
     def per_number(self, values: Sequence[float]) -> Tensor | float:
-        """Return one value per packed number from one per parameter; the value itself where all are equal."""
+        """Return one value per packed number from one per parameter; a single value if all are equal."""
         chosen = [values[k] for k in self.places]
         if chosen.count(chosen[0]) == len(chosen):
             return chosen[0]
         return torch.repeat_interleave(torch.tensor(chosen, dtype=torch.float64), torch.tensor(self.sizes))
 
     def wide(self) -> Iterator[Matrix]:
-        """Yield the columns of the matrix in blocks, as matrices of the workspace; each is overwritten by the next.
-
-        Whole, 100 000 numbers of eight tasks take 6 MiB, which a step's backward passes drive out of the cache.
-        """
+        """Yield blocks of columns in float64, each in the buffer that the next one overwrites."""
         m, count = self.matrix.shape
+        # As a whole, 100 000 numbers of eight tasks take 6 MiB, which the backward passes push out of the cache.
         for part in torch.split(self.matrix, evenly(count, BLOCK), dim=1):
             matrix = BUFFERS.matrix(ROWS, m, part.shape[1], part.device)
             matrix.numbers.copy_(part)
@@ -100,7 +98,7 @@ class PackedRows:
     def inner(
         self, before: Sequence[Tensor], after: Sequence[Tensor], signs: Sequence[float], exact: bool
     ) -> tuple[list[float], float]:
-        """Return what gramian.inner_update does, of the packed numbers."""
+        """Return ⟨d, g_i⟩ and ‖d‖² of the packed numbers, as movement.inner_update does of all."""
         old, new = flat(self.at(before)), flat(self.at(after))
         sign = self.per_number(signs)
         size = evenly(old.numel(), BLOCK)
@@ -120,9 +118,9 @@ class PackedRows:
     def sum(self, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Return Σ w_i g_i of the packed numbers, added up in a dtype; rows of weight 0 are not read."""
         total: Tensor | None = None
+        # One row after the other, as for rows that are not packed, so that both round alike. A matrix product would
+        # save 20 µs, but then the last digit would depend on what else is packed.
         for weight, row in zip(weights, self.matrix.unbind(0), strict=True):
-            # Rounded as rows that are not packed are: a matrix product would save 20 µs, and change the last digit of
-            # a step with what else is in it.
             if not weight:
                 continue
             if row.dtype != dtype:
@@ -133,20 +131,20 @@ class PackedRows:
     def correct_(
         self, coefficients: Sequence[float], after: Sequence[Tensor], signs: Sequence[float], exact: bool
     ) -> None:
-        """Do what gramian.correct_ does, to the packed parameters."""
+        """Subtract sign · Σ λ_i g_i from the packed parameters, as combine.correct_ does from all."""
         parameters = self.at(after)
         dtype = torch.float64 if exact else torch.promote_types(parameters[0].dtype, torch.float32)
         change = self.sum(coefficients, dtype).mul_(self.per_number(signs))
         torch._foreach_copy_(parameters, self.apart(torch.sub(flat(parameters), change), after))
 
 
-def packed(rows: Sequence[Sequence[Tensor | None]]) -> PackedRows | None:
-    """Return what `Table.packed` does; None of rows that are no table."""
+def packed(rows: Rows) -> PackedRows | None:
+    """Return `GradientTable.packed`; None for rows of any other type."""
     return rows.packed() if isinstance(rows, GradientTable) else None
 
 
-def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Whether nothing is missing and all have one dtype, device and layout, asked without a loop in Python."""
+def alike(lists: Rows) -> bool:
+    """Whether no tensor is missing and all have one dtype, device and layout."""
     tensors = list(chain.from_iterable(lists))
     return (
         DENSE.issuperset(map(type, tensors))
@@ -157,7 +155,7 @@ def alike(lists: Sequence[Sequence[Tensor | None]]) -> bool:
 
 
 def _pack(rows: GradientTable) -> PackedRows | None:
-    dense: list[Tensor] = rows[0]  # type: ignore[assignment]  # the table is plain: none is missing
+    dense: list[Tensor] = rows[0]  # type: ignore[assignment]  # a plain table misses none
     sizes = list(map(Tensor.numel, dense))
     every = range(len(sizes))
     places: list[int] = []

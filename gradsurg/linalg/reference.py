@@ -1,4 +1,4 @@
-"""The plain float64 twins of gramian.py: what it means, in as few lines as possible. Tests compare the two."""
+"""Plain float64 twins of gramian, combine and movement: their meaning in a few lines, for tests to compare with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "correct", "gramian", "inner_update", "matrix"]
+from gradsurg.linalg.blocks import Rows, real_of
 
-Rows = Sequence[Sequence["Tensor | None"]]
+__all__ = ["combine", "correct", "gramian", "inner_update", "matrix"]
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Return the tensors as one float64 vector of real numbers, zeros for None."""
     dense = [torch.zeros_like(p) if t is None else t.detach().to_dense() for t, p in zip(tensors, like, strict=True)]
-    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
-    return torch.cat([t.double().reshape(-1) for t in real])
+    return torch.cat([real_of(t).double().reshape(-1) for t in dense])
 
 
 def matrix(rows: Rows, like: Sequence[Tensor]) -> Tensor:
@@ -27,7 +26,8 @@ def matrix(rows: Rows, like: Sequence[Tensor]) -> Tensor:
 def gramian(rows: Rows, like: Sequence[Tensor]) -> Tensor:
     """Return J Jᵀ."""
     J = matrix(rows, like)
-    return torch.stack([(J * row).sum(1) for row in J])  # pairwise sums: a matrix product is good to 1e-13 only
+    # Pairwise sums: a matrix product is good to 1e-13 only.
+    return torch.stack([(J * row).sum(1) for row in J])
 
 
 def combine(rows: Rows, weights: Sequence[float], like: Sequence[Tensor]) -> Tensor:
