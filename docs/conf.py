@@ -1,15 +1,18 @@
 """How Sphinx builds the documentation: sphinx-build -W --keep-going docs docs/_build/html.
 
-Formulas are plain Unicode, as in the docstrings: MathJax and KaTeX come from a network that a reader behind a firewall
-and CI do not have, imgmath needs LaTeX, and nothing here needs more than sums, norms and indices.
+Formulas are rendered by KaTeX in the reader's browser, from files in static/katex that are built into the site, so that
+a page loads nothing from another host. Pages write $...$; docstrings write Unicode, which formulas.py turns into LaTeX.
 """
 
 import sys
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from formulas import role  # noqa: E402
 from made import make_pages  # noqa: E402
 
 import gradsurg  # noqa: E402
@@ -23,7 +26,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "generated/toctrees.md", "generated/cost-*.md", "generated/last-*.md"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_double_inline = True
+html_math_renderer = "katex"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature and the Args say it
 napoleon_google_docstring = True
@@ -33,17 +38,25 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"gradsurg {release}"
 html_static_path = ["static"]
-html_css_files = ["site.css"]
+html_css_files = ["katex/katex.min.css", "site.css"]
+html_js_files = ["katex/katex.min.js", "katex/formulas.js"]
 html_theme_options = {"navigation_with_keys": True}
 
 
 def readable(app, what, name, obj, options, lines):
-    """Let docstrings say |x| and list options, both of which reStructuredText takes for markup of its own."""
-    in_code = False
-    for k, line in enumerate(lines):
-        in_code = bool(line.strip()) and (in_code or line.lstrip().startswith(">>>"))
-        if not in_code and not line.lstrip().startswith(".."):
-            lines[k] = line.replace("|", r"\|")
+    """Render the formulas of docstrings, and let these say |x|, which reStructuredText takes for markup of its own."""
+    # Stretches of prose and of code in turn: a formula may go on in the next line.
+    stretches, in_code = [], None
+    for line in lines:
+        code = line.lstrip().startswith(">>>") or bool(in_code and line.strip()) or line.lstrip().startswith("..")
+        if code is not in_code:
+            stretches.append((code, []))
+            in_code = code
+        stretches[-1][1].append(line)
+    lines[:] = []
+    for code, stretch in stretches:
+        text = "\n".join(stretch)
+        lines += (text if code else role(text).replace("|", r"\|")).split("\n")
 
 
 def listed(app, what, name, obj, options, lines):
@@ -62,10 +75,23 @@ def listed(app, what, name, obj, options, lines):
                 lines[k] = line[2:]
 
 
+def inline_formula(translator, node):
+    """Write a formula for static/katex/formulas.js."""
+    translator.body.append(f'<span class="math">{translator.encode(node.astext())}</span>')
+    raise SkipNode
+
+
+def displayed_formula(translator, node):
+    """Write a formula that stands by itself."""
+    translator.body.append(f'<div class="math">{translator.encode(node.astext())}</div>')
+    raise SkipNode
+
+
 def setup(app):
-    """Register both."""
+    """Register what this file adds to Sphinx."""
     app.connect("autodoc-process-docstring", listed, priority=1)
     app.connect("autodoc-process-docstring", readable, priority=900)
+    app.add_html_math_renderer("katex", (inline_formula, None), (displayed_formula, None))
 
 
 make_pages(HERE)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from formulas import dollars
+
 import gradsurg
 
 __all__ = ["make_pages"]
@@ -89,7 +91,7 @@ def _methods(pages: Path) -> str:
             if method.kind == kind:
                 options = ", ".join(f"`{name}={value!r}`" for name, value in method.options.items())
                 lines.append(
-                    f"| {_linked(method.name, pages)} | {_cell(method.promise)} | {options} | {_cell(method.paper)} |"
+                    f"| {_linked(method.name, pages)} | {_cell(dollars(method.promise))} | {options} | {_cell(method.paper)} |"
                 )
     listed = [f"../methods/{page.stem}" for page in sorted(pages.glob("*.md"))]
     if listed:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from formulas import dollars
+
 import gradsurg
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.surgery import SURGERIES
@@ -36,16 +38,16 @@ def _section(method: gradsurg.methods.Method, cls: Any) -> str:  # type: ignore[
     parts = _parts(inspect.getdoc(cls) or "")
     surgery = method.kind == "surgery"
     argument = "surgery" if surgery else "normalize"
-    lines = [f"## As `{argument}=`", "", _summary(parts["text"]), ""]
+    lines = [f"## As `{argument}=`", "", dollars(_summary(parts["text"])), ""]
     lines += [f'`{argument}="{method.name}"`, the class `gradsurg.{argument}.{cls.__name__}`. {method.paper}.', ""]
     if len(parts["text"].split("\n\n")) > 1:
-        lines += [parts["text"].partition("\n\n")[2], ""]
+        lines += [dollars(parts["text"].partition("\n\n")[2]), ""]
     if "What differs" in parts:
-        lines += ["### What differs from the paper", "", _sentence(parts["What differs"]), ""]
+        lines += ["### What differs from the paper", "", dollars(_sentence(parts["What differs"])), ""]
     if surgery:
-        lines += ["### What it guarantees", "", f"By itself: {method.promise}.", "", _on_top(cls), ""]
+        lines += ["### What it guarantees", "", f"By itself: {dollars(method.promise)}.", "", _on_top(cls), ""]
     if "When it fails" in parts:
-        lines += ["### When it fails", "", _sentence(parts["When it fails"]), ""]
+        lines += ["### When it fails", "", dollars(_sentence(parts["When it fails"])), ""]
     if method.options:
         lines += ["### Options", "", *_options(method.options, parts.get("Args", "")), ""]
     lines += ["### Example", "", "```python", *_example(parts["Example"]), "```", ""]
@@ -88,7 +90,7 @@ def _options(options: dict[str, Any], text: str) -> Iterator[str]:
     described = dict(re.findall(r"^(\w+): (.*(?:\n[ ]+.*)*)", text, flags=re.MULTILINE))
     yield from ("| option | default | |", "| --- | --- | --- |")
     for name, default in options.items():
-        meaning = " ".join(described.get(name, "").split()).replace("|", r"\|")
+        meaning = dollars(" ".join(described.get(name, "").split())).replace("|", r"\|")
         yield f"| `{name}` | `{default!r}` | {meaning} |"
 
 
