@@ -59,22 +59,6 @@ def readable(app, what, name, obj, options, lines):
         lines += (text if code else role(text).replace("|", r"\|")).split("\n")
 
 
-def listed(app, what, name, obj, options, lines):
-    """Make a bullet list of the options that wrap() describes below **options, before napoleon sees them."""
-    begun = None
-    for k, line in enumerate(lines):
-        indent = len(line) - len(line.lstrip())
-        if line.lstrip().startswith("**options:"):
-            begun = indent
-        elif begun is not None and line.strip():
-            if indent <= begun:
-                begun = None
-            elif indent == begun + 4:
-                lines[k] = f"{line[:indent]}* {line[indent:]}"
-            else:
-                lines[k] = line[2:]
-
-
 def inline_formula(translator, node):
     """Write a formula for static/katex/formulas.js."""
     translator.body.append(f'<span class="math">{translator.encode(node.astext())}</span>')
@@ -89,7 +73,6 @@ def displayed_formula(translator, node):
 
 def setup(app):
     """Register what this file adds to Sphinx."""
-    app.connect("autodoc-process-docstring", listed, priority=1)
     app.connect("autodoc-process-docstring", readable, priority=900)
     app.add_html_math_renderer("katex", (inline_formula, None), (displayed_formula, None))
 

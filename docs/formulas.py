@@ -11,19 +11,19 @@ from collections.abc import Callable
 
 __all__ = ["dollars", "role", "tex"]
 
-GREEK = dict(
-    zip(
-        "αβγδεζηθκλμνξπρστφχψωΓΔΘΛΞΠΣΦΨΩℓ",
-        "alpha beta gamma delta varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau varphi chi psi omega "
-        "Gamma Delta Theta Lambda Xi Pi sum Phi Psi Omega ell".split(),
-        strict=True,
-    )
+SMALL_GREEK = (
+    "αalpha βbeta γgamma δdelta εvarepsilon ζzeta ηeta θtheta κkappa λlambda μmu νnu ξxi πpi ρrho σsigma τtau φvarphi"
 )
-OPERATORS = {"=": "=", "<": "<", ">": ">", "~": r"\sim", "≤": r"\le", "≥": r"\ge", "∝": r"\propto", "∈": r"\in",
-             "←": r"\leftarrow", "→": r"\to", "+": "+", "−": "-", "·": r"\cdot", "×": r"\times", "/": "/", "≈": r"\approx", "∂": r"\partial"}  # fmt: skip
+LARGE_GREEK = "χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi Σsum ΦPhi ΨPsi ΩOmega ℓell"
+GREEK = {entry[0]: entry[1:] for entry in f"{SMALL_GREEK} {LARGE_GREEK}".split()}
+OPERATORS = {
+    **{c: c for c in "=<>+/"},
+    **{"~": r"\sim", "≤": r"\le", "≥": r"\ge", "≈": r"\approx", "∝": r"\propto", "∈": r"\in"},
+    **{"←": r"\leftarrow", "→": r"\to", "−": "-", "·": r"\cdot", "×": r"\times", "∂": r"\partial"},
+}
 SYMBOLS = {"∞": r"\infty", "√": r"\sqrt", "½": r"\tfrac12", "…": r"\dots"}
-POWERS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀ", "0 1 2 3 4 5 6 7 8 9 + - T".split(), strict=True))
-LOWS = dict(zip("₀₁₂₃₄₅₆₇₈₉ᵢⱼₘ", "0 1 2 3 4 5 6 7 8 9 i j m".split(), strict=True))
+POWERS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀ", "0123456789+-T", strict=True))
+LOWS = dict(zip("₀₁₂₃₄₅₆₇₈₉ᵢⱼₘ", "0123456789ijm", strict=True))
 ACCENTS = {"\u0302": r"\hat", "\u0303": r"\tilde"}  # combining, after NFD
 COMPOSED = {"ĝ": r"\hat g", "ŵ": r"\hat w", "ŝ": r"\hat s", "ũ": r"\tilde u"}
 FUNCTIONS = ("softmax", "argmin", "argmax", "exp", "log", "cos", "max", "min")
@@ -37,7 +37,7 @@ _ATOM = re.compile(
 )
 _AFTER = re.compile(rf"[\u0302\u0303]|[{''.join(POWERS)}]+|[{''.join(LOWS)}]+|{_SCRIPT}")
 _WORD = re.compile(r"[A-Za-z][a-zß-ÿ]+(?:-[a-z]+)*")
-# What ends the search for formulas: code, doctests, quoted words, and words, those with a hyphen or apostrophe included.
+# What is never a formula: code, doctests, quotations, fields such as :param x:, and words with a hyphen or apostrophe.
 _PROSE = re.compile(
     r"``[^`]+``|`[^`]*`|\"[^\"]*\"|>>> .*|->|:[a-z]+(?: [\w*, ]+)?:(?=\s|$)|[A-Za-z]+'s\b|(?:[a-z]\.){2,}|[A-Z][0-9]+"
     r"|[A-Za-z][A-Za-z0-9]+(?:[-'.=_][A-Za-z]{2,}[\w=\"-]*)+|[A-Z]{2,}\w*"
@@ -144,8 +144,10 @@ class _Formula:
                 words = re.compile(r"[A-Za-z]+(?:\s+[A-Za-z]+)*(?=\s*[)}])").match(text, k) or word
                 self._parts.append(_words(words[0]) if after_operator else rf"\ {_words(words[0])}")
                 k, after_operator = words.end(), False
-            elif (atom := _ATOM.match(text, k)) and not _PROSE.match(text, k) and not (
-                self._begins_word(k) and _plain_word(text, k)
+            elif (
+                (atom := _ATOM.match(text, k))
+                and not _PROSE.match(text, k)
+                and not (self._begins_word(k) and _plain_word(text, k))
             ):
                 if not self._open and atom[0] in "aeACIX" and not re.match(r"[_^²]", text[atom.end() :]):
                     joined = after_operator and k > begin

@@ -90,9 +90,8 @@ def _methods(pages: Path) -> str:
         for method in gradsurg.methods():
             if method.kind == kind:
                 options = ", ".join(f"`{name}={value!r}`" for name, value in method.options.items())
-                lines.append(
-                    f"| {_linked(method.name, pages)} | {_cell(dollars(method.promise))} | {options} | {_cell(method.paper)} |"
-                )
+                cells = [_linked(method.name, pages), _cell(dollars(method.promise)), options, _cell(method.paper)]
+                lines.append(f"| {' | '.join(cells)} |")
     listed = [f"../methods/{page.stem}" for page in sorted(pages.glob("*.md"))]
     if listed:
         lines += ["", "```{toctree}", ":hidden:", "", *listed, "```"]

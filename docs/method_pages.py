@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # formulas.py is beside this file
 
 from formulas import dollars
 
@@ -34,7 +37,7 @@ def pages() -> dict[str, str]:
     return {name: f"# {name[:-3]}\n\n" + "\n".join(sections) for name, sections in texts.items()}
 
 
-def _section(method: gradsurg.methods.Method, cls: Any) -> str:  # type: ignore[name-defined]
+def _section(method: gradsurg.methods.Method, cls: Any) -> str:
     parts = _parts(inspect.getdoc(cls) or "")
     surgery = method.kind == "surgery"
     argument = "surgery" if surgery else "normalize"
@@ -45,7 +48,7 @@ def _section(method: gradsurg.methods.Method, cls: Any) -> str:  # type: ignore[
     if "What differs" in parts:
         lines += ["### What differs from the paper", "", dollars(_sentence(parts["What differs"])), ""]
     if surgery:
-        lines += ["### What it guarantees", "", f"By itself: {dollars(method.promise)}.", "", _on_top(cls), ""]
+        lines += ["### What it guarantees", "", f"By itself: {method.promise}.", "", _on_top(cls), ""]
     if "When it fails" in parts:
         lines += ["### When it fails", "", dollars(_sentence(parts["When it fails"])), ""]
     if method.options:
@@ -53,7 +56,7 @@ def _section(method: gradsurg.methods.Method, cls: Any) -> str:  # type: ignore[
     lines += ["### Example", "", "```python", *_example(parts["Example"]), "```", ""]
     lines += ["In training:", "", "```python", *_training(method, cls, argument), "```", ""]
     if "Source" in parts:
-        lines += ["### Source", "", parts["Source"], ""]
+        lines += ["### Source", "", dollars(parts["Source"]), ""]
     return "\n".join(lines)
 
 

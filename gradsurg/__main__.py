@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gradsurg._version import __version__
+from gradsurg import __version__
 from gradsurg.demo.digits import BATCH, OPTIMIZERS, PRIORS, TASKS, Data, Job, compare, conflicts, train
 from gradsurg.demo.table import plot, table
 from gradsurg.monitor.page import main as report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import importlib.metadata
 import importlib.util
 import io
 import re
@@ -12,8 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradsurg import plot
-from gradsurg._version import __version__
+from gradsurg.monitor import plot
 from gradsurg.monitor.history import History
 from gradsurg.monitor.verdict import verdict
 from gradsurg.optimizer.report import Report
@@ -89,7 +89,7 @@ def page(reports: Sequence[Report], name: str) -> str:
     )
     pictures = "".join(_pictures(reports))
     about = f"{len(reports)} recorded steps, {reports[0].step} to {reports[-1].step}"
-    made = f"gradsurg {__version__}, {time.strftime('%Y-%m-%d')}"
+    made = f"gradsurg {importlib.metadata.version('gradsurg')}, {time.strftime('%Y-%m-%d')}"
     title = html.escape(f"Tasks and conflicts: {name}")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
