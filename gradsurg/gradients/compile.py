@@ -1,9 +1,9 @@
-"""torch.compile: what goes wrong where a compiled graph is kept for several backward passes, and what is done about it.
+"""torch.compile: makes compiled graphs safe for several backward passes, and refuses those that are not.
 
-Compiled backward code may overwrite the activations that it reads ("donated buffers"), which is right for a graph that
-runs once and ruins it for the tasks that come after the first. torch refuses that only where it notices: the compiled
-code found in the on-disk cache may be of the wrong kind, because the flag is no part of the cache's key. Then the
-other tasks' gradients are wrong and nobody says so.
+Compiled backward code may overwrite the activations that it reads ("donated buffers"). That is right for a graph that
+runs once, and ruins the graph for the second task. torch does not always refuse it: the flag is not part of the key of
+the on-disk cache, so the compiled code found there may be of the wrong kind. The other tasks' gradients are then wrong
+without any error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.graph import walk
 
 __all__ = [
     "Watch",
@@ -38,18 +39,18 @@ ADVICE = (
     "Call gradsurg.prepare_compile() once, at the start of the program. Do not set "
     "torch._functorch.config.donated_buffer instead: with a warm on-disk cache the gradients are then silently wrong."
 )
-# Compiled graphs that were seen to leave alone what they keep. By class: torch makes one for every compilation.
+# Compiled graphs that were seen not to overwrite what they keep, by class: torch makes one class per compilation.
 _SOUND: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def prepare_compile() -> None:
-    """Make torch.compile fit for several backward passes through one graph; call it once, before anything else.
+    """Make torch.compile safe for several backward passes through one graph; call it once, before anything else.
 
-    It switches donated buffers off, gives this program's compiled code a key of its own in the on-disk cache, where
-    code compiled with them may lie, and forgets what this process compiled so far. A second call changes nothing.
+    It switches off donated buffers and forgets what this process has compiled so far. It also gives this program's code
+    its own key in the on-disk cache, which may hold code with donated buffers. A second call changes nothing.
 
-    It fails to help where code was compiled ahead of time and is loaded past torch.compile; a step through such a
-    graph is refused, like every step through a graph that turns out not to keep what it should.
+    When it fails: code that was compiled ahead of time and is loaded without torch.compile stays as it is. A step
+    through such a graph is refused if the graph overwrites what it should keep.
 
     Example:
         >>> import gradsurg
@@ -61,10 +62,12 @@ def prepare_compile() -> None:
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    if hasattr(functorch, "donated_buffer"):  # since torch 2.6
+    # Since torch 2.6.
+    if hasattr(functorch, "donated_buffer"):
         functorch.donated_buffer = False
         tags = _tags()
-        if tags is None:  # this option is part of the cache's key, and rules out what the donation is for
+        if tags is None:
+            # This option is part of the cache's key, and rules out the only use of donated buffers.
             inductor.inplace_buffers = False  # type: ignore[attr-defined, unused-ignore]
         else:
             tags.cache_key_tag = f"{tags.cache_key_tag}{TAG}"
@@ -72,35 +75,36 @@ def prepare_compile() -> None:
 
 
 def anything_compiled() -> bool:
-    """Return whether torch.compile made any function with a backward pass in this process so far."""
+    """Whether torch.compile has made a function with a backward pass in this process."""
     return bool(_compiled_functions())
 
 
 @functools.cache
 def outside_compilation(function: F) -> F:
-    """Return the function, left alone by torch.compile; not for use at import, which it makes slow.
+    """Return the function, excluded from torch.compile. Not for use at import, which it would slow down.
 
-    Tracing it would gain nothing, since every backward pass breaks the graph, and took a minute for one small model.
-    What autograd calls needs it too: a compiled training step traces that, and compiled autograd all of it.
+    Tracing our functions would gain nothing, since every backward pass breaks the graph; it took a minute for one small
+    model. Functions that autograd calls need this too: compiled autograd traces them.
     """
     reason = (
         "gradsurg runs backward passes of its own, which cannot be traced: return the losses from the compiled "
         "function, and call total(), backward(), task() and step() outside of it"
     )
-    known = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.7
+    # Since torch 2.7.
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters
     return cast(F, torch.compiler.disable(function, **({"reason": reason} if known else {})))
 
 
 class Watch:
-    """Sees to it that a backward pass leaves alone what its compiled graph keeps for the next.
+    """Refuses a backward pass that overwrites what its compiled graph keeps for the next one.
 
-    Built before the first backward pass, it takes a checksum of every tensor that a compiled graph saved, and `check`
-    compares after the pass. Each compiled graph is watched once, and where nothing was compiled this costs nothing. To
-    repeat the first backward pass after the last and compare would miss a graph that overwrites only what the first
-    loss has no need of.
+    It is built before the first backward pass, and takes a checksum of every tensor that a compiled graph saved;
+    `check` compares after each pass. Each compiled graph is watched once, and a program that compiles nothing pays
+    nothing. Repeating the first backward pass after the last one would not be enough: it would miss a graph that
+    overwrites only what the first loss does not need.
 
     Args:
-        losses: What backward passes will start from.
+        losses: The losses that backward passes will start from.
     """
 
     def __init__(self, losses: Iterable[Tensor]) -> None:
@@ -118,7 +122,7 @@ class Watch:
         """Compare after the backward pass of a loss whose graph was kept.
 
         Raises:
-            MultiTaskError: It overwrote something.
+            MultiTaskError: The pass overwrote something that the graph keeps.
         """
         if not self._nodes:
             return
@@ -132,7 +136,9 @@ class Watch:
             _SOUND.add(_function_of(node))
 
 
-class _Advising:  # a function that yields takes three times as long, once a task
+class _Advising:
+    # A class, because entering a generator takes three times as long, once per task.
+
     def __enter__(self) -> None:
         pass
 
@@ -150,18 +156,18 @@ _ADVISING = _Advising()
 
 
 def advise() -> AbstractContextManager[None]:
-    """Turn torch's refusal of a kept graph in this block, whose own advice can give wrong gradients, into ours."""
+    """Replace torch's error about a kept graph in this block, whose advice can give wrong gradients, by ours."""
     return _ADVISING
 
 
 @contextmanager
 def noticing_kept_graphs(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse, at the end, backward passes of compiled code inside this block that kept their graph unprepared.
+    """Refuse, at the end of this block, if the user's backward passes in it kept a compiled graph unprepared.
 
-    They are somebody else's, so that there is no loss to give to `Watch` beforehand.
+    We don't know their losses beforehand, so `Watch` can't be used.
 
     Raises:
-        MultiTaskError: There was one.
+        MultiTaskError: There was such a backward pass.
     """
     if _is_prepared():
         yield
@@ -186,14 +192,14 @@ def noticing_kept_graphs(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def graph_is_kept() -> bool:
-    """Return whether the backward pass in progress was told to retain its graph."""
-    # Private and present since torch 1.x; without it, keeping the graph costs memory but is never wrong.
+    """Whether the backward pass in progress was told to retain its graph."""
+    # Private, but present since torch 1.x. Without it we keep the graph, which costs memory but is never wrong.
     probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if probe is None else bool(probe())
 
 
 def in_compiled_autograd() -> bool:
-    """Return whether the backward pass in progress is one that compiled autograd captured."""
+    """Whether compiled autograd captured the backward pass in progress."""
     return bool(getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False))
 
 
@@ -219,23 +225,15 @@ def _tags() -> Any:
 
 
 def _compiled_functions() -> list[type]:
-    if "torch._functorch.aot_autograd" not in sys.modules:  # imported by the first compilation, and not by torch
+    # The first compilation imports this module; torch itself does not.
+    if "torch._functorch.aot_autograd" not in sys.modules:
         return []
     return [cls for cls in torch.autograd.Function.__subclasses__() if cls.__name__ == "CompiledFunction"]
 
 
 def _compiled_nodes(loss: Tensor) -> list[Any]:
     """Return the nodes of compiled code in the graph of a loss."""
-    nodes, seen, ahead = [], set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "CompiledFunctionBackward":
-            nodes.append(node)
-        ahead.extend(following for following, _ in node.next_functions)
-    return nodes
+    return [node for node in walk([loss.grad_fn])[0] if type(node).__name__ == "CompiledFunctionBackward"]
 
 
 def _function_of(node: Any) -> type:
@@ -243,7 +241,7 @@ def _function_of(node: Any) -> type:
 
 
 def _checksums(node: Any) -> Tensor:
-    """Return the sum of all bytes of each tensor that a node saved, exact, on the first one's device."""
+    """Return the exact sum of all bytes of each tensor that a node saved, on the first one's device."""
     saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
     sums = [t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in saved if isinstance(t, Tensor)]
     return torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0)

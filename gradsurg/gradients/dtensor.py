@@ -1,4 +1,4 @@
-"""The numbers of a tensor that are on this rank."""
+"""DTensors: the numbers of a tensor that are on this rank. For the rest of gradients/ and for distributed/."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return a number that changes with every write; torch._foreach_mul_ (clipping) counts only the shard's own."""
-    if type(tensor) is Tensor:  # asked of every p.grad, every step
+    """Return a number that changes with every write to the tensor."""
+    # Asked for every p.grad in every step, so the usual case comes first.
+    if type(tensor) is Tensor:
         return tensor._version
+    # torch._foreach_mul_ (clipping) changes the version of the shard only.
     return tensor._version if not hasattr(tensor, "to_local") else tensor._version + local_of(tensor)._version
 
 
 def on_every_rank(tensor: Tensor) -> bool:
-    """Whether every rank holds some of the tensor's numbers: ⌈n / ranks⌉ each may leave nothing for the last."""
+    """Whether every rank holds some of the tensor's numbers; ⌈n / ranks⌉ on each may leave none for the last."""
     if tensor.numel() == 0:
         return False
     for d, placement in enumerate(getattr(tensor, "placements", ())):

@@ -1,4 +1,4 @@
-"""Hooks that step an optimizer in the middle of a backward pass, which leave nothing to do surgery on."""
+"""Refuses hooks that step an optimizer during a backward pass, since they leave no gradients for surgery."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["hooked_among", "refusing_steps_in_backward"]
 
 
 def hooked_among(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parameters with a hook of register_post_accumulate_grad_hook."""
-    # The attribute is private, and None without hooks; without it, the error stays the one that torch has.
+    """Return the parameters that have a hook of register_post_accumulate_grad_hook."""
+    # The attribute is private, and None without hooks. If torch drops it, the user gets torch's error instead of ours.
     return [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
 def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Refuse hooks of register_post_accumulate_grad_hook that change their parameter, one of these, in this block.
+    """Return a context that refuses hooks of register_post_accumulate_grad_hook if they change their parameter.
 
-    One that only looks is welcome: it runs once a task, and sees that task's gradient. One that steps has used up the
-    first task's gradient before the second is there. torch notices only where the next task's graph still needs the
-    old numbers, and says something about an inplace operation.
+    A hook that only reads is fine: it runs once per task and sees the task's gradient. A hook that steps uses up the
+    first task's gradient before the second exists. torch notices this only if the next task's graph still needs the
+    old numbers, and then reports an inplace operation.
 
     Raises:
-        MultiTaskError: A parameter with such a hook has changed.
+        MultiTaskError: One of the parameters `hooked` has changed.
     """
     return _refusing(hooked) if hooked else nullcontext()
 
@@ -48,6 +48,6 @@ def _check(hooked: Sequence[tuple[Tensor, int]], cause: BaseException | None) ->
         raise MultiTaskError(
             f"a hook of register_post_accumulate_grad_hook changed {len(stepped)} of the optimizer's parameters (the "
             f"first of shape {tuple(stepped[0].shape)}) during backward, as an optimizer in the backward pass does: "
-            "by then only one task's gradient is known, so there is no surgery, and no step that hurts nobody. Remove "
-            "the hook and call step() after backward. p.grad is as before, the parameters are as the hook left them."
+            "then only one task's gradient is known, so there can be no surgery. Remove the hook and call step() "
+            "after backward. p.grad is as before, the parameters are as the hook left them."
         ) from cause

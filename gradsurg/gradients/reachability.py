@@ -1,4 +1,4 @@
-"""Which parameters a task reaches, where compiled code returns zeros for those that it does not."""
+"""Tells which parameters a task reaches although compiled code returns zeros for the others. For capture.py."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ __all__ = ["Reachability"]
 class Reachability:
     """Remembers every parameter for which a task ever had a gradient other than zero.
 
-    One compiled graph has one backward pass for all that it returns: with the heads inside, each task gets zeros for
-    the heads of the others instead of None, and all of them would look shared. So a gradient that is zero throughout,
-    of a parameter that the task never reached before, counts as none. Nothing is lost by that, since zeros add
-    nothing; a parameter whose gradient is zero at first only (a new adapter's) is reached from the first number on.
+    One compiled graph has one backward pass for all its outputs. If the heads are inside, each task gets zeros instead
+    of None for the heads of the others, and all heads would look shared. So a gradient of zeros counts as none if the
+    task never reached the parameter before. Nothing is lost, since zeros add nothing. A parameter whose gradient is
+    zero only at first (a new adapter's) is reached from its first other number on.
+
+    Attributes:
+        anywhere: Turns flags of this rank into flags that are set on any rank; see Layout.anywhere.
     """
 
     def __init__(self) -> None:
-        self.anywhere: Callable[[Tensor], Tensor] = (
-            _here  # of flags, those that are set on any rank; see Layout.anywhere
-        )
+        self.anywhere: Callable[[Tensor], Tensor] = _here
         self._known: dict[str, WeakIdKeyDictionary] = {}
 
     def sift(self, name: str, row: Row) -> Row:
-        """Take out of a task's row what it does not reach, and return that.
-
-        Only parameters not known to be reached are looked at, so that this soon costs no more than the others' heads.
-        """
+        """Remove from a task's row the parameters that it does not reach, and return these with their zeros."""
+        # Parameters that are known to be reached aren't looked at again: soon only the other tasks' heads are.
         known = self._known.setdefault(name, WeakIdKeyDictionary())
         unknown = [(p, g) for p, g in row.items() if p not in known and not g.is_sparse]
         if not unknown:

@@ -1,4 +1,4 @@
-"""Per task name, one gradient tensor per parameter: what the surgery works on."""
+"""The rows of a step: for each task, one gradient tensor per parameter. For every room above."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from gradsurg.linalg.packing import GradientTable
+from gradsurg.linalg.sparse import added
 
 __all__ = ["ByParameter", "Row", "TaskRows", "added", "is_finite"]
-
 
 V = TypeVar("V")
 
 
 class ByParameter(Generic[V]):
-    """What a dict from tensors to values is, in the order of insertion, without hashing a tensor.
+    """A dict from tensors to values, by the tensors' identity, in the order of insertion.
 
-    Tensor.__hash__ is Python code, and comparing tensors gives tensors. The parameters are held, so that no id can come
-    to mean another tensor.
+    A real dict would call Tensor.__hash__, which is Python code, and compare tensors, which gives tensors. The keys are
+    kept alive, so that no id can come to mean another tensor.
     """
 
     __slots__ = ("_pairs",)
@@ -48,12 +48,12 @@ class ByParameter(Generic[V]):
         self._pairs[id(parameter)] = (parameter, value)
 
     def get(self, parameter: Tensor) -> V | None:
-        """Return the value, or None where there is none."""
+        """Return the value, or None if there is none."""
         pair = self._pairs.get(id(parameter))
         return None if pair is None else pair[1]
 
     def pop(self, parameter: Tensor) -> V | None:
-        """Remove an entry and return its value, or None where there is none."""
+        """Remove an entry and return its value, or None if there is none."""
         pair = self._pairs.pop(id(parameter), None)
         return None if pair is None else pair[1]
 
@@ -66,7 +66,7 @@ class ByParameter(Generic[V]):
         return [pair[1] for pair in self._pairs.values()]
 
     def at(self, parameters: Iterable[Tensor]) -> list[V | None]:
-        """Return the value of each of these parameters, or None where there is none."""
+        """Return the value of each of these parameters, or None if there is none."""
         find = self._pairs.get
         return [pair[1] if (pair := find(key)) else None for key in map(id, parameters)]
 
@@ -86,25 +86,27 @@ class ByParameter(Generic[V]):
 if TYPE_CHECKING:
     Row = ByParameter[Tensor]
 else:
-    Row = ByParameter  # calling ByParameter[Tensor] takes as long again as the call itself, and a step makes thirty
+    # Calling ByParameter[Tensor] takes twice as long as calling ByParameter, and a step makes thirty rows.
+    Row = ByParameter
 
 
 class TaskRows:
     """The task gradients gathered since the last step, in the order in which the tasks first came.
 
-    Gradients of the same task add up, as they do in `p.grad`. A parameter that no backward pass of a task reached is
-    missing from its row; that is how shared and task-specific parameters are told apart.
+    Gradients of the same task add up, as they do in `p.grad`. A task's row lacks the parameters that its backward
+    passes did not reach; this tells shared from task-specific parameters.
 
     Args:
-        dtype: What to store the gradients of shared parameters in (row_dtype); None keeps them as they come. A
-            parameter that only one task reached keeps its gradient to the bit, and so do complex and sparse ones.
+        dtype: The dtype in which gradients of shared parameters are stored (row_dtype); None keeps theirs. A parameter
+            that only one task reached keeps its gradient to the bit, and so do complex and sparse ones.
+
+    Attributes:
+        blank: Zeros of parameters that no task reached, but for which compiled code returned a gradient.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        self.blank: Row | None = (
-            None  # zeros of parameters that no task reached, and compiled code returned all the same
-        )
+        self.blank: Row | None = None
         self._rows: dict[str, Row] = {}
 
     def __len__(self) -> int:
@@ -121,20 +123,12 @@ class TaskRows:
 
     def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor]) -> None:
         """Add a task's gradients to its row. The tensors now belong to the rows, and so does a Row itself."""
-        if name not in self._rows:
-            self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
-            if self.dtype is not None:
-                self._narrow(self._rows[name])
-            return
-        row = self._rows[name]
-        for parameter, gradient in gradients.items():
-            have = row.get(parameter)
-            if have is None:
-                row[parameter] = gradient
-            elif have.is_sparse or gradient.is_sparse:
-                row[parameter] = added(have, gradient)
-            else:
-                have.add_(gradient)
+        row = self._rows.get(name)
+        if row is None:
+            row = self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
+        else:
+            for parameter, gradient in gradients.items():
+                row[parameter] = added(row.get(parameter), gradient, in_place=True)
         if self.dtype is not None:
             self._narrow(row)
 
@@ -146,7 +140,7 @@ class TaskRows:
             self.leave_blank(other.blank)
 
     def leave_blank(self, zeros: Row) -> None:
-        """Note zeros of parameters that no task reached."""
+        """Remember zeros of parameters that no task reached."""
         self.blank = self.blank or Row()
         self.blank.update(zeros)
 
@@ -166,7 +160,7 @@ class TaskRows:
         return [counts[key] for key in map(id, parameters)]
 
     def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return those of `parameters` that at least two tasks reached."""
+        """Return the parameters that at least two tasks reached."""
         once: set[int] = set()
         twice: set[int] = set()
         for row in self._rows.values():
@@ -179,20 +173,16 @@ class TaskRows:
         return GradientTable(row.at(parameters) for row in self._rows.values())
 
     def of(self, parameter: Tensor) -> list[Tensor]:
-        """Return every gradient that a task has of a parameter."""
+        """Return the gradients of one parameter, one per task that reached it."""
         return [row[parameter] for row in self._rows.values() if parameter in row]
 
     def _narrow(self, row: Row) -> None:
+        """Convert the gradients of this row's parameters that are shared by now, in all rows."""
         for parameter in list(row):
             holders = [other for other in self._rows.values() if parameter in other]
             if len(holders) >= 2 and parameter.is_floating_point():
                 for holder in (row for row in holders if not row[parameter].is_sparse):
                     holder[parameter] = holder[parameter].to(self.dtype)
-
-
-def added(a: Tensor, b: Tensor) -> Tensor:
-    """Return a + b as a new tensor; torch adds sparse to dense, but not dense to sparse."""
-    return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
 def is_finite(gradient: Tensor) -> bool:

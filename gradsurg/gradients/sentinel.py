@@ -1,4 +1,4 @@
-"""The mark that stands in one p.grad while surgery waits, and what can be read off it later."""
+"""A sentinel: a nearly empty p.grad that shows what others do to p.grad while surgery is deferred. For capture.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Fate = Literal["there", "gone", "added to", "scaled"]
 
 
 class Sentinel:
-    """Zeros but for one number too small to matter, in a p.grad that is otherwise empty.
+    """A gradient of zeros with one tiny entry, in the p.grad of one parameter.
 
-    Where the parameter has a foreign gradient, that is the mark. What happened to it is read off its numbers, because
-    `_version` alone would not do: GradScaler unscales without changing it.
+    While surgery is deferred, p.grad is empty. The sentinel tells later whether someone zeroed, scaled or added to it.
+    If the parameter has a foreign gradient, this gradient is the sentinel. Its numbers are compared, because its
+    `_version` is not enough: GradScaler unscales without changing it.
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -33,7 +34,7 @@ class Sentinel:
         self._before = None if self._tensor.is_sparse else local_of(self._tensor).clone()
 
     def fate(self) -> Fate:
-        """Return what became of it: gone is zeroed or replaced; added to, by a backward pass of somebody else."""
+        """Return what became of the sentinel: "gone" if zeroed or replaced, "added to" if a foreign backward ran."""
         gradient = self.parameter.grad
         if gradient is None or gradient is not self._tensor:
             return "gone"
@@ -48,7 +49,7 @@ class Sentinel:
         return "scaled" if _is_shrunk(numbers, self._before) else "added to"
 
     def below(self) -> Tensor | None:
-        """Return what is foreign in the marked p.grad."""
+        """Return the foreign gradient that lies under the sentinel, or None."""
         if self._signal is None:
             return self._tensor
         if self.fate() == "there":
@@ -60,10 +61,11 @@ class Sentinel:
 
 
 def _is_shrunk(now: Tensor, before: Tensor) -> bool:
-    """Whether `now` is a positive multiple of `before`, below one: clipping and unscaling do that, gradients do not."""
+    """Whether now = factor · before with 0 < factor < 1, as clipping and unscaling make it, but gradients do not."""
     a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (now, before))
     factor = float((a * b).sum() / b.square().sum())
-    return 0 < factor < 1 and torch.allclose(a, factor * b, rtol=1e-2, atol=0)  # 1e-2: what bfloat16 rounds away
+    # bfloat16 rounds away up to 1e-2.
+    return 0 < factor < 1 and torch.allclose(a, factor * b, rtol=1e-2, atol=0)
 
 
 def _first(tensor: Tensor) -> tuple[int, ...]:
@@ -71,5 +73,5 @@ def _first(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _small(dtype: torch.dtype) -> float:
-    """Return a number that is lost in any sum, and is still not zero when a scale of 2²⁴ is divided out of it."""
+    """Return a number that vanishes in any sum, yet is not zero after a division by a scale of 2²⁴."""
     return 2.0**-24 if dtype == torch.float16 else 2.0**-100

@@ -20,7 +20,7 @@ from gradsurg.distributed.session import Session
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.capture import Capture
 from gradsurg.gradients.param_groups import parameter_names, trained
-from gradsurg.gradients.recycle import Spare
+from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import TaskRows
 from gradsurg.gradients.total import pass_in_progress
 from gradsurg.guarantee.constraint import UpdateConstraint
@@ -54,7 +54,7 @@ class Engine:
         self.in_task = False
         self.computing: str | None = None  # the task whose function is being called
         self.bringing = False  # whether gradients are on their way in
-        self.spare = Spare()
+        self.spare = Recycler()
         self.pending = False  # rows that no surgery has seen yet
         self.entered: set[str] = set()  # of the declared tasks, those that left task() since the last surgery
         self.unrun = 0  # totals built since the last step whose backward never came

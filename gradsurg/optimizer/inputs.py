@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.gradients.recycle import Spare
+from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import Row, TaskRows
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.optimizer.options import Options
@@ -49,7 +49,7 @@ class StepInputs:
     skipped: tuple[str, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     layout: Layout = ALONE
-    spare: Spare = field(default_factory=Spare)
+    spare: Recycler = field(default_factory=Recycler)
 
 
 @dataclass(frozen=True)

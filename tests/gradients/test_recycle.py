@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import gradsurg
-from gradsurg.gradients.recycle import FROM, Spare
+from gradsurg.gradients.recycle import FROM, Recycler
 
 
 def kept(p):
     """Return a store with one tensor for a parameter, and the address of its memory."""
-    spare, u = Spare(), torch.ones_like(p).detach()
+    spare, u = Recycler(), torch.ones_like(p).detach()
     spare.keep([(p, u)])
     return spare, u
 
@@ -46,7 +46,7 @@ def test_one_that_is_in_use_as_a_gradient_does_not():
 @pytest.mark.parametrize("other", [torch.zeros(FROM, 2), torch.zeros(FROM).double(), torch.zeros(2, FROM).T])
 def test_one_of_another_kind_does_not(other):
     p = torch.nn.Parameter(torch.zeros(FROM))
-    spare, u = Spare(), torch.ones_like(other)
+    spare, u = Recycler(), torch.ones_like(other)
     spare.keep([(p, u)])
     del u
     assert spare.take([p]) == [None]
