@@ -1,21 +1,23 @@
-"""The direction of an element-wise surgery: one parameter at a time, and the gradient guarantee on top."""
+"""The direction of methods that combine gradients number by number, and its projection onto the dual cone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.combine import combine
+from gradsurg.linalg.measure import Measure
 from gradsurg.solvers.nonnegative import nonnegative
 from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
-from gradsurg.surgery.base import ElementwiseSurgery
 
 __all__ = ["ElementwiseDirection", "elementwise_direction"]
+
+# (columns of shape (m', n), r of the m' rows, source of random numbers) -> n numbers of u.
+Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,39 @@ class ElementwiseDirection:
 
 
 def elementwise_direction(
-    surgery: ElementwiseSurgery,
+    combine_columns: Combine,
     rows: Rows,
     like: Sequence[Tensor],
     scales: Sequence[float],
     preferences: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
+    *,
     guarantee: bool,
     allowed: Tensor | None = None,
-    layout: Layout = ALONE,
+    measure: Measure | None = None,
     least: Tensor | None = None,
 ) -> ElementwiseDirection:
     """Return the direction of one block.
 
     Args:
-        surgery: What makes one number out of m.
+        combine_columns: Makes one number out of the numbers of all tasks.
         rows: m lists of one gradient, or None, per parameter.
-        like: The parameters: u has their dtypes, and the shapes of what this rank holds of them.
-        scales: What to multiply each row by; 0 for one that wants nothing.
+        like: The part of each parameter that this rank holds: u has these dtypes and shapes.
+        scales: The factor of each row; 0 leaves the row out.
         preferences: r_i, shape (m,), on the CPU.
-        generator: Source of random choices.
-        guarantee: Project u onto the dual cone of the rows: the least change after which it conflicts with nobody.
-        allowed: Which tasks that protects, bool (m,); None is all.
-        layout: What of rows and parameters this rank holds.
-        least: What ⟨u, g_i⟩ it holds to, shape (m,); None is 0.
+        generators: One source of random numbers per parameter.
+        guarantee: Whether u is projected onto the dual cone of the rows: the least change that removes all conflicts.
+        allowed: Which tasks the guarantee protects, bool (m,); None is all.
+        measure: How inner products are added up over ranks; None is one process.
+        least: The lower bound of ⟨u, g_i⟩ under the guarantee, shape (m,); None is 0.
     """
-    measure, generators = layout.measure(like), layout.generators(like, generator)
-    like = layout.held(like, like)
+    measure = measure or Measure()
     anywhere = measure.nonzero(rows)
     alive = [i for i, s in enumerate(scales) if s != 0 and anywhere[i]]
     direction = []
-    for k, (parameter, draws) in enumerate(zip(like, generators, strict=True)):
+    for k, (parameter, generator) in enumerate(zip(like, generators, strict=True)):
         present = [(i, g) for i in alive if (g := rows[i][k]) is not None]
-        direction.append(_column(surgery, present, parameter, scales, preferences, draws))
+        direction.append(_column(combine_columns, present, parameter, scales, preferences, generator))
     with_u = [*rows, direction]
     G = measure.gramian(with_u, exact=True).cpu()
     correction = torch.zeros(len(rows) + 1, dtype=torch.float64)
@@ -93,7 +95,7 @@ def elementwise_direction(
 
 
 def _column(
-    surgery: ElementwiseSurgery,
+    combine_columns: Combine,
     present: Sequence[tuple[int, Tensor]],
     parameter: Tensor,
     scales: Sequence[float],
@@ -105,9 +107,10 @@ def _column(
     flat = [scales[i] * real_of((g.to_dense() if g.is_sparse else g).detach()).reshape(-1) for i, g in present]
     columns = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in flat])
     pull = preferences[[i for i, _ in present]].to(columns)
-    u = surgery.combine(columns, pull, generator)
+    u = combine_columns(columns, pull, generator)
     if parameter.is_complex():
         return torch.view_as_complex(u.reshape(*parameter.shape, 2)).to(parameter.dtype)
     u = u.reshape(parameter.shape).to(parameter.dtype)
+    # Sparse if all gradients are: SparseAdam accepts nothing else.
     sparse = [g.sparse_dim() for _, g in present if g.is_sparse]
-    return u.to_sparse(sparse[0]) if len(sparse) == len(present) else u  # SparseAdam takes nothing else
+    return u.to_sparse(sparse[0]) if len(sparse) == len(present) else u

@@ -22,8 +22,7 @@ from gradsurg.optimizer.recording import block_names, later, report_of, unmeasur
 from gradsurg.solvers.problem import Problem
 from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK
 from gradsurg.surgery.base import ElementwiseSurgery
-from gradsurg.surgery.methods.excess_mtl import measured
-from gradsurg.surgery.pipeline import Direction, scales_of
+from gradsurg.surgery.pipeline import Direction
 from gradsurg.surgery.pipeline_small import all_finite
 
 __all__ = ["compute_direction"]
@@ -65,7 +64,7 @@ def _path(inputs: StepInputs, shared: list[Tensor]) -> str:
     if options.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
         return "torch"  # before anything is asked of every gradient
     surgery = options.pipeline.surgery
-    if isinstance(surgery, ElementwiseSurgery) or surgery.measures_excess or options.pipeline.margin:
+    if isinstance(surgery, ElementwiseSurgery) or options.pipeline.margin:
         return "torch"
     if inputs.layout is not ALONE:
         if options.backend == "triton":
@@ -84,9 +83,7 @@ def _compute_on_host(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResu
     if finite and isinstance(inputs.options.pipeline.surgery, ElementwiseSurgery):
         return _elementwise(inputs, blocks, tables, problem)
     if finite:
-        problem, curvature = measured(inputs, problem, blocks, tables)
         problem, direction = _direction(inputs, problem, blocks, tables)
-        direction = replace(direction, state={**direction.state, **curvature}) if curvature else direction
     else:
         direction = plain_sum(problem)
     gradients = Row()
@@ -124,8 +121,7 @@ def _direction(
         for stationary, cancelled in zip(direction.stationary.tolist(), direction.cancellation.tolist(), strict=True)
     )
     if delicate:
-        exact = problem_of(inputs, _gramians(inputs, blocks, tables, exact=True))
-        problem = replace(exact, excess=problem.excess)
+        problem = problem_of(inputs, _gramians(inputs, blocks, tables, exact=True))
         direction = pipeline.direction(problem, inputs.state, rounding=ROUNDING_EXACT)
     return problem, direction
 
@@ -135,7 +131,7 @@ def _elementwise(
 ) -> StepResult:
     """Operate number by number, where there are no weights: the report has NaN for them."""
     pipeline = inputs.options.pipeline
-    scales, state = scales_of(pipeline, problem, inputs.state)
+    scales, state = pipeline.scales(problem, inputs.state)
     surgery, generator = pipeline.surgery, problem.generator
     assert isinstance(surgery, ElementwiseSurgery)
     assert generator is not None
@@ -146,9 +142,19 @@ def _elementwise(
         scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
         asked, kept = pipeline.margins(scaled, allowed, ROUNDING_QUICK)
         least = list(torch.where(scales > 0, asked / scales, 0))
+    layout = inputs.layout
     blends = [
         elementwise_direction(
-            surgery, table, block, each, problem.preferences, generator, protect, allowed, inputs.layout, at_least
+            surgery.combine,
+            table,
+            layout.held(block, block),
+            each,
+            problem.preferences,
+            layout.generators(block, generator),
+            guarantee=protect,
+            allowed=allowed,
+            measure=layout.measure(block),
+            least=at_least,
         )
         for table, block, each, at_least in zip(tables, blocks, scales.tolist(), least, strict=True)
     ]

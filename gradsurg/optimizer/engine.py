@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.distributed.detect import Ranks
-from gradsurg.distributed.layout import ALONE
 from gradsurg.distributed.session import Session
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.capture import Capture
@@ -102,12 +101,6 @@ class Engine:
                 "rotate= does not go with sharded parameters: its averages of all tasks' gradients are part of the "
                 "state dict, which no rank could hold whole. Use refresh_every=; docs/many-gpus.md says what a full "
                 "step costs."
-            )
-        surgery = self.options.pipeline.surgery
-        if surgery.measures_excess and self.session.layout is not ALONE:
-            raise MultiTaskError(
-                f"surgery={surgery!r} needs whole rows, and over several ranks each holds a part of them: use "
-                "curvature='task'"
             )
 
     def turns(self, names: list[str]) -> list[str]:

@@ -215,11 +215,6 @@ def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[
             f"backend='triton' cannot run: surgery={surgery.name!r} decides number by number, for which there is no "
             "kernel. Use backend='auto' to fall back to torch."
         )
-    if backend == "triton" and surgery.measures_excess:
-        raise ValueError(
-            f"backend='triton' cannot run: surgery={surgery!r} measures the rows, for which there is no kernel. Use "
-            "backend='auto' to fall back to torch."
-        )
     if backend == "triton" and margin:
         raise ValueError(
             "backend='triton' cannot run: margin= is kept on the host so far. Use backend='auto' to fall back to torch."

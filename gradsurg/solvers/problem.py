@@ -49,8 +49,6 @@ class Problem:
         losses: The m loss values, shape (m,), float64, or None where there are none (functional use, set_gradients).
         generator: Source of all random choices; None means a fresh one with seed 0.
         solvers: Who solves small programs on this Gramian.
-        excess: How far above its minimum each loss is, by the rows themselves, shape (..., m), float64; None where
-            the surgery does not ask for it. See gradsurg.surgery.methods.excess_mtl.
     """
 
     gramian: Tensor
@@ -59,7 +57,6 @@ class Problem:
     losses: Tensor | None = None
     generator: torch.Generator | None = None
     solvers: Solvers = HOST
-    excess: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:

@@ -43,11 +43,6 @@ class Surgery(ABC):
     # `weights` launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
 
-    @property
-    def measures_excess(self) -> bool:
-        """Whether `weights` wants problem.excess, for which wrap() hands it the rows."""
-        return False
-
     @abstractmethod
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         """Return the weights and the next state.

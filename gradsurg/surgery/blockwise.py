@@ -43,7 +43,6 @@ class Block:
         tasks: Their names.
         rows: Their places among all the tasks.
         memory: What the last step on this block returned, {} at first; not to be modified.
-        excess: What problem.excess says of them, where it says anything.
     """
 
     gramian: Matrix
@@ -51,7 +50,6 @@ class Block:
     tasks: tuple[str, ...]
     rows: list[int]
     memory: Memory
-    excess: Vector | None = None
 
     @property
     def shares(self) -> Vector:
@@ -83,12 +81,9 @@ def each_block(
     preferences: Vector = problem.preferences.tolist()
     old = state.get("blocks", [])
     memories: list[Memory] = old if len(old) == len(blocks) else [{} for _ in blocks]
-    excesses: list[Vector | None] = [None] * len(blocks)
-    if problem.excess is not None:
-        excesses = problem.excess.reshape(-1, m).tolist()
     answers: Matrix = []
     new: list[Memory] = []
-    for gramian, memory, excess in zip(blocks, memories, excesses, strict=True):
+    for gramian, memory in zip(blocks, memories, strict=True):
         weights = [0.0] * m
         if not isfinite(sum(map(sum, gramian))):
             weights = [nan] * m
@@ -96,8 +91,7 @@ def each_block(
             if len(rows) < m:
                 gramian = [[gramian[i][j] for j in rows] for i in rows]
             tasks = tuple(problem.tasks[i] for i in rows)
-            of_rows = None if excess is None else [excess[i] for i in rows]
-            found, memory = solve(Block(gramian, [preferences[i] for i in rows], tasks, rows, memory, of_rows))
+            found, memory = solve(Block(gramian, [preferences[i] for i in rows], tasks, rows, memory))
             for i, w in zip(rows, found, strict=True):
                 weights[i] = w
         answers.append(weights)

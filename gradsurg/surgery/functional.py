@@ -183,8 +183,10 @@ def _combine_elementwise(
     if guarantee != "none":  # that call has checked its name
         scales = weights(G, "sum", normalize=normalize, losses=losses)
     pull = _preferences(preferences, len(exact), torch.device("cpu"))
-    rows, draws = [[row] for row in exact], generator or torch.Generator().manual_seed(0)
-    found = elementwise_direction(surgery, rows, [exact[0]], scales.tolist(), pull, draws, guarantee == "gradient")
+    rows, draws = [[row] for row in exact], [generator or torch.Generator().manual_seed(0)]
+    found = elementwise_direction(
+        surgery.combine, rows, [exact[0]], scales.tolist(), pull, draws, guarantee=guarantee == "gradient"
+    )
     return found.direction[0]
 
 

@@ -21,7 +21,7 @@ from gradsurg.surgery.pipeline_small import solve as solve_quickly
 from gradsurg.surgery.priority import Levels, levels_of, order, protected
 from gradsurg.surgery.shortcut import far_from_zero
 
-__all__ = ["GUARANTEES", "Direction", "Pipeline", "scales_of"]
+__all__ = ["GUARANTEES", "Direction", "Pipeline"]
 
 
 GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
@@ -101,11 +101,12 @@ class Pipeline:
         kept = None
         if self.margin or (self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None)):
             allowed = self.protected(problem)
-            excess = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+            products = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
             if self.margin:
                 margins, kept = self.margins(scaled, allowed, rounding)
-                excess = excess - margins
-            weights = weights + problem.solvers.nonnegative(scaled.gramian, excess, allowed=allowed, rounding=rounding)
+                products = products - margins
+            correct = problem.solvers.nonnegative
+            weights = weights + correct(scaled.gramian, products, allowed=allowed, rounding=rounding)
         return scaled, weights, scales, kept, {"normalize": normalizer_state, "surgery": surgery_state}
 
     def direction(self, problem: Problem, state: State, rounding: float = ROUNDING_EXACT) -> Direction:
@@ -159,7 +160,18 @@ class Pipeline:
         return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
-        """Return what normalisation multiplies the rows by, shape (..., m), and the state after it."""
+        """Return what normalisation multiplies the rows by, shape (..., m), and the state after it.
+
+        For element-wise surgeries, which have scales and no weights.
+
+        Raises:
+            ValueError: Levels of priority are set.
+        """
+        if self.levels is not None:
+            raise ValueError(
+                f"primary= weighs whole gradients, and surgery={self.surgery.name!r} treats every number by itself: "
+                "use one or the other"
+            )
         scales, normalizer_state = self._scales(problem, state.get("normalize", {}))
         return scales, {"normalize": normalizer_state, "surgery": state.get("surgery", {})}
 
@@ -198,7 +210,6 @@ class Pipeline:
                 preferences=problem.preferences[index],
                 tasks=tuple(problem.tasks[i] for i in level),
                 losses=None if problem.losses is None else problem.losses[index],
-                excess=None if problem.excess is None else problem.excess[..., index],
             )
             weights, states[key] = self.surgery.weights(part, states.get(key, {}))
             return weights
@@ -226,13 +237,3 @@ def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str,
         if not 0 < float(number) < float("inf"):
             raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite")
     return {name: float(number) for name, number in value.items()}
-
-
-def scales_of(pipeline: Pipeline, problem: Problem, state: State) -> tuple[Tensor, State]:
-    """Return what the pipeline's normaliser multiplies the rows by, and the next state."""
-    if pipeline.levels is not None:
-        raise ValueError(
-            f"primary= weighs whole gradients, and surgery={pipeline.surgery.name!r} treats every number by itself: "
-            "use one or the other"
-        )
-    return pipeline.scales(problem, state)

@@ -232,6 +232,6 @@ CHECKPOINTS: dict[str, int] = {
     "refresh_every": 4,  # one step after new weights were found, two before the next ones are
     "dwa and sdmgrad": 4,
     "two optimizers": 3,
-    "surgery excess_mtl": 3,  # this surgery remembers tensors as large as the parameters
+    "surgery excess_mtl": 3,
     "normalize famo": 3,
 }

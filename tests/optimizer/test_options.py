@@ -11,7 +11,7 @@ import gradsurg
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.optimizer import wrap as wrapping
-from gradsurg.surgery import SURGERIES, Cone, ExcessMTL
+from gradsurg.surgery import SURGERIES, Cone
 from tests.wrap_options import options_from
 
 
@@ -139,7 +139,6 @@ def test_names_are_checked_against_the_declared_ones(options, match):
         (True, "1", "meta", {}, "the gradients are on meta, not on a CUDA device"),
         (True, "1", "cpu", {"surgery": "graddrop"}, "surgery='graddrop' decides number by number"),
         (True, "1", "cpu", {"surgery": "trimmed_mean"}, "surgery='trimmed_mean' decides number by number"),
-        (True, "1", "cpu", {"surgery": ExcessMTL(curvature="parameter")}, "ExcessMTL.* measures the rows"),
         (True, "1", "cpu", {"margin": 0.1}, "margin= is kept on the host"),
         (True, "1", "cpu", {"margin": {"left": 0.1}}, "margin= is kept on the host"),
     ],

@@ -44,11 +44,6 @@ def check_features(features: Tensor | Sequence[Tensor], options: Options) -> lis
         raise ValueError(f"features= and wrap(..., {option}=...) both save backward passes: choose one")
     if options.granularity != "model":
         raise ValueError(f"features= needs granularity='model', and it is {options.granularity!r}")
-    if options.pipeline.surgery.measures_excess:
-        raise ValueError(
-            f"features= are new tensors in every step, and surgery={options.pipeline.surgery!r} remembers numbers of "
-            "each parameter: use curvature='task'"
-        )
     given: object = [features] if isinstance(features, Tensor) else features
     if not isinstance(given, Sequence) or not given or not all(isinstance(h, Tensor) for h in given):
         raise ValueError(f"features={features!r}: pass the tensor that the heads read, or a list of such tensors")
