@@ -1,6 +1,6 @@
 """Who conflicts: directions on hostile gradients, ours and every peer's, and the real updates of torch's optimizers.
 
-First table: gradients of the families of tests/hostile.py (norms over twelve orders of magnitude, nearly and exactly
+First table: gradients of the families of tests/matrices.py (norms over twelve orders of magnitude, nearly and exactly
 opposite, duplicates, zero rows, rank 2, more tasks than parameters, scales of 1e±12), in float32 as in training. A
 direction conflicts where cos(u, g_i) < −1e-4 for some task, judged in float64; u = 0 does not. Where a method raises or
 returns NaN, it failed: that is counted apart.
@@ -26,7 +26,7 @@ import gradsurg
 from benchmarks.record import conditions, record
 from gradsurg.demo.digits import CONFLICT, TASKS, Data, Job, conflicts, train
 from gradsurg.surgery import SURGERIES
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

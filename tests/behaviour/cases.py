@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from behaviour.nets import TASKS, Model, Point, Turns, Words, crowd, large, perceptron, picture_reader
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 import gradsurg
+from tests.behaviour.nets import TASKS, Model, Point, Turns, Words, crowd, large, perceptron, picture_reader
 
 # -- ways in which the gradients of one step come in ----------------------------------------------------------------
 

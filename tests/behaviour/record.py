@@ -1,6 +1,6 @@
 """Records what the runs of cases.py do, and keeps the records in two files for test_recorded.py to compare with.
 
-    PYTHONPATH=tests python -m behaviour.record tests/behaviour/recorded
+    python -m tests.behaviour.record tests/behaviour/recorded
 
 writes runs.pt.gz and checkpoints.pt.gz with the library that is imported. Recording anew throws away what the tests
 hold against the library, so do it only where results are meant to change.
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from behaviour.cases import CHECKPOINTS, RUNS, Run
-from behaviour.nets import data
 from torch import Tensor, nn
 
 import gradsurg
+from tests.behaviour.cases import CHECKPOINTS, RUNS, Run
+from tests.behaviour.nets import data
 
 # The numbers of a brief record: evenly spaced ones of all gradients, or of all parameters.
 SAMPLE = 24

@@ -5,11 +5,11 @@ import gc
 
 import pytest
 import torch
-from models import Snapshot, build, equal_weights, run_backward, same, trained, twins
 from torch import nn
 
 import gradsurg
 from gradsurg import MultiTaskError
+from tests.networks import Snapshot, build, equal_weights, run_backward, same, trained, twins
 
 PASSES = ["total", "backward", "task"]
 

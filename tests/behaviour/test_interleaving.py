@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TASKS, Heads, reference_rows
 from torch import nn
 
 import gradsurg
+from tests.networks import TASKS, Heads, reference_rows
 
 # float64: the sums are the same up to their order, so a few units of 1e-16 of the largest terms.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}

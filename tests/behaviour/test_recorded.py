@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour.cases import CHECKPOINTS, RUNS
-from behaviour.record import Record, do, fingerprint, load
 from torch import Tensor
+
+from tests.behaviour.cases import CHECKPOINTS, RUNS
+from tests.behaviour.record import Record, do, fingerprint, load
 
 FOLDER = Path(__file__).parent / "recorded"
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from distributed.pool import Pool
+
+from tests.distributed.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import nets
-from distributed.jobs_failures import Broken
-from distributed.jobs_more import reached
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed import nets
+from tests.distributed.jobs_promises import reached
+from tests.distributed.jobs_refusals import Broken
 
 STEPS = 5
 KINDS = ["ddp", "find unused", "static", "fsdp2"]

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import nets
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed import nets
 
 NETS = {"net": nets.Net, "shared": nets.Shared}
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import nets
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import gradsurg
+from tests.distributed import nets
 
 ACCUMULATED = 2
 NORM = 0.5  # the first gradients are a hundred times longer

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distributed import jobs_cheap, nets
+
+from tests.distributed import jobs_cheap, nets
 
 FORMS = ["total", "backward", "plain", "added", "micro-batches", "accumulate", "scaled"]
 

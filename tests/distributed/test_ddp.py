@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distributed import jobs_ddp, nets
+
+from tests.distributed import jobs_ddp, nets
 
 FLAGS = [
     {},

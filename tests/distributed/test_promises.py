@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from distributed import jobs_more, nets
 
 import gradsurg
+from tests.distributed import jobs_promises, nets
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -17,7 +17,7 @@ def test_bytes_on_the_wire(ranks, guarantee, count):
     Of each, a rank sends (ranks - 1) / ranks: together no more than (m + 1) P while there are at most m + 2 ranks.
     """
     m = 3
-    for step in ranks(count).run(jobs_more.wire, guarantee):
+    for step in ranks(count).run(jobs_promises.wire, guarantee):
         trunk, heads = step["numbers"]
         numbers = trunk + heads
         large = [(name, size) for name, size in step["record"] if size > 4 * 250]
@@ -38,27 +38,27 @@ def test_bytes_on_the_wire(ranks, guarantee, count):
 
 
 def test_rows_travel_while_the_next_task_runs(ranks):
-    for events in ranks(2).run(jobs_more.flight):
+    for events in ranks(2).run(jobs_promises.flight):
         assert events == ["task0", "send", "task1", "send", "task2", "send", "wait", "wait", "wait"]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
 @pytest.mark.parametrize("surgery", ["cone", "sum"])
 def test_the_update_hurts_no_task_of_the_whole_batch(ranks, surgery, kind, count):
-    assert min(ranks(count).run(jobs_more.movement, surgery, kind)) >= -1e-4
+    assert min(ranks(count).run(jobs_promises.movement, surgery, kind)) >= -1e-4
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_optimizers_share_their_rows(ranks, kind):
-    results = ranks(2).run(jobs_more.two_optimizers, kind)
+    results = ranks(2).run(jobs_promises.two_optimizers, kind)
     nets.equal_everywhere(results)
-    nets.assert_close(results[0], jobs_more.two_optimizers_alone())
+    nets.assert_close(results[0], jobs_promises.two_optimizers_alone())
 
 
 @pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
 @pytest.mark.parametrize("options", [{"surgery": "pcgrad", "guarantee": "gradient"}, {}], ids=str)
 def test_reports_and_state_dicts_are_those_of_all_ranks(ranks, options, kind, count):
-    (_, report, state), *others = ranks(count).run(jobs_more.method, options, kind)
+    (_, report, state), *others = ranks(count).run(jobs_promises.method, options, kind)
     assert report.movement is not None or options
     for _, other, its in others:
         assert_same(dataclasses.asdict(other), dataclasses.asdict(report))
@@ -100,9 +100,9 @@ NEED_MORE = {"prior_loss"}  # needs priors
 def test_every_method_does_what_it_does_alone(ranks, options):
     """Random ones draw from (seed, step), which are the same on every rank."""
     options = {"guarantee": "none", **options}
-    results = ranks(2).run(jobs_more.method, options)
+    results = ranks(2).run(jobs_promises.method, options)
     nets.equal_everywhere([state for state, _, _ in results])
-    alone, report = jobs_more.method_alone(options)
+    alone, report = jobs_promises.method_alone(options)
     nets.assert_close(results[0][0], alone, 2e-5)
     assert all(
         torch.equal(other.weights, results[0][1].weights) or other.weights.isnan().all() for _, other, _ in results
@@ -112,7 +112,7 @@ def test_every_method_does_what_it_does_alone(ranks, options):
 
 @pytest.mark.parametrize("surgery", ALIKE)
 def test_all_ranks_do_the_same(ranks, surgery):
-    results = ranks(2).run(jobs_more.method, {"surgery": surgery, "guarantee": "gradient"})
+    results = ranks(2).run(jobs_promises.method, {"surgery": surgery, "guarantee": "gradient"})
     nets.equal_everywhere([state for state, _, _ in results])
     assert torch.equal(results[0][1].gramian, results[1][1].gramian)
 
@@ -133,10 +133,10 @@ MEMORY = {"surgery": "pcgrad", "normalize": "generalized_mean"}
 )
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(ranks, kind, options, tmp_path):
     folder = str(tmp_path)
-    ranks(2).run(jobs_more.checkpointed, kind, folder, 0, 3, options)
+    ranks(2).run(jobs_promises.checkpointed, kind, folder, 0, 3, options)
     uninterrupted = uninterrupted_alone(options)
     for count in (1, 2, 4):
-        results = ranks(count).run(jobs_more.checkpointed, kind, folder, 3, 6, options)
+        results = ranks(count).run(jobs_promises.checkpointed, kind, folder, 3, 6, options)
         nets.equal_everywhere([state for state, _ in results])
         nets.assert_close(results[0][0], uninterrupted, 1e-5)
         assert all(entry == results[0][1] for _, entry in results)
@@ -154,13 +154,13 @@ def uninterrupted_alone(options):
 
 
 def test_functions_instead_of_losses(ranks):
-    results = ranks(2).run(jobs_more.functions)
+    results = ranks(2).run(jobs_promises.functions)
     nets.equal_everywhere(results)
     nets.assert_close(results[0], nets.alone(3))
 
 
 def test_a_torch_that_cannot_cancel(ranks):
-    results = ranks(2).run(jobs_more.without_reset)
+    results = ranks(2).run(jobs_promises.without_reset)
     nets.equal_everywhere(results)
-    named = ranks(2).run(jobs_more.functions)
+    named = ranks(2).run(jobs_promises.functions)
     nets.assert_close(results[0], named[0])

@@ -1,8 +1,9 @@
 """Never silent: what cannot be done says so on every rank, and nothing is written half."""
 
 import pytest
-from distributed import jobs_failures, nets
-from distributed.pool import Pool, RankError
+
+from tests.distributed import jobs_refusals, nets
+from tests.distributed.pool import Pool, RankError
 
 REFUSALS = {
     "plain parameters": "no DistributedDataParallel module owns these parameters",
@@ -20,31 +21,31 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_refusals_say_what_to_do(ranks, what):
-    for message in ranks(2).run(jobs_failures.refused, what):
+    for message in ranks(2).run(jobs_refusals.refused, what):
         assert REFUSALS[what] in message
 
 
 def test_model_names_the_module(ranks):
-    results = ranks(2).run(jobs_failures.named)
+    results = ranks(2).run(jobs_refusals.named)
     nets.equal_everywhere(results)
     nets.assert_close(results[0], nets.alone(2))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_check_sync_names_the_first_that_differs(ranks, sharded):
-    for before, after in ranks(2).run(jobs_failures.out_of_step, sharded):
+    for before, after in ranks(2).run(jobs_refusals.out_of_step, sharded):
         assert before == ""
         assert "'heads.1.bias' differs between ranks (rank 1 from rank 0)" in after
 
 
 @pytest.mark.parametrize("form", ["total", "backward"])
 def test_a_rank_that_raises_takes_the_step_from_all(ranks, form):
-    results = ranks(2).run(jobs_failures.raising, form)
+    results = ranks(2).run(jobs_refusals.raising, form)
     assert results[1][0] == ["no gradient here", "no gradient here"]
     assert all("rank 1 raised in the backward passes" in message for message in results[0][0])
     assert len(results[0][0]) == 2
     nets.equal_everywhere([state for _, state in results])
-    nets.assert_close(results[0][1], jobs_failures.raising_alone())
+    nets.assert_close(results[0][1], jobs_refusals.raising_alone())
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(kind, raises, options):
     pool = Pool(2)
     try:
         with pytest.raises(RankError, match="rank 1: the process died") as error:
-            pool.run(jobs_failures.dying, kind, raises, options)
+            pool.run(jobs_refusals.dying, kind, raises, options)
         (message,) = error.value.results  # of rank 0, which found everything as it was
         assert "another rank did not answer" in message
     finally:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distributed import jobs_sharded, nets
+
+from tests.distributed import jobs_sharded, nets
 
 KINDS = ["layers", "root only", "keeps parameters"]
 

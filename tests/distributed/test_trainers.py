@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import jobs_trainers, nets
+
+from tests.distributed import jobs_trainers, nets
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "HF_HUB_OFFLINE": "1",

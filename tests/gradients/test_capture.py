@@ -4,7 +4,13 @@ import warnings
 
 import pytest
 import torch
-from models import (
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradsurg
+from gradsurg import MultiTaskError
+from gradsurg.gradients.total import at_end_of_backward
+from tests.networks import (
     MODELS,
     Heads,
     build,
@@ -17,12 +23,6 @@ from models import (
     trained,
     twins,
 )
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-import gradsurg
-from gradsurg import MultiTaskError
-from gradsurg.gradients.total import at_end_of_backward
 
 WAYS = ["total", "backward", "task", "set_gradients"]
 # Ways that run backward passes of ours or of the user's.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build
 
 import gradsurg
+from tests.networks import build
 
 # A row differs from its gradient by at most half of bfloat16's last place, 2^-9 of every number, and so of its length.
 BOUND = 2.0**-9 + 1e-4

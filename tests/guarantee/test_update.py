@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import gradsurg
 from gradsurg.surgery import SURGERIES
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 
 SINGLE, DOUBLE, HALF = 1e-4, 1e-6, 1e-2  # what is promised of a cosine, by the parameters' dtype
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import TASKS, AllShared
 from torch import nn
 
 import gradsurg
@@ -15,6 +14,7 @@ from gradsurg.linalg.kernels.dispatch import gramian_kernel, path, path_of, task
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.report import settled
+from tests.networks import TASKS, AllShared
 from tests.wrap_options import options_from
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from models import build, same, trained
 
 import gradsurg
 from gradsurg.monitor.files import PackedReport, from_json, to_json
+from tests.networks import build, same, trained
 
 
 def attached(every=1, **options):

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from models import build, trained
 
 import gradsurg
 from gradsurg import loggers
+from tests.networks import build, trained
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from models import build, trained
 
 import gradsurg
 from gradsurg.__main__ import main
+from tests.networks import build, trained
 
 
 @pytest.fixture

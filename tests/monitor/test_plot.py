@@ -10,11 +10,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from models import build, trained
 
 import gradsurg
 from gradsurg import plot
 from gradsurg.monitor.plot.style import COLOURS, styles
+from tests.networks import build, trained
 
 
 def record(batches=30, drop=None, **options):

@@ -10,8 +10,6 @@ import pickle
 
 import pytest
 import torch
-from hostile import FAMILIES, draw
-from models import TASKS, build, equal_weights, same, twins
 
 import gradsurg
 from gradsurg.normalize import (
@@ -33,6 +31,8 @@ from gradsurg.normalize import (
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import SURGERIES
 from gradsurg.surgery.pipeline import Pipeline
+from tests.matrices import FAMILIES, draw
+from tests.networks import TASKS, build, equal_weights, same, twins
 
 PRIORS = PriorLoss({"left": 1.0, "right": 5.0, "whole": 0.2})
 STATEFUL = {

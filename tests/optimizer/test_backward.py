@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from models import build, data, equal_weights, reference_rows, rows_of, same, trained
 from torch import nn
 
 import gradsurg
 from gradsurg import MultiTaskError
+from tests.networks import build, data, equal_weights, reference_rows, rows_of, same, trained
 
 TASKS = ("left", "right", "whole")
 

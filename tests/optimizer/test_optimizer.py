@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from models import build, data, equal_weights, same, trained, twins
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gradsurg
+from tests.networks import build, data, equal_weights, same, trained, twins
 
 # (class, options), one row per way in which the step's code differs. `fused` where the CPU has it.
 DENSE = [

@@ -4,7 +4,6 @@ import inspect
 
 import pytest
 import torch
-from models import build
 from torch import nn
 
 import gradsurg
@@ -12,6 +11,7 @@ from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.optimizer import wrap as wrapping
 from gradsurg.surgery import SURGERIES, Cone
+from tests.networks import build
 from tests.wrap_options import options_from
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build, data, equal_weights, same, trained
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 import gradsurg
 from gradsurg import MultiTaskError
 from gradsurg.optimizer.schedule import DECAY
+from tests.networks import build, data, equal_weights, same, trained
 
 TASKS = ("left", "right", "whole")
 

@@ -12,7 +12,7 @@ from gradsurg.solvers.active_set import bound, solve_small
 from gradsurg.solvers.nonnegative import SMALL, nonnegative, path
 from gradsurg.solvers.pivoting import TURNS, solve_batched
 from gradsurg.solvers.rows import project_rows
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 
 EXACT = 4e-16
 TWINS = ["small", "batched"]

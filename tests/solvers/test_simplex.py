@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsurg.solvers.simplex import simplex
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 from tests.solvers.test_nonnegative import KINDS, matrix
 
 

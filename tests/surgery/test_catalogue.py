@@ -5,7 +5,7 @@ import torch
 import gradsurg
 from gradsurg.normalize import NORMALIZERS
 from gradsurg.surgery import SURGERIES
-from tests.models import build
+from tests.networks import build
 
 
 def test_every_registered_method_is_listed_once():

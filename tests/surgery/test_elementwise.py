@@ -7,8 +7,8 @@ from torchjd.aggregation import TrimmedMean as PeerTrimmedMean
 
 import gradsurg
 from gradsurg.surgery import GradDrop, TrimmedMean
-from tests.hostile import FAMILIES, draw
-from tests.models import MODELS, build
+from tests.matrices import FAMILIES, draw
+from tests.networks import MODELS, build
 
 SURGERIES = [GradDrop(), GradDrop(leak=0.3, sharpness=2.0), TrimmedMean()]
 each = pytest.mark.parametrize("surgery", SURGERIES, ids=repr)

@@ -8,7 +8,7 @@ import torch
 
 import gradsurg
 from gradsurg.surgery.margin import attainable, parse_margin
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

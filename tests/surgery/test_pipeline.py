@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hostile import FAMILIES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from gradsurg.normalize import Norm, Normalizer, Unscaled, resolve_normalizer
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Sum, Surgery, UPGrad, resolve_surgery
 from gradsurg.surgery.pipeline import Pipeline, check_mapping
+from tests.matrices import FAMILIES, draw
 
 P = 10
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hostile import FAMILIES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, ROUNDING_EXACT
 from gradsurg.surgery import Cone, Sum, UPGrad
 from gradsurg.surgery.pipeline import Pipeline
 from gradsurg.surgery.pipeline_small import all_finite, applies, norms_of
+from tests.matrices import FAMILIES, draw
 
 
 @pytest.mark.parametrize("family", FAMILIES)

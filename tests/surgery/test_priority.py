@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hostile import FAMILIES, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import resolve_surgery
 from gradsurg.surgery.pipeline import Pipeline
 from gradsurg.surgery.priority import check_names, levels_of, order, parse_levels, protected
+from tests.matrices import FAMILIES, draw
 
 P = 10
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from torchjd.linalg import QuadprogProjector
 
 import gradsurg
 from gradsurg.surgery import MGDA
-from tests.ordinary import matrix
+from tests.matrices import matrix
 
 
 def project(t, J):

@@ -11,8 +11,7 @@ from torchjd.aggregation import FairGradWeighting as PeerFairGrad
 import gradsurg
 from gradsurg.solvers.bargain import _solve
 from gradsurg.surgery import MGDA, CAGrad, FairGrad, NashMTL
-from tests.hostile import FAMILIES, draw
-from tests.ordinary import matrix, preferences
+from tests.matrices import FAMILIES, draw, matrix, preferences
 
 
 def cosine(u, v):

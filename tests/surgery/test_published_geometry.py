@@ -15,7 +15,7 @@ from torchjd.aggregation import Mean as PeerMean
 import gradsurg
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import AlignedMTL, GradVac, Random
-from tests.ordinary import matrix, preferences
+from tests.matrices import matrix, preferences
 
 
 def same_direction(u, v):

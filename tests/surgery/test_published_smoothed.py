@@ -15,7 +15,7 @@ import gradsurg
 from gradsurg.solvers.problem import Problem
 from gradsurg.solvers.simplex import onto_simplex
 from gradsurg.surgery import CRMOGM, MGDA, PCD, ExcessMTL, Krum, MoDo, Random, SDMGrad
-from tests.ordinary import matrix, preferences
+from tests.matrices import matrix, preferences
 
 cases = pytest.mark.parametrize(("m", "seed"), list(itertools.product([2, 3, 5, 8], range(5))))
 STATEFUL = [SDMGrad(), MoDo(), CRMOGM(), ExcessMTL(), PCD()]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, data, equal_weights, same, trained, twins
 
 import gradsurg
+from tests.networks import build, data, equal_weights, same, trained, twins
 
 SCENARIOS = Path(__file__).with_name("compiling.py")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import build, data, equal_weights, reference_rows, rows_of, run_backward, same, trained, twins
 from torch import nn
 
 import gradsurg
 from gradsurg import MultiTaskError
+from tests.networks import build, data, equal_weights, reference_rows, rows_of, run_backward, same, trained, twins
 
 
 def wrapped(model, **options):

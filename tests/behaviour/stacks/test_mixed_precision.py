@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import build, data, equal_weights, rows_of, same, trained, twins
 from torch import nn
 
 import gradsurg
+from tests.networks import build, data, equal_weights, rows_of, same, trained, twins
 
 
 def scaler_of(scale=1024.0):

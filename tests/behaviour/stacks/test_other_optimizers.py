@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from models import build, equal_weights, twins
 
 import gradsurg
+from tests.networks import build, equal_weights, twins
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it uses torch.jit.script while it is imported

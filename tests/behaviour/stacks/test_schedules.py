@@ -6,10 +6,10 @@ import io
 
 import pytest
 import torch
-from models import build, data, equal_weights, run_backward, same, twins
 from torch.optim import lr_scheduler, swa_utils
 
 import gradsurg
+from tests.networks import build, data, equal_weights, run_backward, same, twins
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda k: 1 / (1 + k)]),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import Heads, build, data, equal_weights, reference_rows, rows_of, run_backward, same, twins
 from torch import nn
 
 import gradsurg
+from tests.networks import Heads, build, data, equal_weights, reference_rows, rows_of, run_backward, same, twins
 
 
 def flat(tensors):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import equal_weights, same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradsurg
+from tests.networks import equal_weights, same
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 

@@ -8,7 +8,7 @@ import torch
 
 from gradsurg.linalg.kernels import cone
 from gradsurg.solvers.problem import HOST
-from tests.hostile import FAMILIES, draw
+from tests.matrices import FAMILIES, draw
 
 # From G alone u is known to its rounding over the square of the angle by which rows miss dependence.
 SAME_POINT = {"nearly opposite 1e-6": 1e-3, "nearly opposite 1e-4": 1e-7}

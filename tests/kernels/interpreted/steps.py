@@ -27,7 +27,7 @@ from tests.kernels.whole_step import (
     trained,
     wrapped,
 )
-from tests.waiting import WaitError, no_waiting
+from tests.no_waiting import WaitError, no_waiting
 
 ADAM, SGD = torch.optim.Adam, torch.optim.SGD
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS, Snapshot, build, data, reference_rows, rows_of, run_backward, same, trained, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +16,7 @@ from gradsurg import MultiTaskError
 from gradsurg.distributed.layout import Layout
 from gradsurg.optimizer.cheap.batched import OBSTACLES as OBSTACLES_BY_KIND
 from gradsurg.optimizer.cheap.batched import run_batched
+from tests.networks import MODELS, Snapshot, build, data, reference_rows, rows_of, run_backward, same, trained, twins
 
 
 def wrapped(model, **options):

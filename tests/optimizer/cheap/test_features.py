@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Heads, data, equal_weights, same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
+from tests.networks import Heads, data, equal_weights, same
 
 TASKS = ("left", "right", "whole")
 

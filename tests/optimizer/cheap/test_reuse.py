@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS, build, data, equal_weights, same, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
 from gradsurg import MultiTaskError
+from tests.networks import MODELS, build, data, equal_weights, same, trained
 
 
 def wrapped(model, cls=torch.optim.SGD, lr=0.05, **options):

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import nets
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradsurg
+from tests.distributed import nets
 
 
 def spread(model: nn.Module, kind: str) -> nn.Module:

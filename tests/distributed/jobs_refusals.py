@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import nets
-from distributed.jobs_more import spread
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradsurg
 from gradsurg.gradients.dtensor import local_of
+from tests.distributed import nets
+from tests.distributed.jobs_promises import spread
 
 
 def refused(what: str) -> str:

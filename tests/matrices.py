@@ -1,4 +1,4 @@
-"""Gradients that are as unpleasant as real ones get: each family is a way in which a promise could break."""
+"""Matrices of gradients, one row per task: hostile families, each a way to break a promise, and ordinary ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FAMILIES", "draw"]
+__all__ = ["FAMILIES", "draw", "matrix", "preferences"]
 
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
@@ -98,3 +98,16 @@ FAMILIES: dict[str, Draw] = {
 def draw(family: str, m: int, P: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return J, (m, P), of a family."""
     return torch.tensor(FAMILIES[family](np.random.default_rng(seed), m, P)).to(dtype)
+
+
+def matrix(m: int, seed: int, P: int = 10, spread: float = 0.0) -> Tensor:
+    """An ordinary J: m rows of P numbers less seven tenths of their mean; lengths differ by some `spread` decades."""
+    generator = torch.Generator().manual_seed(seed)
+    J = torch.randn(m, P, generator=generator, dtype=torch.float64)
+    J = J - J.mean(0) * 0.7
+    return J * 10 ** (spread * torch.randn(m, 1, generator=generator, dtype=torch.float64))
+
+
+def preferences(m: int) -> Tensor:
+    """Unequal ones, from 0.5 to 2."""
+    return torch.linspace(0.5, 2, m, dtype=torch.float64)
