@@ -1,8 +1,6 @@
 """batched=True: one backward pass through what the tasks share, and the rows of m passes."""
 
 import copy
-import re
-import warnings
 
 import pytest
 import torch
@@ -12,46 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
-from gradsurg import MultiTaskError
-from gradsurg.distributed.layout import Layout
-from gradsurg.optimizer.cheap.batched import OBSTACLES as OBSTACLES_BY_KIND
 from gradsurg.optimizer.cheap.batched import run_batched
-from tests.networks import MODELS, Snapshot, build, data, reference_rows, rows_of, run_backward, same, trained, twins
-
-
-def wrapped(model, **options):
-    return gradsurg.wrap(torch.optim.SGD(trained(model), lr=0.05), batched=True, **options)
-
-
-def was_batched(optimizer):
-    return optimizer._gradsurg.batched.works is True
-
-
-def agree(got, want, tolerance=2e-6):
-    """Whether rows have the same gaps, shapes and dtypes, and numbers up to float32's rounding of their norm."""
-    assert got.keys() == want.keys()
-    for name, row in want.items():
-        assert [g is None for g in got[name]] == [g is None for g in row], name
-        for a, b in zip(got[name], row, strict=True):
-            if b is not None:
-                assert (a.dtype, a.shape) == (b.dtype, b.shape)
-                rounding = tolerance if b.dtype != torch.bfloat16 else 1e-2
-                assert (a - b).abs().max() <= rounding * b.abs().max() + 1e-12, name
-    return True
-
-
-def trains_alike(steps, rtol, atol, **options):
-    """Train twins with batched passes and one by one, and compare their parameters."""
-    model, other = twins()
-    optimizer, reference = wrapped(model, **options), gradsurg.wrap(torch.optim.SGD(trained(other), lr=0.05), **options)
-    for batch in range(steps):
-        for each, of in ((optimizer, model), (reference, other)):
-            each.zero_grad()
-            each.total(of.losses(batch)).backward()
-            each.step()
-    assert was_batched(optimizer)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+from tests.networks import MODELS, build, data, reference_rows, rows_of, run_backward, same, trained, twins
+from tests.optimizer.cheap.batched_passes import agree, trains_alike, was_batched, wrapped
 
 
 @pytest.mark.parametrize("way", ["total", "backward"])
@@ -216,152 +177,6 @@ def test_it_goes_with_the_other_ways_to_save(options):
     trains_alike(7, 1e-3, 1e-5, **options)
 
 
-# -- where it cannot be done --------------------------------------------------------------------------------------
-
-
-class Plain(torch.autograd.Function):
-    """A function that does nothing; its node is called as its class is."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-class Measured(torch.autograd.Function):
-    """A function whose backward pass looks at numbers, which vmap does not allow."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * (1.0 if g.sum().item() < 1e9 else 0.0)
-
-
-class Nested(torch.autograd.Function):
-    """A function that runs a backward pass of its own, into p.grad."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        with torch.enable_grad():
-            ctx.weight.square().sum().backward()
-        return g, None
-
-
-def look(_):
-    """Look at a parameter and leave it alone."""
-
-
-def measured(model):
-    z = Measured.apply(model.trunk(data(0, 8, 5)))
-    return {name: head(z).square().mean() for name, head in model.heads.items()}
-
-
-def reentrant(model):
-    z = checkpoint(model.trunk, data(0, 8, 5).requires_grad_(), use_reentrant=True)
-    return {name: head(z).square().mean() for name, head in model.heads.items()}
-
-
-def nested(model):
-    z = Nested.apply(model.trunk(data(0, 8, 5)), model.trunk[0].weight)
-    return {name: head(z).square().mean() for name, head in model.heads.items()}
-
-
-def nested_in_a_head(model):
-    z = model.trunk(data(0, 8, 5))
-    first, *others = [head(z).square().mean() for head in model.heads.values()]
-    return dict(zip(model.heads, [Nested.apply(first, model.trunk[0].weight), *others], strict=True))
-
-
-def hooked(model):
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(look)
-    return model.losses(0)
-
-
-def functions(model):
-    return {name: lambda name=name: model.losses(0)[name] for name in model.losses(0)}
-
-
-OBSTACLES = {
-    measured: "item",
-    reentrant: "use_reentrant=False can be batched",
-    nested: "inside torch.vmap",
-    nested_in_a_head: "wrote to p.grad",
-    hooked: "post_accumulate",
-    functions: "functions",
-}
-
-
-@pytest.mark.parametrize("losses_of", OBSTACLES)
-def test_where_it_cannot_be_done_one_warning_says_why_and_the_result_is_the_same(losses_of):
-    model, other = twins()
-    optimizer, reference = wrapped(model), gradsurg.wrap(torch.optim.SGD(trained(other), lr=0.05))
-    with pytest.warns(UserWarning, match=OBSTACLES[losses_of]) as caught:
-        optimizer.backward(losses_of(model))
-    assert len(caught) == 1
-    assert not was_batched(optimizer)
-    reference.backward(losses_of(other))
-    assert same(rows_of(optimizer), rows_of(reference))
-    assert same([p.grad for p in model.parameters()], [p.grad for p in other.parameters()])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.backward(losses_of(model))
-
-
-@pytest.mark.parametrize("kind", ["CompiledFunctionBackward", "_DDPSinkBackward", "CheckpointFunctionBackward"])
-def test_nodes_that_cannot_be_batched_are_known_by_name(kind):
-    """Wherever in the graph they are; none of them says so by itself before it runs, or at all."""
-    namesake = type(kind.removesuffix("Backward"), (Plain,), {})
-    model = build()
-    optimizer = wrapped(model)
-    z = namesake.apply(model.trunk(data(0, 8, 5)))
-    with pytest.warns(UserWarning, match=re.escape(OBSTACLES_BY_KIND[kind])):
-        optimizer.backward({name: head(z).square().mean() for name, head in model.heads.items()})
-    assert not was_batched(optimizer)
-    assert all(p.grad is not None for p in trained(model))
-
-
-def test_several_ranks_run_one_by_one():
-    model = build()
-    optimizer = wrapped(model)
-    engine, losses = optimizer._gradsurg, model.losses(0)
-    engine.capture.open()
-    engine.session.layout = Layout()  # as it is set by lay_out(), before any pass
-    with pytest.warns(UserWarning, match="several ranks"):
-        assert run_batched(engine, losses, None, False) is False
-    engine.abort()
-    assert all(p.grad is None for p in trained(model))
-
-
-def test_compiled_autograd_runs_one_by_one(monkeypatch):
-    monkeypatch.setattr("gradsurg.optimizer.cheap.batched.in_compiled_autograd", lambda: True)
-    model = build()
-    optimizer = wrapped(model)
-    with pytest.warns(UserWarning, match="compiled autograd"):
-        optimizer.backward(model.losses(0))
-    assert not was_batched(optimizer)
-    assert all(p.grad is not None for p in trained(model))
-
-
-def test_sparse_gradients_run_one_by_one():
-    model, other = twins("sparse")
-    optimizer = wrapped(model)
-    with pytest.warns(UserWarning, match="batched=True has no effect"):
-        optimizer.backward(model.losses(0))
-    assert same(rows_of(optimizer), reference_rows(other.losses(0), trained(other)))
-
-
 def test_checkpointing_without_reentry_is_batched():
     model, other = twins()
     optimizer = wrapped(model)
@@ -373,29 +188,9 @@ def test_checkpointing_without_reentry_is_batched():
     assert was_batched(optimizer)
 
 
-def test_a_pass_that_fails_later_leaves_everything_as_it_was():
-    model = build()
-    optimizer = wrapped(model)
-    optimizer.total(model.losses(0)).backward()
-    before = Snapshot.of(model)
-    with pytest.raises(MultiTaskError, match=r"batched=True.*item.*Leave out batched="):
-        optimizer.total(measured(model)).backward()
-    assert same(Snapshot.of(model), before)
-    optimizer.zero_grad()
-    optimizer.total(model.losses(1)).backward()
-    optimizer.step()
-    assert was_batched(optimizer)
-
-
 def test_one_task_is_one_ordinary_pass():
     model = build()
     optimizer = wrapped(model)
     optimizer.total({"left": model.losses(0)["left"]}).backward()
     assert optimizer._gradsurg.batched.works is None  # nothing tried yet
     assert run_batched(optimizer._gradsurg, {}, None, False) is False
-
-
-@pytest.mark.parametrize("value", [1, "yes", None])
-def test_a_wrong_value_is_an_error(value):
-    with pytest.raises(ValueError, match="batched="):
-        gradsurg.wrap(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), batched=value)

@@ -10,49 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
-from gradsurg import MultiTaskError
-from tests.networks import Heads, data, equal_weights, same
-
-TASKS = ("left", "right", "whole")
-
-
-class Net(Heads):
-    """Heads, with what the heads read."""
-
-    def forward(self, batch=0):
-        x, targets = data(batch, 16, 5), data(batch + 1000, len(self.heads), 16, 2)
-        self.h = self.trunk(x)
-        return {
-            name: scale * (head(self.h) - target).square().mean()
-            for (name, head), target, scale in zip(self.heads.items(), targets, (1.0, 5.0, 0.2), strict=False)
-        }
-
-
-def build(seed=0, tasks=TASKS):
-    torch.manual_seed(seed)
-    return Net(tasks)
-
-
-def wrapped(model, cls=torch.optim.SGD, lr=0.1, **options):
-    return gradsurg.wrap(cls(model.parameters(), lr=lr), **options)
-
-
-def by_hand(model, batch=0, scale=1.0, **options):
-    """The same with torch.autograd.grad and gradsurg.combine: what must come out, in p.grad's place."""
-    losses = {name: loss * scale for name, loss in model(batch).items()}
-    J = torch.stack([torch.autograd.grad(loss, model.h, retain_graph=True)[0].flatten() for loss in losses.values()])
-    u = gradsurg.combine(J, normalize="norm", **options).view_as(model.h)
-    trunk = torch.autograd.grad(model.h, list(model.trunk.parameters()), u, retain_graph=True)
-    heads = torch.autograd.grad(sum(losses.values()), list(model.heads.parameters()))
-    return [*trunk, *heads]
-
-
-def gradients(model):
-    return [p.grad for p in [*model.trunk.parameters(), *model.heads.parameters()]]
-
-
-def close(a, b):
-    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-6 * y.abs().max().item()) for x, y in zip(a, b, strict=True))
+from tests.networks import data, equal_weights, same
+from tests.optimizer.cheap.feature_networks import Bypass, build, by_hand, close, gradients, wrapped
 
 
 @given(seed=st.integers(0, 1000), surgery=st.sampled_from(["cone", "upgrad", "mgda", "sum"]))
@@ -228,25 +187,6 @@ def test_features_made_from_one_another(order):
     assert G[0, 1] != 0
 
 
-class Bypass(nn.Module):
-    """A loss that reads the features and, past them, the trunk's own parameters; a decoder two tasks share."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk, self.decoder = nn.Linear(5, 4), nn.Linear(4, 4)
-        self.heads = nn.ModuleList([nn.Linear(4, 1) for _ in range(3)])
-
-    def forward(self, batch=0):
-        x, y = data(batch, 16, 5), data(batch + 1000, 3, 16, 1)
-        self.h = torch.tanh(self.trunk(x))
-        deeper = torch.tanh(self.decoder(self.h))
-        return {
-            "skip": (self.heads[0](self.h + self.trunk(x)) - y[0]).square().mean(),
-            "deep": (self.heads[1](deeper) - y[1]).square().mean(),
-            "deeper": (self.heads[2](deeper) + 3 * y[2]).square().mean(),
-        }
-
-
 def test_what_is_reached_past_the_features_takes_the_same_weights():
     torch.manual_seed(0)
     model = Bypass()
@@ -297,82 +237,6 @@ def test_preferences_of_a_single_task_and_of_several():
     assert close(gradients(model), gradients(plain))
 
 
-def refusals():
-    def detached(m, losses):
-        return {"losses": losses, "features": m.h.detach()}, ValueError, "detached"
-
-    def leaf(m, losses):
-        return {"losses": losses, "features": m.trunk[0].weight}, ValueError, "a leaf"
-
-    def number(m, losses):
-        return {"losses": losses, "features": 3}, ValueError, "features=3"
-
-    def nothing(m, losses):
-        return {"losses": losses, "features": []}, ValueError, "features="
-
-    def twice(m, losses):
-        return {"losses": losses, "features": [m.h, m.h]}, ValueError, "same tensor twice"
-
-    def hook(m, losses):
-        m.h.register_hook(lambda g: g)
-        return {"losses": losses, "features": m.h}, ValueError, "hook"
-
-    def unrelated(m, losses):
-        return {"losses": losses, "features": m.h + 0}, ValueError, "depends on the features"
-
-    def beside(m, losses):
-        return {"losses": {**losses, "norm": m.trunk[0].weight.norm()}, "features": m.h}, ValueError, "'norm'"
-
-    def function(m, losses):
-        return {"losses": {**losses, "left": lambda: losses["left"]}, "features": m.h}, ValueError, "function"
-
-    def reentrant(m, losses):
-        losses["left"] = checkpoint(m.heads["left"], m.h, use_reentrant=True).sum()
-        return {"losses": losses, "features": m.h}, MultiTaskError, "use_reentrant=False"
-
-    return [detached, leaf, number, nothing, twice, hook, unrelated, beside, function, reentrant]
-
-
-@pytest.mark.parametrize("way", ["total", "backward"])
-@pytest.mark.parametrize("case", refusals(), ids=lambda case: case.__name__)
-def test_refusals_say_why_and_leave_everything_as_it_was(case, way):
-    model = build()
-    optimizer = wrapped(model)
-    model.trunk[0].weight.grad = torch.ones_like(model.trunk[0].weight)
-    arguments, error, match = case(model, model())
-    run = optimizer.backward if way == "backward" else lambda **given: optimizer.total(**given).backward()
-    with pytest.raises(error, match=match):
-        run(**arguments)
-    assert [p.grad is None for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
-    optimizer.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the total above was never run
-        optimizer.total(model(), features=model.h).backward()
-        assert close(gradients(model), by_hand(model))
-        optimizer.step()
-
-
-def test_with_elementwise_surgery_nothing_may_be_shared_past_the_features():
-    torch.manual_seed(0)
-    model = Bypass()
-    optimizer = wrapped(model, surgery="graddrop")
-    losses = model()
-    with pytest.raises(ValueError, match="number by number"):
-        optimizer.backward(losses, features=model.h)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [({"rotate": 1}, "rotate"), ({"refresh_every": 2}, "refresh_every"), ({"granularity": "tensor"}, "granularity")],
-)
-def test_one_cheap_mode_at_a_time(options, match):
-    model = build()
-    optimizer = wrapped(model, **options)
-    losses = model()
-    with pytest.raises(ValueError, match=match):
-        optimizer.total(losses, features=model.h)
-
-
 def test_checkpointed_trunk_and_heads():
     model = build()
     expected = by_hand(model)
@@ -384,36 +248,6 @@ def test_checkpointed_trunk_and_heads():
     }
     wrapped(model).total(losses, features=h).backward()
     assert close(gradients(model), expected)
-
-
-def test_a_loss_that_is_not_finite():
-    for policy, tasks in (("skip_task", ("right", "whole")), ("raise", None)):
-        model, reference = build(), build()
-        optimizer, other = wrapped(model, nonfinite=policy), wrapped(reference)
-        losses = model()
-        losses["left"] = losses["left"] * float("nan")
-        if tasks is None:
-            with pytest.raises(MultiTaskError, match="'left'"):
-                optimizer.backward(losses, features=model.h)
-            assert all(p.grad is None for p in model.parameters())
-        else:
-            optimizer.backward(losses, features=model.h)
-            good = reference()
-            other.backward({name: good[name] for name in tasks}, features=reference.h)
-            assert same([p.grad for p in model.parameters()], [p.grad for p in reference.parameters()])
-            assert optimizer.report.nonfinite == ("left",)
-
-
-def test_the_update_guarantee_is_let_go_and_said_so():
-    model = build()
-    optimizer = wrapped(model, torch.optim.Adam, guarantee="update")
-    with pytest.warns(UserWarning, match="guarantee='update'") as caught:
-        optimizer.total(model(), features=model.h).backward()
-    assert caught[0].filename == __file__
-    optimizer.step()
-    assert optimizer.report.movement is None
-    optimizer.zero_grad()
-    optimizer.total(model(1), features=model.h).backward()  # said once
 
 
 def test_pairwise_surgery_is_projected_on_the_features():
@@ -443,17 +277,3 @@ def test_the_features_keep_their_own_grad():
     model.h.retain_grad()
     optimizer.total(losses, features=model.h).backward()
     assert model.h.grad.shape == model.h.shape
-
-
-def test_retain_graph_and_a_graph_that_is_used_up():
-    model = build()
-    optimizer = wrapped(model)
-    losses = model()
-    optimizer.backward(losses, features=model.h, retain_graph=True)
-    once = [g.clone() for g in gradients(model)]
-    optimizer.backward(losses, features=model.h)
-    assert close(gradients(model), [2 * g for g in once])
-    before = [g.clone() for g in gradients(model)]
-    with pytest.raises(RuntimeError, match="second time"):
-        optimizer.backward(losses, features=model.h)
-    assert same(gradients(model), before)

@@ -1,0 +1,93 @@
+"""What is given as losses: lists, names, one tensor twice, and tasks that come and go."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.gradients.ways import gradients, wrapped
+from tests.networks import build, rows_of, run_backward, same, twins
+
+
+def test_losses_as_a_list_get_numbers_or_the_declared_names():
+    model = build()
+    optimizer = wrapped(model)
+    optimizer.total(list(model.losses(0).values())).backward()
+    assert optimizer.report.tasks == ("0", "1", "2")
+    declared = wrapped(build(), tasks=["x", "y", "z"])
+    losses = tuple(model.losses(0).values())
+    declared.total(losses).backward()
+    assert declared.report.tasks == ("x", "y", "z")
+
+
+def test_losses_of_shape_one_are_scalars():
+    model, other = twins()
+    wrapped(model).total({k: v.reshape(1) for k, v in model.losses(0).items()}).backward()
+    wrapped(other).total(other.losses(0)).backward()
+    assert same(gradients(model), gradients(other))
+
+
+def test_one_tensor_as_two_tasks():
+    model = build("all shared")
+    optimizer = wrapped(model)
+    loss = model.losses(0)["left"]
+    optimizer.total({"a": loss, "b": loss}).backward()
+    rows = rows_of(optimizer)
+    assert same(rows["a"], rows["b"])
+
+
+# -- absent tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", ["None", "missing", "no grad_fn", "unconnected"])
+@pytest.mark.parametrize("way", ["total", "backward"])
+def test_an_absent_task_takes_no_part(absent, way):
+    model, other = twins()
+    optimizer, reference = wrapped(model), wrapped(other)
+    losses, want = model.losses(0), other.losses(0)
+    if absent == "None":
+        losses["right"] = None
+    elif absent == "missing":
+        del losses["right"]
+    elif absent == "no grad_fn":
+        losses["right"] = losses["right"].detach()
+    else:  # a loss of something else: a task whose row is empty
+        losses["right"] = nn.Parameter(torch.ones(())).square()
+    del want["right"]
+    run_backward(way, optimizer, losses)
+    run_backward(way, reference, want)
+    assert same(gradients(model), gradients(other))
+    assert all(p.grad is None for p in model.heads["right"].parameters())
+    optimizer.step()
+
+
+def test_tasks_come_and_go():
+    model = build()
+    optimizer = wrapped(model, torch.optim.Adam, lr=0.05)
+    present = [{"left"}, {"left", "right"}, {"right"}, {"left", "right", "whole"}, {"whole", "left"}]
+    for batch, names in enumerate(present):
+        optimizer.zero_grad()
+        losses = {name: loss for name, loss in model.losses(batch).items() if name in names}
+        heads = {n: [p.detach().clone() for p in model.heads[n].parameters()] for n in model.heads}
+        optimizer.total(losses).backward()
+        optimizer.step()
+        assert set(optimizer.report.tasks) == names
+        for name in model.heads:
+            assert same(heads[name], [p.detach() for p in model.heads[name].parameters()]) == (name not in names)
+        if len(names) > 1:
+            assert (optimizer.report.update_cosines >= -1e-4).all()  # float32 gradients
+
+
+def test_tasks_of_micro_batches_may_differ():
+    model, other = twins()
+    optimizer, reference = wrapped(model), wrapped(other)
+    for batch, name in enumerate(["left", "right", "left", "whole"]):
+        optimizer.total({name: model.losses(batch)[name]}).backward()
+    reference.backward(
+        {
+            "left": other.losses(0)["left"] + other.losses(2)["left"],
+            "right": other.losses(1)["right"],
+            "whole": other.losses(3)["whole"],
+        }
+    )
+    for a, b in zip(gradients(model), gradients(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32 sums in another order
