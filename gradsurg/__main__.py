@@ -1,4 +1,4 @@
-"""python -m gradsurg: train on overlaid digits, plain sum against gradsurg; or `report`, a page of a history."""
+"""`python -m gradsurg`: the demo on overlaid digits; or `python -m gradsurg report`, the page of a history."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the main job, or `report`; return the exit status."""
+    """Run the demo, or `report`; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "report":
         return report(arguments[1:])
@@ -40,19 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, f'The demo needs {" and ".join(missing)}: pip install "gradsurg[demo]"\n')
 
     began = time.perf_counter()
-    if options.normalize == PriorLoss.name:
-        normalize: str | Normalizer = PriorLoss({task: PRIORS[task] for task in options.tasks})
-    else:
-        normalize = options.normalize
+    normalize: str | Normalizer = options.normalize
+    if normalize == PriorLoss.name:
+        normalize = PriorLoss({task: PRIORS[task] for task in options.tasks})
     job = Job(
         tasks=tuple(options.tasks),
         optimizer=options.optimizer,
         options={"surgery": options.surgery, "normalize": normalize, "guarantee": options.guarantee},
         epochs=options.epochs,
     )
+    # One step finds options that don't fit each other or the tasks.
     try:
         train(replace(job, epochs=1), Data.digits(BATCH, BATCH), wrapped=True)
-    except ValueError as error:  # one step judges options that fit the others or the tasks badly
+    except ValueError as error:
         parser.error(str(error))
     seeds = range(options.seed, options.seed + options.runs)
     runs = compare(job, Data.digits(), seeds)
@@ -80,24 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gradsurg",
         description="Train one model on several tasks of overlaid digits: on the plain sum of the losses, "
-        "and with gradsurg, from the same parameters, on the same batches. Print a table, write a picture. "
+        "and with gradsurg, from the same parameters, on the same batches. Print a table and write a picture. "
         "With `report HISTORY.jsonl`: make a page of what a gradsurg.History recorded; see `report --help`.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--version", action="version", version=f"gradsurg {__version__}, torch {torch.__version__}")
-    add(
-        "--tasks",
-        nargs="+",
-        choices=TASKS,
-        default=list(TASKS),
-        metavar="TASK",
-        help=f"some of: {', '.join(TASKS)}",
-    )
+    some = f"some of: {', '.join(TASKS)}"
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=some)
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="the optimizer, plain and wrapped")
     add("--surgery", choices=SURGERIES, default="cone", help="how the tasks' gradients are combined")
-    add("--normalize", choices=NORMALIZERS, default="norm", help="what they are scaled by before")
-    add("--guarantee", choices=GUARANTEES, default="update", help="what is held to hurting no task")
+    add("--normalize", choices=NORMALIZERS, default="norm", help="how they are scaled before that")
+    add("--guarantee", choices=GUARANTEES, default="update", help="what must hurt no task")
     add("--epochs", type=_integer(1, 10_000), default=Job.epochs, help="passes over the 6144 training pairs")
     add("--seed", type=_integer(0, 2**32), default=0, help="first seed, of the parameters and the batches")
     add("--runs", type=_integer(1, 100), default=3, help="number of seeds, for the ± in the table")

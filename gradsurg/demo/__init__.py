@@ -1,1 +1,1 @@
-"""The demonstration that `python -m gradsurg` runs."""
+"""The demo that `python -m gradsurg` runs: its training job, and the table and picture of the results."""

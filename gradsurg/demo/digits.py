@@ -1,7 +1,7 @@
-"""The main job: three tasks on scikit-learn's digits, overlaid in pairs; plain sum against gradsurg.
+"""The job of the demo and of several benchmarks: three tasks on overlaid digits, plain sum against gradsurg.
 
-Conflicts are judged here, not by the library: by gradients from torch.autograd.grad before the step, and by
-what the shared parameters really did in it.
+Conflicts are measured here and not taken from the library's reports: from gradients of torch.autograd.grad before the
+step, and from the real movement of the shared parameters.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ TASKS = {
     "pixels": "pixels, test R² (%)",
 }
 BATCH = 128
-HEIGHT, WIDTH = 10, 11  # of the canvas: the right digit lies two rows lower and three columns further right
-VARIANCE = 0.0675  # of a pixel, mean over the training pairs
+# Size of the canvas: the right digit lies two rows lower and three columns further right.
+HEIGHT, WIDTH = 10, 11
+# Variance of a pixel, mean over the training pairs.
+VARIANCE = 0.0675
 # Losses of the best constant prediction, for normalize="prior_loss".
 PRIORS = {"left": math.log(10), "right": math.log(10), "pixels": VARIANCE}
-# cos(d, g_i) below this is a conflict. Parameters are stored rounded, and rounding alone is not a conflict.
+# A cos(d, g_i) below this is a conflict. Parameters are stored rounded, and rounding alone is not a conflict.
 CONFLICT = -1e-4
-
-# Each with a learning rate at which the plain sum trains well.
+# Optimizers, each with a learning rate at which the plain sum trains well.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
@@ -63,14 +64,14 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and how; `clip` and `schedule` stand where they stand in any training loop.
+    """What to train and how.
 
     Attributes:
-        tasks: Which of TASKS.
-        optimizer: A key of OPTIMIZERS, or what makes an optimizer of parameters.
+        tasks: Some of TASKS.
+        optimizer: A key of OPTIMIZERS, or a function from parameters to an optimizer.
         options: Keyword arguments of gradsurg.wrap.
         epochs: Passes over the training pairs.
-        seed: Of the initial parameters and of the order of the batches.
+        seed: Seed of the initial parameters and of the order of the batches.
         clip: Largest norm of the gradient, for clip_grad_norm_ between backward and step.
         schedule: Builds a learning rate scheduler, which is stepped after each step.
     """
@@ -86,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Overlaid digits: images (n, HEIGHT · WIDTH) with values 0 … 1, and the two labels, (n,) each."""
+    """Overlaid digits: images (n, HEIGHT · WIDTH) with values from 0 to 1, and two labels each, (n,)."""
 
     images: Tensor
     left: Tensor
@@ -121,14 +122,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs to train on and to test on; no image of a digit is in both."""
+    """Pairs for training and for testing; no image of a digit is in both."""
 
     train: Pairs
     test: Pairs
 
     @classmethod
     def digits(cls, train: int = 6144, test: int = 2048) -> Data:
-        """Build pairs of scikit-learn's 1797 digits, three quarters of them to train on; always the same."""
+        """Build pairs of scikit-learn's 1797 digits, always the same; three quarters of the digits are for training."""
         from sklearn.datasets import load_digits
 
         pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -143,7 +144,7 @@ class Data:
 
 
 class Model(nn.Module):
-    """An encoder that every task shares, and one head a task."""
+    """An encoder that all tasks share, and one head per task."""
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict({task: nn.Linear(64, HEIGHT * WIDTH if task == "pixels" else 10) for task in tasks})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return task -> output: ten logits, or the pixels."""
+        """Return task -> output: ten logits of a digit, or the pixels."""
         h = self.encoder(images)
         return {task: head(h) for task, head in self.heads.items()}
 
@@ -162,14 +163,14 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run left behind; m tasks, T steps.
+    """The results of one training run of T steps on m tasks.
 
     Attributes:
         scores: Task -> test score in percent at the end.
         losses: Test losses before training and after each epoch, (epochs + 1, m).
-        gradient: cos(u, g_i) of what was handed to the optimizer, (T, m).
-        update: cos(d, g_i) of what the shared parameters did, (T, m).
-        seconds: Median time of a step: forward, backward, step; without the measuring.
+        gradient: cos(u, g_i) of the gradient u that the optimizer got, (T, m).
+        update: cos(d, g_i) of the movement d of the shared parameters, (T, m).
+        seconds: Median time of a step (forward, backward, step), without the measuring.
     """
 
     scores: dict[str, float]
@@ -181,7 +182,7 @@ class Run:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A batch of 128 small images is not worth sharing: on two busy cores, two threads were 10 × slower than one."""
+    """Use one thread: on two busy cores, two threads took 10 times as long for a batch of 128 small images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -192,7 +193,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object] = lambda: None) -> Run:
-    """Train once, on the plain sum or with gradsurg, from the same parameters and on the same batches."""
+    """Train once, on the plain sum or with gradsurg; parameters and batches depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = Model(job.tasks)
@@ -218,12 +219,12 @@ def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object]
 
 
 def compare(job: Job, data: Data, seeds: Sequence[int], *, bar: bool = True) -> dict[str, list[Run]]:
-    """Train on the plain sum and with gradsurg, once a seed each; in turns, so a busy machine slows both."""
+    """Train on the plain sum and with gradsurg, in turns for each seed, so that a busy machine slows down both."""
     from tqdm import tqdm
 
     runs: dict[str, list[Run]] = {"plain sum": [], "gradsurg": []}
-    total = len(runs) * len(seeds) * job.epochs * data.train.count
-    with tqdm(total=total, unit="step", disable=not bar) as progress:
+    steps = len(runs) * len(seeds) * job.epochs * data.train.count
+    with tqdm(total=steps, unit="step", disable=not bar) as progress:
         for seed in seeds:
             for name, done in runs.items():
                 progress.set_description(f"{name}, seed {seed}")
@@ -238,7 +239,7 @@ def conflicts(cosines: Tensor) -> Tensor:
 
 
 def overlaid(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Pairs:
-    """Return n pairs of images (k, 8, 8) drawn with replacement, one upon the other."""
+    """Return n pairs of images (k, 8, 8), drawn with replacement and laid on top of each other."""
     left, right = torch.randint(len(images), (2, n), generator=generator)
     canvas = torch.zeros(n, HEIGHT, WIDTH)
     canvas[:, :8, :8] = images[left]
@@ -247,7 +248,7 @@ def overlaid(images: Tensor, labels: Tensor, n: int, generator: torch.Generator)
 
 
 def _step(model: Model, optimizer: Optimizer, batch: Pairs, clip: float | None) -> tuple[Tensor, Tensor, float]:
-    """Do one step; return cos(u, g_i), cos(d, g_i) and the seconds it took without the measuring."""
+    """Do one step; return cos(u, g_i), cos(d, g_i) and the seconds that it took without the measuring."""
     shared = list(model.encoder.parameters())
     began = time.perf_counter()
     losses = model.losses(batch)

@@ -1,4 +1,4 @@
-"""What the main job shows: a table, and a picture of conflicts and test losses over time."""
+"""The output of the demo: a table of the results, and a picture of conflicts and test losses over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradsurg.demo.digits import TASKS, Run, conflicts
 
 __all__ = ["percent", "plot", "spread", "table"]
 
-# Told apart by eyes that see no red or green, and in grey print: a light broken line against a dark full one.
+# A light broken line and a dark full one: they differ without red or green, and in grey print.
 STYLES: dict[str, dict[str, Any]] = {
     "plain sum": {"color": "#E69F00", "linestyle": "--", "marker": "o"},
     "gradsurg": {"color": "#0072B2", "linestyle": "-", "marker": "s"},
@@ -28,7 +28,7 @@ def table(runs: dict[str, list[Run]]) -> str:
         "conflicts per 100 steps, gradient",
         "conflicts per 100 steps, update",
         "worst cos(update, a task's gradient)",
-        "seconds a step",
+        "seconds per step",
     ]
     columns = [["", *titles]]
     for name, each in runs.items():
@@ -47,7 +47,7 @@ def table(runs: dict[str, list[Run]]) -> str:
 
 
 def plot(runs: dict[str, list[Run]], path: Path, title: str) -> None:
-    """Write the picture to a PNG file: lines are means over the seeds, bands reach from least to greatest."""
+    """Write the picture to a PNG file: lines are means over the seeds, bands reach from the least to the greatest."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -65,10 +65,7 @@ def plot(runs: dict[str, list[Run]], path: Path, title: str) -> None:
         for i, axes in enumerate(losses):
             _draw(axes, name, [run.losses[:, i] for run in each], first=0)
 
-    for axes, what in (
-        (conflicts_of_gradient, "gradient as handed over"),
-        (conflicts_of_update, "update as made"),
-    ):
+    for axes, what in ((conflicts_of_gradient, "gradient as handed over"), (conflicts_of_update, "update as made")):
         axes.set(title=f"Conflicts per 100 steps: {what}", ylim=(-4, 104))
     conflicts_of_gradient.legend(frameon=False, fontsize=9)
     for axes, task in zip(losses, tasks, strict=True):
@@ -98,7 +95,7 @@ def _draw(axes: Any, name: str, lines: Sequence[Tensor], first: int) -> None:
 
 
 def percent(cosines: Tensor) -> float:
-    """Return how many of 100 steps conflict with some task."""
+    """Return the percentage of steps that conflict with some task."""
     return 100 * conflicts(cosines).double().mean().item()
 
 
