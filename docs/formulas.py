@@ -16,11 +16,8 @@ SMALL_GREEK = (
 )
 LARGE_GREEK = "χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi Σsum ΦPhi ΨPsi ΩOmega ℓell"
 GREEK = {entry[0]: entry[1:] for entry in f"{SMALL_GREEK} {LARGE_GREEK}".split()}
-OPERATORS = {
-    **{c: c for c in "=<>+/"},
-    **{"~": r"\sim", "≤": r"\le", "≥": r"\ge", "≈": r"\approx", "∝": r"\propto", "∈": r"\in"},
-    **{"←": r"\leftarrow", "→": r"\to", "−": "-", "·": r"\cdot", "×": r"\times", "∂": r"\partial"},
-}
+_NAMED = r"~\sim ≤\le ≥\ge ≈\approx ∝\propto ∈\in ←\leftarrow →\to −- ·\cdot ×\times ∂\partial"
+OPERATORS = {c: c for c in "=<>+/"} | {entry[0]: entry[1:] for entry in _NAMED.split()}
 SYMBOLS = {"∞": r"\infty", "√": r"\sqrt", "½": r"\tfrac12", "…": r"\dots"}
 POWERS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀ", "0123456789+-T", strict=True))
 LOWS = dict(zip("₀₁₂₃₄₅₆₇₈₉ᵢⱼₘ", "0123456789ijm", strict=True))

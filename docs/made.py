@@ -33,10 +33,10 @@ WAYS = ["gradient", "update", "gradient, batched", "update, batched"]  # guarant
 
 # Caption -> pages in order; patterns stand for pages of people who add one by adding a file.
 TREES = {
-    "Learn": ["start", "concepts", "choosing", "when-it-helps", "faq"],
+    "Learn": ["start", "concepts", "choosing", "when-it-helps", "measured", "faq"],
     "Guides": ["compatibility", "many-gpus", "cost", "cheap-modes", "monitoring", "migrating", "guides/*"],
     "Gallery": ["gallery", "gallery/*", "examples/*"],
-    "Reference": ["generated/methods", "api", "generated/benchmarks", "kernels"],
+    "Reference": ["generated/methods", "api", "generated/benchmarks", "kernels", "glossary"],
 }
 
 

@@ -1,4 +1,6 @@
-"""Draw the pictures of docs/concepts.md; every arrow is what the library computes for the gradients shown.
+"""Draw the pictures of docs/concepts.md and docs/index.md.
+
+Every arrow is what the library computes for the gradients shown.
 
 python docs/pictures/concepts.py [FOLDER]
 """
@@ -24,8 +26,8 @@ REACH = 10.0
 
 
 def main(folder: Path) -> None:
-    """Write all five."""
-    for draw in (conflict, cone, normalisation, priority, update):
+    """Write all of them."""
+    for draw in (conflict, cone, normalisation, priority, update, landing):
         with rc_context({"svg.hashsalt": draw.__name__, "svg.fonttype": "path", "font.size": 11}):
             figure = draw()
             figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None, "Creator": None})
@@ -51,15 +53,13 @@ def cone() -> Figure:
     J = torch.tensor([[2.2, 0.3], [-0.9, 0.7]])
     total, u = J.sum(0), gradsurg.combine(J, surgery="cone")
     figure, (left, right) = canvas(2)
-    for axes in (left, right):
-        axes.add_patch(dual_cone(J))
-        arrow(axes, J[0], "g₁", DARK)
-        arrow(axes, J[1], "g₂", ORANGE)
+    two_gradients(left, J)
+    two_gradients(right, J)
     left.set_title("The dual cone: every direction\nwithin 90° of both gradients")
     arrow(right, total, "g₁ + g₂", BLUE, dashed=True)
     arrow(right, u, "u", GREEN)
     right.plot(*torch.stack([total, u]).T.tolist(), color=GREEN, linestyle=":", linewidth=2)
-    right.set_title("u is the point of the cone nearest to\nthe sum: the least change that hurts nobody")
+    right.set_title("u is the point of the cone nearest to\nthe sum: the least change that hurts no task")
     return figure
 
 
@@ -97,34 +97,54 @@ def priority() -> Figure:
 
 
 def update() -> Figure:
-    """What Adam makes of a direction that hurts nobody, and what gradsurg makes of that."""
+    """What Adam makes of a direction that hurts no task, and what gradsurg makes of Adam's step."""
     J = torch.tensor([[1.5, 0.9], [-0.2, 1.3]])
-    earlier = torch.tensor([[1.0, -2.0], [1.0, -2.0]])
-    moves = {}
-    for guarantee in ("none", "update"):
-        w = torch.nn.Parameter(torch.zeros(2))
-        adam = torch.optim.Adam([w], lr=1.9, betas=(0.9, 0.9))
-        w.grad = earlier.sum(0)
-        adam.step()
-        before = w.detach().clone()
-        optimizer = gradsurg.wrap(adam, normalize="none", guarantee=guarantee)
-        optimizer.zero_grad()
-        optimizer.set_gradients({"1": [J[0]], "2": [J[1]]})
-        optimizer.step()
-        moves[guarantee] = before - w.detach()
+    moves = {guarantee: adam_step(J, surgery="cone", guarantee=guarantee) for guarantee in ("none", "update")}
     u = gradsurg.combine(J, surgery="cone")
     figure, (left, right) = canvas(2)
-    for axes in (left, right):
-        axes.add_patch(dual_cone(J))
-        arrow(axes, J[0], "g₁", DARK)
-        arrow(axes, J[1], "g₂", ORANGE)
+    two_gradients(left, J)
+    two_gradients(right, J)
     arrow(left, u, "u", GREEN)
-    left.set_title("The gradient that is handed over\nhurts nobody …")
+    left.set_title("The gradient that the optimizer gets\nhurts no task …")
     arrow(right, moves["none"], "Adam", BLUE, dashed=True)
     arrow(right, moves["update"], "d", GREEN)
     right.plot(*torch.stack([moves["none"], moves["update"]]).T.tolist(), color=GREEN, linestyle=":", linewidth=2)
-    right.set_title("… but Adam still follows the step before\nand hurts task 2. Projected, its step is d")
+    right.set_title("… but Adam still follows its last step\nand hurts task 2. Projected, its step is d")
     return figure
+
+
+def landing() -> Figure:
+    """The first picture that a visitor sees: a step of Adam on the sum of the losses, and one with gradsurg."""
+    J = torch.tensor([[2.0, 0.5], [-0.6, 1.1]])
+    figure, (left, right) = canvas(2)
+    two_gradients(left, J)
+    two_gradients(right, J)
+    arrow(left, adam_step(J, surgery="sum", guarantee="none"), "step", BLUE, dashed=True)
+    left.set_title("Sum of the losses: Adam's step leaves the\nblue region, and the loss of task 2 rises")
+    arrow(right, adam_step(J, surgery="cone", guarantee="update"), "step", GREEN)
+    right.set_title("gradsurg: the step stays in the region\nwhere no task's loss rises")
+    return figure
+
+
+def adam_step(J: Tensor, *, surgery: str, guarantee: str) -> Tensor:
+    """Return the movement of two parameters under Adam, whose momentum holds one earlier step."""
+    w = torch.nn.Parameter(torch.zeros(2))
+    adam = torch.optim.Adam([w], lr=1.9, betas=(0.9, 0.9))
+    w.grad = torch.tensor([2.0, -4.0])
+    adam.step()
+    before = w.detach().clone()
+    optimizer = gradsurg.wrap(adam, normalize="none", surgery=surgery, guarantee=guarantee)
+    optimizer.zero_grad()
+    optimizer.set_gradients({"1": [J[0]], "2": [J[1]]})
+    optimizer.step()
+    return before - w.detach()
+
+
+def two_gradients(axes: Axes, J: Tensor) -> None:
+    """Draw the gradients of two tasks and the region that hurts neither."""
+    axes.add_patch(dual_cone(J))
+    arrow(axes, J[0], "g₁", DARK)
+    arrow(axes, J[1], "g₂", ORANGE)
 
 
 def canvas(count: int) -> tuple[Figure, list[Axes]]:
