@@ -1,4 +1,4 @@
-"""One backward pass added to p.grad, and averaged over ranks when all of the enclosing pass is done."""
+"""One backward pass added to p.grad, and averaged over ranks at the end of the backward pass that it is part of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from gradsurg.distributed.collectives import RanksError
-from gradsurg.distributed.layout import Exchange, Layout
+from gradsurg.distributed.layout import Exchange, Layout, tell_others
 from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.rows import Row, added
 
@@ -16,10 +15,10 @@ __all__ = ["Averaged"]
 
 
 class Averaged:
-    """A block whose backward passes fill p.grad; where it raises, p.grad is as before, on all ranks.
+    """A block whose backward passes fill p.grad; if it raises, p.grad is as before, on all ranks.
 
-    What stood in p.grad is averaged with the rest: where it was already, that changes nothing, and where it was not
-    (micro-batches in no_sync()) it has to be, as in DDP.
+    What was in p.grad before is averaged with the rest. If it was averaged already, that changes nothing; if it comes
+    from micro-batches in no_sync(), it has to be, as in DDP.
 
     Args:
         parameters: What the optimizers train.
@@ -50,7 +49,7 @@ class Averaged:
             self.drop(error)
 
     def begin(self) -> Averaged:
-        """Begin to average; from here on, other ranks hear of what is raised."""
+        """Begin to average; from now on, other ranks are told of errors."""
         self._exchange = self._layout.averaging()
         return self
 
@@ -62,7 +61,7 @@ class Averaged:
             self._results = results
 
     def complete(self) -> None:
-        """Average what stood in p.grad, what was added, and what the rest of the enclosing pass left there."""
+        """Average what was in p.grad, what was added, and what the rest of the outer backward pass left there."""
         if self._exchange is None:
             return
         together = self.held_gradients.standing()
@@ -78,9 +77,7 @@ class Averaged:
             p.grad = delivery.foreign.get(p)
 
     def drop(self, error: BaseException | None = None) -> None:
-        """Give p.grad back as it was, and tell other ranks, unless the error is about them or an interruption."""
+        """Give p.grad back as it was, and tell the other ranks."""
         self.held_gradients.restore()
         exchange, self._exchange = self._exchange, None
-        about_them = isinstance(error, RanksError)
-        if exchange is not None and not about_them and (error is None or isinstance(error, Exception)):
-            exchange.fail()
+        tell_others(exchange, error)

@@ -1,7 +1,7 @@
-"""Many gradients in few messages: who owns which numbers, and packing them so.
+"""Many gradients in few messages: which rank owns which numbers, and how they are packed.
 
-Every rank owns the same ⌈n / ranks⌉ numbers of a parameter, whatever task or bucket they travel in; the last ranks' are
-filled up with zeros. So rows of different tasks, and of different micro-batches, can be multiplied piece by piece.
+Rank r owns the r-th ⌈n / ranks⌉ numbers of a parameter, whatever task or bucket they travel in; zeros fill up the
+pieces of the last ranks. So rows of different tasks, and of different micro-batches, can be multiplied piece by piece.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Bucket:
         members: Positions of the parameters.
         offsets: Where each begins in a rank's part of the message.
         width: How many numbers a rank's part has.
-        dtype: Real.
-        device: Of the parameters.
+        dtype: The real dtype of the numbers.
+        device: The device of the parameters.
     """
 
     members: tuple[int, ...]
@@ -47,7 +47,7 @@ def share(parameter: Tensor, ranks: int) -> int:
 
 
 def plan(parameters: Sequence[Tensor], members: Sequence[int], ranks: int) -> list[Bucket]:
-    """Return the buckets for these members: one dtype and device each, and no larger than CAPACITY, if they can."""
+    """Return buckets for these members, each of one dtype and device; only a single large member exceeds CAPACITY."""
     buckets: list[Bucket] = []
     open_: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[int], int]] = {}
 

@@ -1,4 +1,4 @@
-"""check_sync: are the parameters of all ranks really equal?"""
+"""check_sync compares the parameters of all ranks, for users who suspect that they differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["check_sync"]
 def check_sync(model: nn.Module) -> None:
     """Compare a model's parameters over ranks, bit by bit, and name the first that differs.
 
-    Every rank has to call it. Of every parameter the sum of its bytes, each weighted by its position, modulo 2⁶⁴, is
-    compared: two 8-byte numbers a parameter. Of a DTensor, ranks that hold the same shard are compared. Buffers are
-    not: BatchNorm's differ between ranks until the next forward pass, by DDP's design.
+    Every rank has to call it. The ranks compare two 8-byte numbers per parameter: sums of its bytes modulo 2⁶⁴, each
+    weighted by its position. For a DTensor, ranks that hold the same shard are compared. Buffers are not compared:
+    under DDP, BatchNorm's differ between ranks until the next forward pass.
 
     Args:
         model: The model, wrapped by DDP or sharded or not.
@@ -42,8 +42,8 @@ def check_sync(model: nn.Module) -> None:
     group = Group(None, named[0][1].device)
     sums = torch.stack([_checksum(local(p, p)).to(named[0][1].device) for _, p in named])
     names = [name for name, _ in named]
-    everybody: list[tuple[list[str], list[Any]]] = group.objects((names, [shard_of(p) for _, p in named]))
-    if any(each[0] != names for each in everybody):
+    held: list[tuple[list[str], list[Any]]] = group.objects((names, [shard_of(p) for _, p in named]))
+    if any(each[0] != names for each in held):
         raise MultiTaskError(
             "check_sync: the ranks have models with different parameters; build the same on every rank"
         )
@@ -52,19 +52,19 @@ def check_sync(model: nn.Module) -> None:
         first: dict[Any, int] = {}  # which shard -> the first rank that holds it
         differing = []
         for rank in range(group.size):
-            holder = first.setdefault(everybody[rank][1][k], rank)
+            holder = first.setdefault(held[rank][1][k], rank)
             if bool((heard[rank, k] != heard[holder, k]).any()):
                 differing.append((rank, holder))
         if differing:
             ranks = ", ".join(f"rank {rank} from rank {holder}" for rank, holder in differing)
             raise MultiTaskError(
-                f"check_sync: the parameter {name!r} differs between ranks ({ranks}): they have left step. Gradients "
-                "that were never averaged do that, or a parameter that was changed on some ranks alone."
+                f"check_sync: the parameter {name!r} differs between ranks ({ranks}): they have left step. The cause "
+                "is gradients that were never averaged, or a parameter that was changed on some ranks only."
             )
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return two int64 that hardly any other bits of this shape have; NaN and -0 count as the bits they are."""
+    """Return two int64 that almost surely differ if any bit differs; NaN and -0 are compared as bits."""
     flat = tensor.contiguous().reshape(-1)
     data = (torch.view_as_real(flat) if flat.is_complex() else flat).contiguous().view(torch.uint8).to(torch.int64)
     position = torch.arange(1, data.numel() + 1, device=data.device)

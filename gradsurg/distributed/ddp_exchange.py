@@ -1,42 +1,87 @@
-"""One step's traffic under DDP: rows go out as they come, and arrive as slices that all ranks agree about."""
+"""The exchange of one step under DDP: rows are sent as soon as they are there, and arrive as slices on their owners."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gradsurg.distributed.buckets import Bucket, pack, plan
-from gradsurg.distributed.collectives import RanksError, fingerprint, listening
+from gradsurg.distributed.buckets import Bucket, flat_reals, pack, plan, share, unpack
+from gradsurg.distributed.collectives import Group, RanksError, fingerprint, listening, merged, start_reduce_scatter
 from gradsurg.distributed.layout import Delivery
 from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.rows import Row
+from gradsurg.gradients.rows import ByParameter, Row
 
-if TYPE_CHECKING:
-    from gradsurg.distributed.ddp import DDPLayout
+__all__ = ["SliceExchange", "Slicing"]
 
-__all__ = ["SliceExchange"]
+
+@dataclass
+class Slicing:
+    """What all exchanges of one layout share.
+
+    Attributes:
+        parameters: What the optimizers train.
+        outside: Other parameters of the DDP modules: they get what a plain backward pass would have given them.
+        group: The ranks.
+        whole: Every rank gets all of every row, instead of its slice.
+        reach: Of each task, which parameters the backward pass of any rank was seen to reach. These are sent as soon
+            as the pass is over. The others that it reaches are sent at the end, after the ranks have compared, so that
+            a gradient that is None on all ranks stays None.
+    """
+
+    parameters: list[Tensor]
+    outside: list[Tensor]
+    group: Group
+    whole: bool
+    reach: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.position = ByParameter((p, k) for k, p in enumerate(self.parameters))
+        self.signature = fingerprint([(tuple(p.shape), p.dtype) for p in self.parameters])
+        self.owners = 1 if self.whole else self.group.size  # of the numbers of a row
+
+    def start(self, bucket: Bucket, parts: Sequence[Row]) -> tuple[Tensor, Any]:
+        """Begin to average a bucket over ranks, and return where this rank's part will be, and what to wait for."""
+        message = pack(bucket, self.parameters, parts, self.owners)
+        message /= self.group.size  # before the sum, as in DDP: float16 could overflow in it
+        if self.whole:
+            return message.view(-1), dist.all_reduce(message, group=self.group.group, async_op=True)
+        part = torch.empty(bucket.width, dtype=bucket.dtype, device=bucket.device)
+        return part, start_reduce_scatter(part, message, self.group.group)
+
+    def pieces(self, bucket: Bucket, part: Tensor) -> Row:
+        """Return what this rank holds of a bucket's members."""
+        pieces = unpack(bucket, part, self.parameters, self.owners)
+        return Row((p, flat.view(p.shape)) for p, flat in pieces.items()) if self.whole else pieces
+
+    def mean(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the means over ranks of whole gradients; None counts as zeros. To average twice changes nothing."""
+        result = Row()
+        for bucket in plan(parameters, range(len(parameters)), 1):
+            flats = []
+            for k in bucket.members:
+                p, g = parameters[k], gradients[k]
+                flats.append(p.new_zeros(share(p, 1), dtype=bucket.dtype) if g is None else flat_reals(g))
+            message = torch.cat(flats) / self.group.size
+            with listening("averaging the gradients that take no part in surgery"):
+                dist.all_reduce(message, group=self.group.group)
+            for p, flat in unpack(bucket, message, parameters, 1).items():
+                result[p] = torch.empty_like(p, requires_grad=False).copy_(flat.view(p.shape))
+        return [result[p] for p in parameters]
 
 
 @dataclass
 class _Shipment:
-    """A task's row on its way: what of it was sent, and what is left to be sent when the ranks have compared."""
+    """A task's row on its way: what of it was sent, and what is sent after the ranks have compared."""
 
     parts: tuple[Row, ...]
     reached: frozenset[int]
     sent: frozenset[int]
     flights: list[tuple[Bucket, Tensor, Any]] = field(default_factory=list)
-
-
-def _refuse_sparse(row: Row, who: str) -> None:
-    if any(gradient.is_sparse for gradient in row.values()):
-        raise MultiTaskError(
-            f"{who} a sparse gradient, and gradsurg reduces only dense ones over ranks: build the embedding with "
-            "sparse=False"
-        )
 
 
 @dataclass(frozen=True)
@@ -61,24 +106,23 @@ class _Heard:
 class SliceExchange:
     """Sends every task's row as soon as it is there, while the next task runs backward.
 
-    Ranks may have different tasks in a step: a small message at the start tells everybody of all of them, and a rank
+    Ranks may have different tasks in a step: a small message at the start tells all ranks the tasks of each, and a rank
     sends zeros for those that it lacks. At the end, the ranks compare which parameters each task reached, and whether
-    everybody came through: if one raised, all do, and nothing of the step is kept anywhere.
+    every rank came through. If one raised, all raise, and no rank keeps anything of the step.
 
     Args:
-        slices: The layout.
+        slicing: What the exchanges of this layout share.
         names: The tasks of this rank.
         measured: Tasks whose losses are averaged too, though they have no row; the same on all ranks.
     """
 
-    def __init__(self, slices: DDPLayout, names: Sequence[str], measured: Sequence[str] = ()) -> None:
-        self._measured = measured
-        self._slices, self._group, self._mine = slices, slices.group, list(names)
+    def __init__(self, slicing: Slicing, names: Sequence[str], measured: Sequence[str] = ()) -> None:
+        self._slicing, self._group, self._mine, self._measured = slicing, slicing.group, list(names), measured
         self._waiting: dict[str, tuple[Row, ...]] = {}
         self._shipments: dict[str, _Shipment] = {}
         self._names: list[str] | None = None
-        reach = fingerprint(sorted((name, sorted(reached)) for name, reached in slices.reach.items()))
-        header = torch.tensor([fingerprint(names), slices.signature, reach])
+        reach = fingerprint(sorted((name, sorted(reached)) for name, reached in slicing.reach.items()))
+        header = torch.tensor([fingerprint(names), slicing.signature, reach])
         self._header, self._header_work = self._group.start_gather(header)
 
     @property
@@ -87,28 +131,26 @@ class SliceExchange:
         if self._names is None:
             with listening("comparing the tasks of this step"):
                 self._header_work.wait()
-            first, *others = self._header.tolist()
-            alike = [all(other[i] == first[i] for other in others) for i in range(len(first))]
-            if not alike[1]:
+            same_names, same_signature, same_reach = (self._header == self._header[0]).all(0).tolist()
+            if not same_signature:
                 raise RanksError(
                     "the optimizers of the ranks train parameters of different shapes, dtypes or order: build the same "
                     "model and the same parameter groups on every rank"
                 )
-            if not alike[2]:
-                self._slices.reach.clear()
-            lists = [self._mine] if alike[0] else self._group.objects(self._mine)
-            self._names = list(dict.fromkeys(name for each in lists for name in each))
+            if not same_reach:
+                self._slicing.reach.clear()
+            self._names = merged([self._mine] if same_names else self._group.objects(self._mine))
         return self._names
 
     def offer(self, name: str, *parts: Row) -> None:
-        """Hand over a task's row, in parts to be added up; sent at once if its turn has come."""
+        """Hand over a task's row, in parts to be added up; sent at once if all tasks before it were."""
         for part in parts:
             _refuse_sparse(part, f"task {name!r} has")
         self._waiting[name] = parts
         self._send_ready()
 
     def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
-        """Wait for everything; raises MultiTaskError on every rank if one failed."""
+        """Wait for all rows; raises MultiTaskError on every rank if one failed."""
         _refuse_sparse(foreign, "p.grad holds")
         self._send_ready()
         assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
@@ -124,12 +166,12 @@ class SliceExchange:
                 "no rank has a task in this step: at least one must have a loss that requires grad. Parameters, p.grad "
                 "and optimizer state are as before."
             )
-        for name, reached in zip(self.names, heard.used, strict=True):
-            self._send(self._shipments[name], reached - self._shipments[name].sent)
+        for name, used in zip(self.names, heard.used, strict=True):
+            self._send(self._shipments[name], used - self._shipments[name].sent)
         averaged = self._average(foreign, heard)
         rows = self._land(heard.used)
-        for name, reached in zip(self.names, heard.used, strict=True):
-            self._slices.reach[name] = self._slices.reach.get(name, frozenset()) | reached
+        for name, used in zip(self.names, heard.used, strict=True):
+            self._slicing.reach[name] = self._slicing.reach.get(name, frozenset()) | used
         return Delivery(rows, averaged, heard.means)
 
     def fail(self) -> None:
@@ -140,7 +182,7 @@ class SliceExchange:
             self._send_ready()
             self._compare(Row(), {}, failed=True)
             self._land()
-        except Exception:  # the group itself is broken: they will hear of it from the backend
+        except Exception:  # the group itself is broken: the others hear of it from the backend
             return
 
     def _send_ready(self) -> None:
@@ -148,55 +190,48 @@ class SliceExchange:
             if name in self._mine and name not in self._waiting:
                 return
             parts = self._waiting.pop(name, ())
-            reached = frozenset(self._slices.position[p] for part in parts for p in part)
-            shipment = _Shipment(parts, reached, self._slices.reach.get(name, frozenset()))
+            reached = frozenset(self._slicing.position[p] for part in parts for p in part)
+            shipment = _Shipment(parts, reached, self._slicing.reach.get(name, frozenset()))
             self._shipments[name] = shipment
             self._send(shipment, shipment.sent)
 
     def _send(self, shipment: _Shipment, members: frozenset[int]) -> None:
-        parameters, owners = self._slices.parameters, self._slices.owners
-        for bucket in plan(parameters, sorted(members), owners):
-            message = pack(bucket, parameters, shipment.parts, owners)
-            message /= self._group.size  # before the sum, as DDP does: float16 could overflow in it
+        for bucket in plan(self._slicing.parameters, sorted(members), self._slicing.owners):
             with listening("reducing the rows of the tasks"):
-                part, work = self._slices.start(bucket, message)
-            shipment.flights.append((bucket, part, work))
+                shipment.flights.append((bucket, *self._slicing.start(bucket, shipment.parts)))
         if members >= shipment.reached:
             shipment.parts = ()  # the copies in flight are all that is needed
 
     def _compare(self, foreign: Row, losses: Mapping[str, Tensor], *, failed: bool = False) -> _Heard:
-        """Add up over ranks what each has, in one message that is read once: the device is waited for one time."""
-        n, ranks, tasks = len(self._slices.parameters), self._group.size, self.names
-        measured = list(dict.fromkeys([*tasks, *self._measured]))
+        """Add up over ranks what each has, in one message that is read once: this waits for the device one time."""
+        parameters, outside = self._slicing.parameters, self._slicing.outside
+        n, ranks, tasks, device = len(parameters), self._group.size, self.names, self._group.device
+        measured = merged([tasks, self._measured])
         flags = [failed and rank == self._group.rank for rank in range(ranks)]
         for name in tasks:
             reached = self._shipments[name].reached
             flags += [k in reached for k in range(n)]
-        flags += [p in foreign for p in self._slices.parameters]
-        flags += [p.grad is not None for p in self._slices.outside]
+        flags += [p in foreign for p in parameters]
+        flags += [p.grad is not None for p in outside]
         flags += [name in losses for name in measured]
-        device = self._group.device
-        values = [
-            losses[name].double().to(device) if name in losses else torch.zeros((), device=device).double()
-            for name in measured
-        ]
-        sums = self._group.total(torch.cat([torch.tensor(flags).to(device).double(), *(v.view(1) for v in values)]))
-        sizes = [ranks, *[n] * len(tasks), n, len(self._slices.outside), len(measured), len(measured)]
-        parts = sums.cpu().split(sizes)
-        failures, *tables, inside, outside, present, totals = parts
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        values = [losses[name].double().to(device).view(1) if name in losses else zero.view(1) for name in measured]
+        sums = self._group.total(torch.cat([torch.tensor(flags).to(device).double(), *values]))
+        sizes = [ranks, *[n] * len(tasks), n, len(outside), len(measured), len(measured)]
+        failures, *used, inside, others, present, totals = sums.cpu().split(sizes)
         return _Heard(
             failed=[rank for rank, flag in enumerate(failures.tolist()) if flag],
-            used=[frozenset(k for k, flag in enumerate(table.tolist()) if flag) for table in tables],
-            foreign=[bool(flag) for flag in inside.tolist()],
-            outside=[bool(flag) for flag in outside.tolist()],
+            used=[frozenset(k for k, flag in enumerate(each.tolist()) if flag) for each in used],
+            foreign=(inside > 0).tolist(),
+            outside=(others > 0).tolist(),
             means={name: totals[i] / ranks for i, name in enumerate(measured) if present[i]},
         )
 
     def _average(self, foreign: Row, heard: _Heard) -> Row:
-        """Average what takes no part in surgery, and write it where it is not this optimizer's."""
-        inside = [p for p, has in zip(self._slices.parameters, heard.foreign, strict=True) if has]
-        outside = [p for p, has in zip(self._slices.outside, heard.outside, strict=True) if has]
-        means = self._slices.mean([*inside, *outside], [*foreign.at(inside), *(p.grad for p in outside)])
+        """Average what takes no part in surgery; other parameters of the modules get their means into p.grad."""
+        inside = [p for p, has in zip(self._slicing.parameters, heard.foreign, strict=True) if has]
+        outside = [p for p, has in zip(self._slicing.outside, heard.outside, strict=True) if has]
+        means = self._slicing.mean([*inside, *outside], [*foreign.at(inside), *(p.grad for p in outside)])
         for p, mean in zip(outside, means[len(inside) :], strict=True):
             if p.grad is None:
                 p.grad = mean
@@ -205,15 +240,23 @@ class SliceExchange:
         return Row(zip(inside, means[: len(inside)], strict=True))
 
     def _land(self, used: Sequence[frozenset[int]] | None = None) -> dict[str, Row]:
-        """Wait for all flights and return the pieces of the parameters that some rank used."""
+        """Wait for all flights and return the pieces of the parameters that any rank used."""
         rows: dict[str, Row] = {}
-        parameters = self._slices.parameters
+        parameters = self._slicing.parameters
         for i, (name, shipment) in enumerate(self._shipments.items()):
             pieces = Row()
             for bucket, part, work in shipment.flights:
                 with listening("reducing the rows of the tasks"):
                     work.wait()
-                pieces.update(self._slices.pieces(bucket, part))
+                pieces.update(self._slicing.pieces(bucket, part))
             if used is not None and used[i]:  # a task that reached nothing on any rank is absent
                 rows[name] = Row((parameters[k], pieces[parameters[k]]) for k in sorted(used[i]))
         return rows
+
+
+def _refuse_sparse(row: Row, who: str) -> None:
+    if any(gradient.is_sparse for gradient in row.values()):
+        raise MultiTaskError(
+            f"{who} a sparse gradient, and gradsurg reduces only dense ones over ranks: build the embedding with "
+            "sparse=False"
+        )

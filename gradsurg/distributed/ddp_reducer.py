@@ -1,7 +1,7 @@
-"""DDP's own reduction, kept out of the way: it can take one backward pass a forward pass, and surgery makes several.
+"""Switching off DDP's own reduction: it expects one backward pass per forward pass, and surgery makes several.
 
-Left alone it raises ("mark a variable ready only once") or, where every task reaches every parameter, averages the
-first task and silently leaves the others local.
+Otherwise DDP raises "mark a variable ready only once" or, if every task reaches every parameter, averages the first
+task and silently leaves the others local.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ENQUEUED = "_static_graph_delay_allreduce_enqueued"  # an attribute of DDP modul
 class Replica:
     """One DDP module.
 
-    Where torch has `reducer._reset_state` (private), the expectation that forward() armed is cancelled when a run
-    begins, so that plain backward steps in between stay DDP's own. Where it is missing, hooks keep forward() from
-    arming it; plain backward steps of that model are then not averaged.
+    forward() prepares the reducer for one backward pass. If torch has the private `reducer._reset_state`, this is
+    cancelled when a run begins, and DDP still averages plain backward passes between runs. If torch lacks it, hooks
+    keep forward() from preparing anything; plain backward passes of that model are then not averaged.
     """
 
     def __init__(self, module: DistributedDataParallel) -> None:
@@ -68,7 +68,7 @@ class Replica:
         return {name: p for name, p in self.module.module.named_parameters() if name in ignored}
 
     def cancel(self) -> None:
-        """Cancel what forward() told the reducer to expect; hooks of backward passes then do nothing."""
+        """Cancel what forward() prepared; the reducer's hooks then do nothing during backward passes."""
         if self._cancels:
             getattr(self.module.reducer, RESET)()
         elif not self._seen_forward:
@@ -79,12 +79,12 @@ class Replica:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Forward passes inside this block arm nothing, and backward passes reduce nothing; buffers are broadcast."""
+        """Make forward passes prepare nothing and backward passes reduce nothing; buffers are still broadcast."""
         module = self.module
         sync, enqueued = module.require_backward_grad_sync, getattr(module, ENQUEUED, None)
         module.require_backward_grad_sync = False
-        # Of a static graph, the first backward pass that does not find this set reduces everything at its end: that
-        # has to be a plain one, not the first task's.
+        # With a static graph, the first backward pass that finds this unset reduces everything at its end. It must
+        # not be the first task's.
         if enqueued is not None:
             setattr(module, ENQUEUED, True)
         try:

@@ -1,4 +1,7 @@
-"""Which way the parameters are spread over ranks, found out at the start of every run."""
+"""Finding out how the parameters are spread over ranks, at the start of every run.
+
+The layouts are imported only if there are several ranks: some builds of torch come without torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Ranks:
     """Finds the layout, and keeps it while the parameters stay the same objects.
 
     Args:
-        model: What wrap() was given as `model=`; None has it searched for. Held weakly.
+        model: What wrap() was given as `model=`, held weakly; if None, the process is searched.
         whole_rows: Whether every rank needs whole rows.
     """
 
@@ -42,7 +45,7 @@ class Ranks:
         self._early: list[Any] = []
 
     def know_early(self, parameters: Sequence[Tensor]) -> None:
-        """Register hooks before the first forward pass, where this torch has no other way."""
+        """Register hooks before the first forward pass, if this torch has no other way."""
         if several_ranks():
             from gradsurg.distributed import ddp_reducer as reducer
 
@@ -50,13 +53,13 @@ class Ranks:
                 self._early = self._replicas(parameters)
 
     def layout(self, of: Callable[[], Sequence[Tensor]]) -> Layout:
-        """Return how the parameters are spread; one process alone does not ask for them.
+        """Return how the parameters are spread.
 
         Args:
-            of: Returns the parameters.
+            of: Returns the parameters; not called in one process.
 
         Raises:
-            MultiTaskError: Several ranks, and nothing that keeps plain parameters equal; or something unsupported.
+            MultiTaskError: There are several ranks, and nothing keeps their parameters equal, or it is not supported.
         """
         parameters = of() if _is_initialized() else ()
         if not parameters or (not several_ranks() and not _is_sharded(parameters)):
@@ -77,9 +80,6 @@ class Ranks:
             from gradsurg.distributed.fsdp import ShardedLayout
 
             return ShardedLayout(parameters, self._named())
-        return self._slices(parameters)
-
-    def _slices(self, parameters: Sequence[Tensor]) -> Layout:
         from gradsurg.distributed.collectives import Group
         from gradsurg.distributed.ddp import DDPLayout
         from gradsurg.distributed.ddp_whole import DDPWholeLayout
@@ -125,7 +125,7 @@ class Ranks:
 
 
 def _is_sharded(parameters: Sequence[Tensor]) -> bool:
-    """Whether there are DTensors; one rank may have them too, on a mesh of its own."""
+    """Whether there are DTensors; a single rank may have them too, on a mesh of its own."""
     if not _is_initialized():
         return False
     from torch.distributed.tensor import DTensor
@@ -134,7 +134,7 @@ def _is_sharded(parameters: Sequence[Tensor]) -> bool:
 
 
 def _first_position(parameters: Sequence[Tensor]) -> Any:
-    """Return a sort key that puts modules in the order of their parameters: the collector's order is no rank's else."""
+    """Return a sort key that puts modules in the order of their parameters; the collector's order differs by rank."""
     position = {id(p): k for k, p in enumerate(parameters)}
 
     def key(module: nn.Module) -> int:

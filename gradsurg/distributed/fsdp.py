@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallel: gradients arrive averaged and sharded; each element is counted once."""
+"""FSDP2 and tensor parallel: the backward pass itself averages and shards gradients; each number is counted once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["ShardedLayout", "local", "shard_of"]
 
 
 class ShardedLayout(Layout):
-    """Every rank holds its local shards, and counts of them its part where other ranks hold the same numbers.
+    """Every rank holds its local shards; if other ranks hold the same numbers, each counts its part of them.
 
-    The Gramian is that of the local parts, added up over ranks: m x m numbers. No gradient is gathered.
+    The Gramians of the local parts are added up over ranks: m x m numbers. No gradient is gathered.
 
     Args:
         parameters: What the optimizers train; at least one is a DTensor.
@@ -33,6 +33,7 @@ class ShardedLayout(Layout):
 
     several = True
     whole_rows = False
+    group: Group
 
     def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
         self.parameters = list(parameters)
@@ -41,10 +42,10 @@ class ShardedLayout(Layout):
         self._position = {id(p): k for k, p in enumerate(parameters)}
         self._modules = _sharded_modules(parameters, model)
         self.plain = [p for p in parameters if not isinstance(p, DTensor)]
-        self.compared = not self.plain  # whether plain parameters were seen to get one gradient on all ranks
+        self.compared = not self.plain  # whether plain parameters were seen to have equal gradients on all ranks
 
     def begin(self) -> None:
-        """Switch gradient sync on: without it FSDP2 would give the next synced task the gradients of all."""
+        """Switch gradient sync on: without it FSDP2 adds the gradients of all tasks to the next task that syncs."""
         for module in self._modules:
             state = module._get_fsdp_state()
             if state._state_ctx.post_backward_final_callback_queued:
@@ -57,12 +58,12 @@ class ShardedLayout(Layout):
             module.set_is_last_backward(True)
 
     def sends(self, waiting: bool) -> bool:
-        """Gradients were reduced by the backward pass itself, so there is nothing to put off."""
+        """Always: the backward pass itself has reduced the gradients."""
         return True
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Let the model's own reduction run, and say what it means where another rank is lost to it."""
+        """Let the model's own reduction run; if another rank does not answer it, say so."""
         try:
             yield
         except RuntimeError as error:
@@ -81,22 +82,17 @@ class ShardedLayout(Layout):
         return Measure([self._cuts[id(p)] for p in parameters], self.group.total)
 
     def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
-        """Return one a parameter and shard: ranks that hold the same numbers draw the same."""
+        """Return one per parameter and shard: ranks that hold the same numbers draw the same."""
         which = [(self._position[id(p)], shard_of(p)) for p in parameters]
         return [generator_of(generator, *each) for each in which]
 
-    def total(self, numbers: Tensor) -> Tensor:  # noqa: D102
-        return self.group.total(numbers)
-
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Return which flags are set on any rank: one shard may be zero where others are not."""
-        return self.total(flags.to(torch.int32)) > 0
+        """Return which flags are set on any rank: one shard may be zero while others are not."""
+        return self.added(flags.to(torch.int32)) > 0
 
-    def agree(self, number: int) -> bool:  # noqa: D102
-        return self.group.agree(number)
-
-    def mean_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        return self.group.mean(losses)
+    def agreed(self, names: Sequence[str]) -> list[str]:
+        """Return the names themselves: the exchange has made sure that they are equal on all ranks."""
+        return list(names)
 
     def of_features(self) -> Layout:  # noqa: D102
         raise MultiTaskError(
@@ -111,7 +107,7 @@ class ShardedLayout(Layout):
 
 
 class ShardExchange:
-    """Nothing is sent: it makes sure that the ranks have the same tasks, and localises rows."""
+    """Checks that all ranks have the same tasks, and takes the local shards of rows; no row is sent."""
 
     def __init__(self, shards: ShardedLayout, names: Sequence[str]) -> None:
         self._shards = shards
@@ -119,21 +115,21 @@ class ShardExchange:
         self._rows: dict[str, Row] = {}
         heard = shards.group.gather(torch.tensor(fingerprint(names)))
         if bool((heard != heard[0]).any()):
-            everybody = shards.group.objects(self.names)
+            found = shards.group.objects(self.names)
             raise MultiTaskError(
                 "the ranks have different tasks in this step: "
-                + "; ".join(f"rank {rank} {each}" for rank, each in enumerate(everybody))
+                + "; ".join(f"rank {rank} {each}" for rank, each in enumerate(found))
                 + ". Backward passes of sharded models are collective, so every rank needs every task, in one order: "
-                "where a rank has no data of a task, give it 0 * output.sum()."
+                "if a rank has no data of a task, give it 0 * output.sum()."
             )
 
     def offer(self, name: str, *parts: Row) -> None:
-        """Localise a row."""
+        """Keep the local shards of a row."""
         for part in parts:
             self._rows[name] = Row((p, local(g, p)) for p, g in part.items())
 
     def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
-        """Compare what is not sharded once, and average the losses."""
+        """Average the losses; in the first step, compare the gradients of parameters that are not sharded."""
         group = self._shards.group
         if not self._shards.compared:
             self._compare_plain()
@@ -141,7 +137,7 @@ class ShardExchange:
         return Delivery(self._rows, foreign, means)
 
     def fail(self) -> None:
-        """Backward passes of sharded models are collective: the others hear of it from the process group."""
+        """Do nothing: backward passes of sharded models are collective, so the process group tells the others."""
 
     def _compare_plain(self) -> None:
         shards = self._shards
@@ -161,7 +157,7 @@ class ShardExchange:
 
 
 def local(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor shaped like the parameter, placed as the parameter is; a view if it can."""
+    """Return this rank's shard of a tensor shaped and placed like the parameter; a view if possible."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -173,7 +169,7 @@ def local(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def shard_of(parameter: Tensor) -> tuple[Any, ...] | None:
-    """Return which part of a parameter this rank holds: equal on ranks that hold the same numbers."""
+    """Return a name for the part of a parameter that this rank holds; equal on ranks that hold the same numbers."""
     if not isinstance(parameter, DTensor):
         return None
     coordinate = parameter.device_mesh.get_coordinate()
@@ -203,15 +199,15 @@ def _group_of(parameters: Sequence[Tensor]) -> Group:
 def _cuts(parameters: Sequence[Tensor], group: Group) -> list[slice | None]:
     """Return which part of its flat local shard this rank counts; None is all of it.
 
-    Ranks hold equal numbers along the Replicate dimensions of a parameter's mesh, and where it lives on several meshes
-    (those of FSDP2 beside a tensor-parallel one), or on none.
+    Ranks hold equal numbers along the Replicate dimensions of a parameter's mesh. They also do if the parameter is on
+    several meshes (FSDP2 beside tensor parallel), or on none.
     """
     mine = [_ranks_of(p) for p in parameters]
-    everybody = group.objects(mine)
+    of_ranks = group.objects(mine)
     cuts: list[slice | None] = []
     for k, p in enumerate(parameters):
         if isinstance(p, DTensor):
-            twins = sorted({each[k] for each in everybody})
+            twins = sorted({each[k] for each in of_ranks})
             copies, which = len(twins), twins.index(mine[k])
             coordinate = p.device_mesh.get_coordinate()
             assert coordinate is not None

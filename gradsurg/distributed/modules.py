@@ -23,13 +23,14 @@ ZERO = (
 def modules_of(kind: type, parameters: Iterable[Tensor], model: nn.Module | None) -> list[Any]:
     """Return the modules of a kind that own some of the parameters: inside `model`, or else anywhere in the process.
 
-    The process is searched through the garbage collector's list (50 ms a million objects), so callers keep the result.
+    The process is searched through the garbage collector's list, which takes 50 ms per million objects; callers keep
+    the result.
     """
     if model is not None:
-        # A compiled module holds the original as a submodule, so modules() finds DDP inside of it as well.
+        # A compiled module holds the original as a submodule, so modules() also finds a DDP module inside it.
         return [module for module in model.modules() if issubclass(type(module), kind)]
     ids = {id(p) for p in parameters}
-    # By type(): isinstance() asks proxies for their __class__, and some of them answer with an import.
+    # By type(): isinstance() asks proxies for their __class__, and some proxies import a package to answer.
     candidates = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
     return [module for module in candidates if any(id(p) in ids for p in module.parameters())]
 
@@ -50,13 +51,13 @@ def refuse_fsdp1(parameters: Sequence[Tensor], model: nn.Module | None) -> None:
     ):
         raise MultiTaskError(
             "the parameters belong to FullyShardedDataParallel (FSDP1), which frees them after the first backward pass "
-            "of a step, and surgery makes one a task: use FSDP2, torch.distributed.fsdp.fully_shard(model), on every "
+            "of a step, and surgery makes one per task: use FSDP2, torch.distributed.fsdp.fully_shard(model), on every "
             "block and then on the model"
         )
 
 
 def check_model(model: object) -> nn.Module | None:
-    """Return `model=` if it is something that a synchronised module can be found in."""
+    """Return `model=` if a synchronised module can be found in it; refuse anything else."""
     if model is None:
         return None
     if not isinstance(model, nn.Module):

@@ -1,27 +1,23 @@
-"""A run's rows on their way between ranks, as the surgeon sees it: nothing at all where there is but one."""
+"""The exchange of one run's rows between ranks, for the engine; with a single rank it does nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gradsurg.distributed.collectives import RanksError
 from gradsurg.distributed.detect import Ranks
-from gradsurg.distributed.layout import ALONE, Delivery, Exchange, Layout
-
-if TYPE_CHECKING:
-    from gradsurg.gradients.capture import Capture
+from gradsurg.distributed.layout import ALONE, Delivery, Exchange, Layout, tell_others
+from gradsurg.gradients.capture import Capture
 
 __all__ = ["Session"]
 
 
 class Session:
-    """Starts an exchange when a run begins, hands it each row that was captured, and brings back what arrived.
+    """Starts an exchange when a run begins, sends each captured row, and hands the capture what arrives.
 
     Args:
-        capture: Where rows come from and arrive.
+        capture: The source of rows, and where the rows of all ranks go.
         ranks: Finds the layout.
     """
 
@@ -32,18 +28,18 @@ class Session:
         self._measured: list[str] = []
 
     def lay_out(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
-        """Find out how the parameters are spread over ranks, and keep DDP's own reduction out of the way."""
+        """Find out how the parameters are spread over ranks, and switch off DDP's own reduction."""
         self.layout = self.ranks.layout(parameters)
         self.layout.begin()
         self._capture.reach.anywhere = self.layout.anywhere
 
     def agree_on(self, names: Sequence[str]) -> list[str]:
-        """Return the tasks of all ranks; their losses are then averaged, row or none."""
+        """Return the tasks of all ranks; their losses are then averaged, with or without a row."""
         self._measured = self.layout.agreed(names)
         return self._measured
 
     def start(self, names: Sequence[str], waiting: bool) -> None:
-        """Begin to exchange the rows of these tasks, and of earlier ones that were not sent, unless that has to wait.
+        """Begin to exchange the rows of these tasks, and earlier rows that were not sent, unless that has to wait.
 
         Args:
             names: The tasks whose rows this run will capture.
@@ -53,19 +49,19 @@ class Session:
             self._open(names, self._capture.to_send())
 
     def captured(self, name: str) -> None:
-        """Send the row of a task whose backward pass is done, while others run."""
+        """Send the row of a task whose backward pass is done, while the next runs."""
         if self._exchange is not None:
             self._exchange.offer(name, *self._capture.part_with(name))
 
     def settle(
         self, waiting: bool, losses: Mapping[str, Tensor], joined: bool
     ) -> tuple[bool | None, Mapping[str, Tensor], list[str]]:
-        """Make the fresh rows those of all ranks, unless that has to wait.
+        """Replace the fresh rows by those of all ranks, unless that has to wait.
 
         Args:
             waiting: As for `start`.
-            losses: Of this rank.
-            joined: Whether there are rows of a second total in the same backward pass, which nobody sent yet.
+            losses: The losses of this rank.
+            joined: Whether a second total ran in the same backward pass, whose rows were not sent yet.
 
         Returns:
             Whether rows were exchanged, None for a single rank; the losses, averaged if so; and the names of all tasks.
@@ -87,12 +83,9 @@ class Session:
         return True, means, list(dict.fromkeys(name for delivery in arrived for name in delivery.rows))
 
     def fail(self, error: BaseException | None) -> None:
-        """Drop the exchange, and tell the others, unless the error is about them or has nothing to say to anybody."""
+        """Drop the exchange, and tell the other ranks."""
         exchange, self._exchange = self._exchange, None
-        if exchange is None or isinstance(error, RanksError):
-            return
-        if error is None or isinstance(error, Exception):  # not on Ctrl-C, which must not wait for anybody
-            exchange.fail()
+        tell_others(exchange, error)
 
     def _open(self, names: Sequence[str], earlier: Sequence[str]) -> None:
         earlier = [name for name in earlier if name not in names]
@@ -102,7 +95,6 @@ class Session:
 
     def _finish(self, losses: Mapping[str, Tensor]) -> Delivery:
         assert self._exchange is not None
-        exchange = self._exchange
-        delivery = exchange.finish(self._capture.foreign, losses)
+        delivery = self._exchange.finish(self._capture.foreign, losses)
         self._exchange = None
         return delivery
