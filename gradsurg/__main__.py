@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo, or `report`; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "report":
-        return report(arguments[1:])
+        return report(arguments[1:], f"gradsurg {__version__}")
     parser = _parser()
     options = parser.parse_args(arguments)
     if len(set(options.tasks)) < len(options.tasks):

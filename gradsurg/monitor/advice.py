@@ -1,4 +1,4 @@
-"""What to try, by what a history shows: one function a finding."""
+"""Advice on what to try, from the reports of a history: one function per piece of advice."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ from gradsurg.optimizer.report import Report
 __all__ = ["ALOOF", "PEACE", "Pair", "advice", "pairs"]
 
 
-PEACE = 0.05  # of the steps: pairs that conflict less often get on
-
-
-# Gradients this near to a right angle conflict in half of the steps by chance: two random vectors of a thousand
-# numbers have a cosine of 0 ± 0.03.
+# Two tasks that conflict in a smaller share of the steps get on.
+PEACE = 0.05
+# Two gradients whose mean cosine is nearer to 0 are at a right angle, and conflict in half of the steps by chance: the
+# cosine of two random vectors of a thousand numbers is 0 ± 0.03.
 ALOOF = 0.05
-
-
+# Two tasks whose mean cosine is lower want opposite things.
 OPPOSED = -0.8
-
-
-LOUD = 10.0  # times the norm of another task
+# A task is loud if the median norm of its gradient is this many times another task's.
+LOUD = 10.0
 
 
 def advice(reports: Sequence[Report], found: Sequence[Pair]) -> list[str]:
-    """Return what to try, most telling first; nothing where nothing stands out."""
+    """Return what to try, the most telling first; empty if nothing stands out."""
     checks: list[Callable[[Sequence[Report], Sequence[Pair]], str | None]] = [
-        _peace, _opposition, _noise, _loudness, _standstill, _unguarded, _places, _not_finite,
+        _peace, _opposition, _noise, _loudness, _standstill, _not_measured, _places, _not_finite,
     ]  # fmt: skip
     return [sentence for check in checks if (sentence := check(reports, found)) is not None]
 
@@ -107,10 +104,10 @@ def _standstill(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
     )
 
 
-def _unguarded(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
+def _not_measured(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
     if any(report.movement is not None for report in reports) or all(pair.share < PEACE for pair in found):
         return None
-    return "guarantee='update' holds the optimizer's real movement to hurting nobody, and shows it here."
+    return "guarantee='update' keeps the optimizer's real movement from hurting a task, and shows it here."
 
 
 def _places(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
@@ -130,7 +127,7 @@ def _places(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
         return None
     names = ", ".join(name for share, name in shares[:3] if share > 0.7 * most)
     return (
-        f"Conflict sits in some layers: {most:.0%} of pairs and steps in {worst}, {least:.0%} in {best}. A copy of "
+        f"The conflict is in some layers: {most:.0%} of pairs and steps in {worst}, {least:.0%} in {best}. A copy of "
         f"{names} for each task would take it out of the shared part."
     )
 
@@ -148,14 +145,14 @@ def _not_finite(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tasks over the steps in which both were present.
+    """Two tasks, over the steps in which both were present.
 
     Attributes:
         tasks: Their names.
-        share: In how much of the steps they conflict, from 0 to 1.
+        share: The share of the steps in which they conflict, from 0 to 1.
         cosine: Mean cosine of their gradients.
         thirds: The share in the first, middle and last third of these steps.
-        steps: How many there were.
+        steps: The number of these steps.
     """
 
     tasks: tuple[str, str]
@@ -166,12 +163,12 @@ class Pair:
 
 
 def pairs(reports: Sequence[Report]) -> list[Pair]:
-    """Return every pair of tasks that met, the most often conflicting first."""
+    """Return every pair of tasks that met; the pair that conflicts most often comes first."""
     cosines: dict[tuple[str, str], list[float]] = {}
     for report in reports:
-        table = report.cosines.tolist()
+        matrix = report.cosines.tolist()
         for (i, a), (j, b) in itertools.combinations(enumerate(report.tasks), 2):
-            key, value = ((a, b) if (b, a) not in cosines else (b, a)), table[i][j]
+            key, value = ((a, b) if (b, a) not in cosines else (b, a)), matrix[i][j]
             if not math.isnan(value):
                 cosines.setdefault(key, []).append(value)
     found = [_pair(names, torch.tensor(values, dtype=torch.float64)) for names, values in cosines.items()]

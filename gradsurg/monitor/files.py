@@ -1,6 +1,6 @@
-"""Reports in other forms: packed for keeping, as JSON for a file.
+"""Reports in other forms, for History: packed in memory, as JSON for a file, and as a table for a spreadsheet.
 
-Both go over the fields of Report by themselves, so that a new field is kept and saved without a line here.
+The first two go over the fields of Report by themselves, so that a new field is kept and saved without a line here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,38 +18,37 @@ from torch import Tensor
 from gradsurg.guarantee.movement import Movement
 from gradsurg.optimizer.report import Report
 
-__all__ = ["PackedReport", "from_json", "read_csv", "to_json", "write_csv"]
+__all__ = ["PackedReport", "from_json", "to_json", "write_csv"]
 
-
+# Stands in a packed report for each tensor.
 NOTHING = torch.empty(0)
 
+Layout = tuple[tuple[torch.device, torch.Size, torch.dtype], ...]
 
-_MOVEMENT = "movement."
-
-
-_LOSS = "losses."
-
-
-Layout = tuple[tuple[str, torch.device, torch.Size, torch.dtype], ...]
-
-
-_LAYOUTS: dict[Layout, Layout] = {}  # one object for all records of a kind: it would be most of what each takes
+# One object for all records of a kind: a layout of its own would be most of what each record takes.
+_LAYOUTS: dict[Layout, Layout] = {}
 
 
 class PackedReport:
-    """A report whose numbers are copied into one tensor a device, without waiting for the device.
+    """A report whose numbers are copied into one tensor per device, without waiting for the device.
 
-    Copies, because losses may be views of something large, and a CUDA graph writes its outputs over the last step's.
+    They are copied because losses may be views of a large tensor, and because a CUDA graph overwrites its outputs in
+    the next step.
     """
 
     def __init__(self, report: Report) -> None:
-        tensors = _tensors(report)
+        tensors: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return NOTHING
+
+        self._skeleton = _mapped(report, take)
         by_device: dict[torch.device, list[Tensor]] = {}
-        for tensor in tensors.values():
+        for tensor in tensors:
             by_device.setdefault(tensor.device, []).append(tensor.detach().reshape(-1).to(_widest(tensor.device)))
-        layout = tuple((name, t.device, t.shape, t.dtype) for name, t in tensors.items())
+        layout = tuple((t.device, t.shape, t.dtype) for t in tensors)
         self._layout = _LAYOUTS.setdefault(layout, layout)
-        self._skeleton = _replaced(report, lambda name: NOTHING)
         self.numbers = {device: torch.cat(parts) for device, parts in by_device.items()}
 
     @property
@@ -64,34 +63,58 @@ class PackedReport:
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where numbers still lie that are not on the CPU."""
+        """The devices other than the CPU on which numbers still are."""
         return [device for device, numbers in self.numbers.items() if numbers.device.type != "cpu"]
 
     def report(self) -> Report:
         """Return the report again, on the CPU."""
         on_cpu = {device: numbers.cpu() for device, numbers in self.numbers.items()}
         starts = dict.fromkeys(on_cpu, 0)
-        tensors: dict[str, Tensor] = {}
-        for name, device, shape, dtype in self._layout:
+        tensors = []
+        for device, shape, dtype in self._layout:
             start, starts[device] = starts[device], starts[device] + shape.numel()
-            tensors[name] = on_cpu[device][start : starts[device]].reshape(shape).to(dtype)
-        return _replaced(self._skeleton, tensors.__getitem__)
+            tensors.append(on_cpu[device][start : starts[device]].reshape(shape).to(dtype))
+        remaining = iter(tensors)
+        return _mapped(self._skeleton, lambda _: next(remaining))
+
+
+def _mapped(report: Report, change: Callable[[Tensor], Tensor]) -> Report:
+    """Return the report with every tensor changed, always in the same order."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, dict):
+            return {name: mapped(each) for name, each in value.items()}
+        if isinstance(value, Report | Movement):
+            return dataclasses.replace(value, **{f.name: mapped(getattr(value, f.name)) for f in _fields(value)})
+        return value
+
+    return cast(Report, mapped(report))
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return nested dicts, lists, strings and numbers; NaN and infinities, which JSON lacks, become None."""
     return {
         field.name: _plain(getattr(report, field.name))
-        for field in dataclasses.fields(report)
+        for field in _fields(report)
         if not (field.name == "gramian" and report.gramians is not None)  # the sum of gramians
     }
 
 
 def from_json(entry: Mapping[str, Any]) -> Report:
-    """Undo to_json, but for infinities, which come back as NaN; keys of later versions are left out.
+    """Undo to_json; infinities come back as NaN, and keys of later versions are left out.
 
     Raises:
-        ValueError: What a report cannot do without is missing.
+        ValueError: A field that every report has is missing.
     """
     values = _parsed(Report, entry)
     if values.get("movement") is not None:
@@ -104,35 +127,6 @@ def from_json(entry: Mapping[str, Any]) -> Report:
         raise ValueError(f"no report: {str(error).partition(') ')[2] or error}") from None
 
 
-def _tensors(report: Report) -> dict[str, Tensor]:
-    found = {_LOSS + name: loss for name, loss in report.losses.items()}
-    found |= {f.name: value for f in dataclasses.fields(report) if isinstance(value := getattr(report, f.name), Tensor)}
-    if report.movement is not None:
-        values = {_MOVEMENT + f.name: getattr(report.movement, f.name) for f in dataclasses.fields(report.movement)}
-        found |= {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    return found
-
-
-def _replaced(report: Report, by: Callable[[str], Tensor]) -> Report:
-    changes: dict[str, Any] = {
-        f.name: by(f.name) for f in dataclasses.fields(report) if isinstance(getattr(report, f.name), Tensor)
-    }
-    changes["losses"] = {name: by(_LOSS + name) for name in report.losses}
-    movement = report.movement
-    if movement is not None:
-        of_movement: dict[str, Any] = {
-            f.name: by(_MOVEMENT + f.name)
-            for f in dataclasses.fields(movement)
-            if isinstance(getattr(movement, f.name), Tensor)
-        }
-        changes["movement"] = dataclasses.replace(movement, **of_movement)
-    return dataclasses.replace(report, **changes)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _plain(value.tolist())
@@ -143,14 +137,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in _fields(value)}
     return value
 
 
 def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments for a dataclass of ours, its annotations saying which lists are tensors."""
+    """Return arguments for a dataclass; its annotations tell which lists are tensors."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
+    for field in _fields(cls):
         if field.name not in entry:
             continue
         value, kind = entry[field.name], str(field.type)
@@ -174,56 +168,24 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-_COSINE = "cos:"  # followed by the other task's name
-
-
-_OF_A_STEP = ["length_direction", "length_update", "corrected", "held", "stationary", "blocks"]
-
-
-_OF_A_TASK = ["loss", "norm", "preference", "scale", "weight", "cos_direction", "cos_update", "finite"]
-
-
-_COLUMNS = ["step", "task", *_OF_A_TASK, *_OF_A_STEP]
-
-
 def write_csv(path: Path, reports: Sequence[Report]) -> None:
-    """Write the table; a cell is empty where there is no number."""
-    names = list(dict.fromkeys(name for report in reports for name in report.tasks))
+    """Write a table with a row per step and task; a cell is empty if there is no number."""
+    rows = [row for report in reports for row in _rows(report)]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    last = [name for name in columns if name.startswith(_COSINE)]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*_COLUMNS, *(_COSINE + name for name in names)])
+        writer = csv.DictWriter(file, [*(name for name in columns if name not in last), *last])
         writer.writeheader()
-        for report in reports:
-            writer.writerows(_rows(report))
+        writer.writerows(rows)
 
 
-def read_csv(path: Path) -> Iterator[Report]:
-    """Yield the reports of a table that `write_csv` wrote.
-
-    Raises:
-        ValueError: A column is missing, or a cell is not what it should be.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: no history, the columns {missing} are missing")
-        # Two records of one step, after a run went back to a checkpoint, differ in that a task comes again.
-        group: list[dict[str, str]] = []
-        for row in reader:
-            if group and (row["step"] != group[0]["step"] or any(row["task"] == other["task"] for other in group)):
-                yield _report(path, group)
-                group = []
-            group.append(row)
-        if group:
-            yield _report(path, group)
+# Begins the columns of cosines; the other task's name follows.
+_COSINE = "cos:"
 
 
 def _rows(report: Report) -> Iterator[dict[str, object]]:
-    m, movement = len(report.tasks), report.movement
-    update = [None] * m if report.update_cosines is None else report.update_cosines.tolist()
-    preferences = [None] * m if report.preferences is None else report.preferences.tolist()
-    shared = {
-        "step": report.step,
+    movement, unknown = report.movement, [None] * len(report.tasks)
+    of_step = {
         "length_direction": float(report.square.clamp(min=0).sqrt()),
         "length_update": None if movement is None else float(movement.square) ** 0.5,
         "corrected": None if movement is None else int(movement.corrected),
@@ -231,68 +193,20 @@ def _rows(report: Report) -> Iterator[dict[str, object]]:
         "stationary": int(report.stationary),
         "blocks": len(report.blocks),
     }
-    columns = (report.norms, report.scales.mean(0), report.weights.mean(0), report.direction_cosines)
-    per_task = zip(*(column.tolist() for column in columns), update, preferences, report.cosines.tolist(), strict=True)
-    for name, (norm, scale, weight, direction, moved, preference, cosines) in zip(report.tasks, per_task, strict=True):
-        own = {
-            "task": name,
-            "loss": float(report.losses[name]) if name in report.losses else None,
-            "norm": norm,
-            "preference": preference,
-            "scale": scale,
-            "weight": weight,
-            "cos_direction": direction,
-            "cos_update": moved,
-            "finite": int(name not in report.nonfinite),
-        }
-        between = {_COSINE + other: cosine for other, cosine in zip(report.tasks, cosines, strict=True)}
-        yield {**shared, **own, **between}
-    for name in report.nonfinite:  # left out of the step
-        if name not in report.tasks:
-            yield {**shared, "task": name, "finite": 0}
-
-
-def _report(path: Path, rows: Sequence[Mapping[str, str]]) -> Report:
-    try:
-        return _parsed_rows(rows)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}, step {rows[0]['step']}: {error}") from None
-
-
-def _parsed_rows(rows: Sequence[Mapping[str, str]]) -> Report:
-    first = rows[0]
-    present = [row for row in rows if row["norm"]]
-    tasks = tuple(row["task"] for row in present)
-
-    def column(name: str) -> Tensor:
-        return torch.tensor([_number(row[name]) for row in present], dtype=torch.float64)
-
-    norms = column("norm")
-    cosines = torch.stack([column(_COSINE + name) for name in tasks])
-    gramian = cosines * norms[:, None] * norms
-    gramian.diagonal().copy_(norms.square())  # also where a zero norm has no cosine with itself
-    one_block = int(first["blocks"]) == 1 and bool(first["preference"])
-    length, moved = _number(first["length_direction"]), _number(first["length_update"])
-    movement = None
-    if first["length_update"]:
-        inner = column("cos_update") * norms * moved
-        movement = Movement(inner, moved**2, corrected=first["corrected"] == "1", held=first["held"] == "1")
-    return Report(
-        step=int(first["step"]),
-        tasks=tasks,
-        losses={row["task"]: torch.tensor(_number(row["loss"]), dtype=torch.float64) for row in present if row["loss"]},
-        gramian=gramian,
-        scales=column("scale").unsqueeze(0),
-        weights=column("weight").unsqueeze(0),
-        products=column("cos_direction") * norms * length,
-        square=torch.tensor(length**2, dtype=torch.float64),
-        stationary=first["stationary"] == "1",
-        nonfinite=tuple(row["task"] for row in rows if row["finite"] == "0"),
-        movement=movement,
-        preferences=column("preference") if one_block else None,
-        gramians=gramian.unsqueeze(0) if one_block else None,
-    )
-
-
-def _number(cell: str) -> float:
-    return float(cell) if cell else math.nan
+    of_tasks: dict[str, Sequence[object]] = {
+        "loss": [float(report.losses[name]) if name in report.losses else None for name in report.tasks],
+        "norm": report.norms.tolist(),
+        "preference": unknown if report.preferences is None else report.preferences.tolist(),
+        "scale": report.scales.mean(0).tolist(),
+        "weight": report.weights.mean(0).tolist(),
+        "cos_direction": report.direction_cosines.tolist(),
+        "cos_update": unknown if report.update_cosines is None else report.update_cosines.tolist(),
+        "finite": [int(name not in report.nonfinite) for name in report.tasks],
+    }
+    cosines = dict(zip((_COSINE + name for name in report.tasks), report.cosines.tolist(), strict=True))
+    for k, name in enumerate(report.tasks):
+        own = {title: column[k] for title, column in (of_tasks | cosines).items()}
+        yield {"step": report.step, "task": name, **own, **of_step}
+    for name in report.nonfinite:
+        if name not in report.tasks:  # it was left out of the step
+            yield {"step": report.step, "task": name, "finite": 0, **of_step}

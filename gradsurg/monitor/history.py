@@ -1,4 +1,4 @@
-"""What many steps did: every k-th report, kept without waiting for the device until somebody reads."""
+"""History records every k-th report of a wrapped optimizer; nothing waits for the device before it is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradsurg.gradients.param_groups import parameter_names
-from gradsurg.monitor.files import PackedReport, from_json, read_csv, to_json, write_csv
+from gradsurg.monitor.files import PackedReport, from_json, to_json, write_csv
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
 from gradsurg.optimizer.report import Report
 
@@ -23,11 +23,11 @@ __all__ = ["History"]
 class History:
     """Records every k-th step of a wrapped optimizer, on its device, in bounded memory.
 
-    A hook on step() copies the few m x m numbers of the report; nothing waits for a GPU before `reports` or
-    `save`, but where its kernels did the step: then every step that is recorded waits for its report.
+    A hook on step() copies the few m x m numbers of the report. Nothing waits for a GPU before `reports` or `save`,
+    with one exception: a step that ran on the Triton kernels waits for its report if it is recorded.
     When the memory is used up, every second record is dropped and `every` doubled: the whole run stays in view, in
-    less detail. Task sets may change from step to step. Under several ranks each has a history of its own, and they
-    differ in nothing but the losses: recording sends nothing over the network, so one rank's is enough.
+    less detail. Tasks may change from step to step. Recording sends nothing over the network: the histories of several
+    ranks differ only in the losses, so one rank's is enough.
 
     A history can be pickled and copied; the copy is not attached to the optimizer. It stops recording when it is
     deleted, or by `close`.
@@ -36,7 +36,7 @@ class History:
         optimizer: A wrapped optimizer, or a trainer's proxy around one; None for a history that is filled by hand.
         every: Record steps 0, every, 2 · every …
         megabytes: About how much to keep, at most.
-        model: Whose parameters' names the blocks get under granularity="tensor", where the optimizer knows none.
+        model: Gives the blocks of granularity="tensor" their names, if the optimizer knows none.
 
     Raises:
         TypeError: The optimizer is not wrapped.
@@ -68,7 +68,7 @@ class History:
             raise ValueError(f"megabytes={megabytes!r}: pass a positive number")
         self.every = every
         self.megabytes = megabytes
-        self._entries: list[tuple[int, PackedReport]] = []  # with a running number
+        self._entries: list[tuple[int, PackedReport]] = []  # (running number, report)
         self._recorded = 0
         self._nbytes = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -97,13 +97,13 @@ class History:
     # -- recording --------------------------------------------------------------------------------------------------
 
     def record(self, report: Report | None = None) -> None:
-        """Record a report now, whatever `every` says: this one, or the optimizer's last.
+        """Record a report now, independently of `every`.
 
         Args:
             report: The report; None for the last one of the optimizer that the history is attached to.
 
         Raises:
-            ValueError: There is no report: nothing is attached, or no step was done yet.
+            ValueError: There is no report: no optimizer is attached, or it has not done a step.
         """
         if report is None:
             optimizer = None if self._optimizer is None else self._optimizer()
@@ -132,7 +132,7 @@ class History:
         engine = optimizer._gradsurg
         latest = engine.latest
         if engine.stepped or latest is None or latest is self._last:
-            return  # others that share the rows have yet to step; or a step in which no surgery was done
+            return  # another optimizer has yet to use the same rows, or no surgery was done in this step
         if latest.step % self.every == 0:
             self.record(engine.report)
 
@@ -144,10 +144,13 @@ class History:
         return [entry.report() for _, entry in self._fetched(self._entries)]
 
     def new(self, reader: Any) -> list[Report]:
-        """Return what this reader (any object; it is not called) has not got from here yet.
+        """Return the reports that were recorded since the last call with this reader.
+
+        Args:
+            reader: Any object that can be referred to weakly; it is not called.
 
         Raises:
-            TypeError: The reader cannot be referred to weakly, as None and numbers cannot.
+            TypeError: The reader cannot be referred to weakly, for example None or a number.
         """
         start = self._seen.get(reader, 0)
         self._seen[reader] = self._recorded
@@ -166,7 +169,7 @@ class History:
 
     @staticmethod
     def _fetched(entries: Sequence[tuple[int, PackedReport]]) -> Sequence[tuple[int, PackedReport]]:
-        """Bring what is still on devices to the CPU, in one transfer a device."""
+        """Bring what is still on devices to the CPU, in one transfer per device."""
         waiting: dict[torch.device, list[PackedReport]] = {}
         for _, entry in entries:
             for device in entry.devices:
@@ -181,12 +184,12 @@ class History:
     # -- files and copies -------------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file that `load` reads: .jsonl has everything, one report a line; .csv is a table to look at.
+        """Write a file: .jsonl has everything, one report per line, for `load`; .csv is a table for a spreadsheet.
 
-        The table has a row for each step and task, and the per-block numbers only as their sum or mean.
+        The table has a row per step and task, and of the numbers per block only the sum or mean.
 
         Args:
-            path: The file; one that is there is overwritten.
+            path: The file; an existing one is overwritten.
 
         Raises:
             ValueError: Another ending.
@@ -204,7 +207,9 @@ class History:
             >>> again
             History of 1 report, step 0, every=1
         """
-        path = _checked(path)
+        path = Path(path)
+        if path.suffix not in (".jsonl", ".csv"):
+            raise ValueError(f"{str(path)!r}: a history is saved as a .jsonl or a .csv file")
         if path.suffix == ".csv":
             write_csv(path, self.reports)
         else:
@@ -213,7 +218,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
-        """Read what `save` wrote, into a history that is attached to nothing.
+        """Read a .jsonl file that `save` wrote, into a history that is attached to no optimizer.
 
         Args:
             path: The file.
@@ -221,9 +226,11 @@ class History:
         Raises:
             ValueError: Another ending, or a line that is no report; the message has its number.
         """
-        path = _checked(path)
+        path = Path(path)
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{str(path)!r}: a history is loaded from a .jsonl file")
         history = cls(every=1, megabytes=float("inf"))
-        for report in read_csv(path) if path.suffix == ".csv" else _read_jsonl(path):
+        for report in _read_jsonl(path):
             history.record(report)
         return history
 
@@ -246,10 +253,3 @@ def _read_jsonl(path: Path) -> Iterator[Report]:
             yield from_json(entry)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-
-
-def _checked(path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"{str(path)!r}: a history is a .jsonl or a .csv file")
-    return path

@@ -1,8 +1,7 @@
-"""A history into the loggers that people have: losses, norms, weights, cosines per task, and the conflict rate.
+"""Writing a history to a logger: losses, norms, weights and cosines per task, and the conflict rate.
 
-Each function writes what was recorded since it was last called with the same logger, so call it as often as the
-logger should be up to date, once an epoch say. Each call waits for the device once. None of the packages is imported
-here: you hand over the logger.
+Each function writes what was recorded since its last call with the same logger: call it once per epoch, for example.
+Each call waits for the device once. No logging package is imported here: you hand over the logger.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def tensorboard(history: History, writer: Any, prefix: str = "gradsurg/") -> Non
     """Write to a torch.utils.tensorboard.SummaryWriter, or anything with its add_scalar.
 
     Args:
-        history: What was recorded.
+        history: The recorded reports.
         writer: The writer; a Lightning TensorBoardLogger has it as `.experiment`.
         prefix: Before each name, such as "loss/left", "cos_update/left" or "conflict_rate".
 
@@ -38,12 +37,12 @@ def tensorboard(history: History, writer: Any, prefix: str = "gradsurg/") -> Non
 def wandb(history: History, run: Any, prefix: str = "gradsurg/") -> None:
     """Write to a Weights & Biases run: what wandb.init() returned.
 
-    The curves get an x axis of their own, "gradsurg/step". A run drops what is logged for a step below its last one,
-    and these entries come late and count as steps: log your own values without step=, against an x axis of their own
-    (define_metric), or give the history a run of its own.
+    The curves get an x axis of their own, "gradsurg/step". A run drops values that are logged for an earlier step than
+    its last one. The entries of a history come late and count as steps, so log your own values without step=, against
+    an x axis of their own (define_metric), or give the history a run of its own.
 
     Args:
-        history: What was recorded.
+        history: The recorded reports.
         run: The run.
         prefix: Before each name; should end in "/".
 
@@ -63,7 +62,7 @@ def mlflow(history: History, client: Any, prefix: str = "gradsurg/") -> None:
     """Write to the active MLflow run: pass the module `mlflow`, or anything with its log_metrics.
 
     Args:
-        history: What was recorded.
+        history: The recorded reports.
         client: The module.
         prefix: Before each name. Characters that MLflow refuses in names become "_".
 
@@ -82,5 +81,5 @@ def _new(history: History, logger: Any) -> Iterator[tuple[int, dict[str, float]]
     if not isinstance(given, History):
         raise TypeError(f"the first argument is a {type(given).__name__}: pass a gradsurg.History, then the logger")
     for report in history.new(logger):
-        # NaN is "there is no such number in this step": a gap in the curve, not a value.
+        # NaN means that the step has no such number; in the curve that is a gap and not a value.
         yield report.step, {name: value for name, value in report.scalars().items() if not math.isnan(value)}

@@ -1,10 +1,9 @@
-"""python -m gradsurg report: a history as one self-contained page, with pictures and a verdict in plain language."""
+"""A history as one self-contained HTML page, with pictures and a verdict in plain language, for the command line."""
 
 from __future__ import annotations
 
 import argparse
 import html
-import importlib.metadata
 import importlib.util
 import io
 import re
@@ -49,13 +48,18 @@ figure { margin: 0 } figure svg { max-width: 100%; height: auto; background: #ff
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; return the exit status."""
+def main(arguments: Sequence[str], made_by: str) -> int:
+    """Write the page; return the exit status.
+
+    Args:
+        arguments: The command line after `report`.
+        made_by: Name and version of the program, for the head of the page.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m gradsurg report",
         description="Make one self-contained page of a history: which tasks fight, when, how much surgery changed.",
     )
-    parser.add_argument("history", type=Path, help="what History.save() wrote: a .jsonl or .csv file")
+    parser.add_argument("history", type=Path, help="a .jsonl file that History.save() wrote")
     parser.add_argument("-o", "--output", type=Path, help="the page; by default the history's name with .html")
     options = parser.parse_args(arguments)
     output: Path = options.output or options.history.with_suffix(".html")
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(1, 'The report needs matplotlib: pip install "gradsurg[plot]"\n')
     try:
         reports = History.load(options.history).reports
-        output.write_text(page(reports, options.history.name), encoding="utf-8")
+        output.write_text(page(reports, options.history.name, made_by), encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for heading, sentences in verdict(reports).items():
@@ -72,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(reports: Sequence[Report], name: str) -> str:
-    """Return the page as HTML that loads nothing from anywhere.
+def page(reports: Sequence[Report], name: str, made_by: str) -> str:
+    """Return the page as HTML that loads no other file.
 
     Args:
-        reports: What was recorded.
-        name: For the title.
+        reports: The recorded reports, in order.
+        name: Name of the history, for the title.
+        made_by: Name and version of the program.
 
     Raises:
         ValueError: No step of several tasks that share parameters is among them.
@@ -89,7 +94,7 @@ def page(reports: Sequence[Report], name: str) -> str:
     )
     pictures = "".join(_pictures(reports))
     about = f"{len(reports)} recorded steps, {reports[0].step} to {reports[-1].step}"
-    made = f"gradsurg {importlib.metadata.version('gradsurg')}, {time.strftime('%Y-%m-%d')}"
+    made = f"{made_by}, {time.strftime('%Y-%m-%d')}"
     title = html.escape(f"Tasks and conflicts: {name}")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -105,14 +110,14 @@ def _pictures(reports: Sequence[Report]) -> list[str]:
     for number, (draw, options, caption) in enumerate(PICTURES):
         try:
             ax = draw(reports, **options)
-        except ValueError:  # it says what it lacks, such as blocks or a measured update: there is no such picture here
+        except ValueError:  # the reports lack what this picture shows, such as blocks or a measured update
             continue
         figures.append(f"<figure>{_svg(ax, f'p{number}-')}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return figures
 
 
 def _svg(ax: Axes, prefix: str) -> str:
-    """Return the figure as an <svg> whose ids are its own: pictures on one page must not share clip paths."""
+    """Return the figure as an <svg> whose ids begin with the prefix: pictures on one page must not share clip paths."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

@@ -1,4 +1,4 @@
-"""A history in plain language: which tasks fight, when, how much surgery changed, what to try."""
+"""A history in plain language: which tasks fight, when, how much surgery changed, and what to try."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from gradsurg.optimizer.report import Report
 
 __all__ = ["verdict"]
 
-# cos(d, g_i) below this is a task hurt by the update; rounding of 32-bit parameters stays above.
+# The update hurts a task if cos(d, g_i) is lower; the rounding of 32-bit parameters stays above.
 HURT = -1e-4
-AGREE = 0.2  # a mean cosine from which on two tasks are said to agree
+# Two tasks agree if their mean cosine is higher.
+AGREE = 0.2
 
 
 def verdict(reports: Sequence[Report]) -> dict[str, list[str]]:
     """Return heading -> sentences.
 
     Args:
-        reports: What was recorded, in order.
+        reports: The recorded reports, in order.
 
     Raises:
         ValueError: No step of several tasks that share parameters is among them.

@@ -23,7 +23,6 @@ def history(tmp_path):
         optimizer.backward(losses)
         optimizer.step()
     history.save(tmp_path / "run.jsonl")
-    history.save(tmp_path / "run.csv")
     return history
 
 
@@ -60,14 +59,9 @@ def test_the_page(history, tmp_path, capsys):
     assert "<b>&bold" in "".join(page.words)
 
 
-def test_csv_has_no_layers(history, tmp_path):
-    assert main(["report", str(tmp_path / "run.csv")]) == 0
-    assert (tmp_path / "run.html").read_text().count("<svg") == 7
-
-
 def test_what_is_no_history_is_refused(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    for name, message in [("none.jsonl", "none.jsonl"), ("empty.jsonl", "nothing to judge"), ("a.txt", "jsonl or a")]:
+    for name, message in [("none.jsonl", "none.jsonl"), ("empty.jsonl", "nothing to judge"), ("a.csv", ".jsonl file")]:
         with pytest.raises(SystemExit) as stop:
             main(["report", str(tmp_path / name)])
         assert stop.value.code == 2

@@ -1,7 +1,7 @@
-"""Pictures of a history, and of paths in two dimensions; needs matplotlib, the extra gradsurg[plot].
+"""Pictures of a history, and of paths in two dimensions. They need matplotlib, the extra gradsurg[plot].
 
-Each function draws into `ax`, or into a figure of its own, and returns the Axes: `ax.figure.savefig("a.png")`. No
-display is needed. Tasks differ in lightness, dashes and markers, not in hue alone; shares are darker where larger.
+Each function draws into `ax`, or into a new figure, and returns the Axes: `ax.figure.savefig("a.png")`. No display is
+needed. Tasks differ in lightness, dashes and markers, not in hue alone; larger shares are darker.
 
 Example:
     >>> import torch, gradsurg, gradsurg.plot

@@ -1,4 +1,4 @@
-"""Which tasks conflict, and in which layers: tables drawn as heat maps."""
+"""Heat maps: which tasks conflict, and in which layers."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def conflict_matrix(history: Reports, *, ax: Axes | None = None) -> Axes:
 
 
 def layers(history: Reports, *, ax: Axes | None = None) -> Axes:
-    """Draw where tasks conflict: share of the recorded steps, for each pair of tasks and each block of parameters.
+    """Draw where tasks conflict: share of the recorded steps, for each pair of tasks and each of the report's blocks.
 
-    Blocks are parameters with wrap(..., granularity="tensor"), parameter groups with "group".
+    With wrap(..., granularity="tensor") each parameter is a block, with "group" each parameter group.
 
     Args:
         history: A History, or reports.

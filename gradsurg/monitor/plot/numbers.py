@@ -1,4 +1,4 @@
-"""What the pictures show, as tensors: one column a recorded step, NaN where a task was absent."""
+"""The numbers that the pictures show, one per recorded step; NaN if a task was absent."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Reports = Iterable[Report]
 
 
 def reports_of(history: Reports) -> list[Report]:
-    """Return the reports, or raise a TypeError where there are none to be had."""
+    """Return the reports; anything but a history or an iterable of reports raises TypeError."""
     given: object = history
     if not isinstance(given, Iterable):
         raise TypeError(
-            f"a picture was asked of a {type(given).__name__}: pass a gradsurg.History(optimizer) that was there while "
-            "it trained, or a list of reports"
+            f"a picture was asked of a {type(given).__name__}: pass a gradsurg.History(optimizer) that recorded its "
+            "training, or a list of reports"
         )
     return list(history)
 
@@ -45,7 +45,7 @@ def several(history: Reports) -> list[Report]:
 
 
 def tasks_of(reports: Sequence[Report]) -> list[str]:
-    """Return the names of all tasks, in the order in which they came."""
+    """Return the names of all tasks, in the order in which they first occur."""
     return list(dict.fromkeys(name for report in reports for name in report.tasks))
 
 
@@ -55,7 +55,7 @@ def steps_of(reports: Sequence[Report]) -> Tensor:
 
 
 def aligned_cosines(reports: Sequence[Report], names: Sequence[str]) -> Tensor:
-    """Return the cosines of all pairs, (T, m, m) in the order of `names`; NaN where one of the two is absent."""
+    """Return the cosines of all pairs, (T, m, m) in the order of `names`; NaN if one of the two is absent."""
     cosines = torch.full((len(reports), len(names), len(names)), math.nan, dtype=torch.float64)
     for k, report in enumerate(reports):
         place = torch.tensor([names.index(name) for name in report.tasks])
@@ -64,16 +64,16 @@ def aligned_cosines(reports: Sequence[Report], names: Sequence[str]) -> Tensor:
 
 
 def share_in_conflict(cosines: Tensor) -> Tensor:
-    """Return 100 where a cosine is negative, 0 where not, NaN where it is NaN."""
+    """Return 100 for a negative cosine, 0 for another, NaN for NaN."""
     return 100 * (cosines < 0).double().where(~cosines.isnan(), math.nan)
 
 
 def per_task(reports: Sequence[Report], names: Sequence[str], value: Callable[[Report], Tensor]) -> dict[str, Tensor]:
-    """Return task -> one value a report, shape (T,)."""
-    table = torch.full((len(names), len(reports)), math.nan, dtype=torch.float64)
+    """Return task -> one value per report, shape (T,)."""
+    values = torch.full((len(names), len(reports)), math.nan, dtype=torch.float64)
     for k, report in enumerate(reports):
-        table[[names.index(name) for name in report.tasks], k] = value(report)
-    return dict(zip(names, table, strict=True))
+        values[[names.index(name) for name in report.tasks], k] = value(report)
+    return dict(zip(names, values, strict=True))
 
 
 def degrees(cosines: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Angles, weights, norms, losses and conflicts over the steps: one curve a task, or a pair."""
+"""Angles, weights, norms, losses and conflicts over the steps: one curve per task, or per pair of tasks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["angles", "conflicts", "losses", "norms", "weights"]
 
 
 def conflicts(history: Reports, *, ax: Axes | None = None) -> Axes:
-    """Draw when each pair of tasks conflicts: the share of steps, over time. At most six pairs, the worst.
+    """Draw when each pair of tasks conflicts: the share of steps, over time, for the six worst pairs.
 
     Args:
         history: A History, or reports.
@@ -45,7 +45,8 @@ def conflicts(history: Reports, *, ax: Axes | None = None) -> Axes:
     pairs = {f"{names[i]} – {names[j]}": cosines[:, i, j] for i, j in itertools.combinations(range(len(names)), 2)}
     curves = {name: share_in_conflict(c) for name, c in pairs.items()}
     worst = sorted(curves, key=lambda name: -float(curves[name].nan_to_num(0).mean()))[:6]
-    points = min(24, max(1, len(reports) // 8))  # a step alone is 0 or 100: eight make a share
+    # A single step has a share of 0 or 100 %, so each point is the mean of at least eight.
+    points = min(24, max(1, len(reports) // 8))
     ax = curves_over_time(ax, steps_of(reports), {name: curves[name] for name in worst}, points=points)
     ax.set(title="Conflicts over time", ylabel="% of steps", ylim=(-4, 104))
     return ax
@@ -56,8 +57,8 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
 
     Args:
         history: A History, or reports.
-        of: "update", what the parameters did (measured under guarantee="update"); or "direction", the gradient that
-            was handed to the optimizer.
+        of: "update", the movement of the parameters (measured under guarantee="update"); or "direction", the gradient
+            that the optimizer got.
         ax: Where to draw.
 
     Raises:
@@ -83,7 +84,7 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
 
 
 def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
-    """Draw each task's weight in the direction, mean over the blocks; 1 is its weight in a plain sum.
+    """Draw each task's weight in the direction, the mean over the report's blocks; in a plain sum it is 1.
 
     Args:
         history: A History, or reports.
@@ -129,7 +130,7 @@ def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
     """
     reports = [report for report in reports_of(history) if report.losses]
     if not reports:
-        raise ValueError("no loss was recorded: gradients that come in by task() or set_gradients() have none")
+        raise ValueError("no loss was recorded: with task() and set_gradients() there are none")
     names = list(dict.fromkeys(name for report in reports for name in report.losses))
     curves = {
         name: torch.tensor([float(r.losses[name]) if name in r.losses else math.nan for r in reports]).double()

@@ -26,14 +26,14 @@ def trajectory(
     """Draw paths of two parameters over the contours of their losses.
 
     Args:
-        losses: Name -> function of points (..., 2) that returns losses (...); contours are of their sum, and each
-            one's lowest point is marked where it is in view.
+        losses: Name -> function of points (..., 2) that returns losses (...). The contours show their sum; the lowest
+            point of each is marked if it is in view.
         paths: Name -> points, shape (T, 2); a circle marks the start, a full marker the end.
         ax: Where to draw.
-        resolution: Points of the grid in each direction.
+        resolution: Number of grid points in each direction.
 
     Raises:
-        ValueError: There is no path, or one that is not of shape (T, 2).
+        ValueError: There is no path, or a path is not of shape (T, 2).
 
     Example:
         >>> import torch, gradsurg.plot

@@ -1,4 +1,4 @@
-"""How the pictures look: axes, curves and heat maps that read well in grey and for the colour-blind."""
+"""Axes, curves and heat maps of all pictures, readable in grey and by the colour-blind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ __all__ = ["axes_or_new", "curves_over_time", "heat", "styles", "write"]
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#BBBBBB")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "os^Dv<>P"
-POINTS = 100  # of a curve at most: more steps are averaged, or noise hides what happens
+# Most points of a curve: more steps are averaged, so that noise does not hide the trend.
+POINTS = 100
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
@@ -30,8 +31,8 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes
         raise ImportError('gradsurg.plot needs matplotlib: pip install "gradsurg[plot]"') from None
     if ax is not None:
         return ax
-    # Where pyplot is in use (a notebook shows its figures by itself), the figure is one of its; else it belongs to
-    # nobody, needs no display, and goes when it is dropped.
+    # If pyplot is in use, as in a notebook, it owns the figure and shows it. Otherwise the figure needs no display, and
+    # is freed when the caller drops it.
     pyplot = sys.modules.get("matplotlib.pyplot")
     figure = (
         Figure(figsize=size, layout="constrained")
@@ -42,7 +43,7 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yield colour, dashes and marker, one task after the other."""
+    """Yield colour, dashes and marker of one task after the other."""
     return (
         {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k % len(MARKERS)]}
         for k in itertools.count()
@@ -57,7 +58,7 @@ def curves_over_time(
     Args:
         ax: Where to draw, or None.
         steps: Shape (T,).
-        curves: Name -> values, shape (T,), NaN where there is none.
+        curves: Name -> values, shape (T,); NaN is a gap.
         points: The number of bins, at most.
         log: Use a logarithmic axis if all values are positive and span more than a factor of 20.
     """
@@ -81,7 +82,7 @@ def curves_over_time(
 
 
 def heat(ax: Axes, share: Tensor) -> Any:
-    """Draw percentages, darker where larger, in a map whose lightness falls evenly; NaN is left light grey."""
+    """Draw percentages in a map whose lightness falls evenly; NaN is light grey."""
     from matplotlib import colormaps
 
     colours = colormaps["cividis_r"].with_extremes(bad="0.93")
@@ -89,5 +90,5 @@ def heat(ax: Axes, share: Tensor) -> Any:
 
 
 def write(ax: Axes, row: int, column: int, text: str, share: float) -> None:
-    """Write into a cell of a heat map, in the colour that shows on it."""
+    """Write into a cell of a heat map, in a colour that can be read on it."""
     ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if share > 50 else "black")
