@@ -1,12 +1,14 @@
 """The nonnegative program in plain Python floats, one task at a time: complete, and fastest while programs are small.
 
 A torch call costs about 2 µs whatever its size, and the passive sets of real problems hold one to three tasks, so
-arithmetic on lists is several times faster there. batched.py is the twin for many programs or many tasks at once.
+arithmetic on lists is several times faster there. pivoting.py is the twin for many programs or many tasks at once.
 """
 
 from __future__ import annotations
 
 from math import isfinite, nan, sqrt
+
+from gradsurg.solvers.tolerances import COARSER
 
 __all__ = ["CLEAR", "CLEAR_ROUNDINGS", "RESIDUAL", "bound", "solve_small"]
 
@@ -14,7 +16,7 @@ Vector = list[float]
 Matrix = list[Vector]
 
 # Several tasks enter the passive set at once only while each adds a direction of at least this squared length; closer
-# calls are made one at a time, against `rounding` alone. 1e3 roundings: where G is noisy, so is what is left of it.
+# calls are made one at a time, against `rounding` alone. 1e3 roundings: if G is noisy, so is what is left of it.
 CLEAR = 1e-8
 CLEAR_ROUNDINGS = 1e3
 # A task whose part orthogonal to the passive set has at most this many roundings of squared length is dependent.
@@ -24,7 +26,7 @@ RESIDUAL = 4.0
 
 
 def bound(m: int) -> int:
-    """Return the number of changes of the passive set at which the method stops, with the best λ so far."""
+    """Return the number of changes of the passive set at which one attempt stops, with the λ that it has."""
     return 4 * m + 8
 
 
@@ -53,19 +55,37 @@ def solve_small(
             q = [x * y for x, y in zip(b, s, strict=True)]
             size = max(max(q), -min(q)) if scales is None else scales[p]
             free = usable.copy() if masks is None else [x and y for x, y in zip(usable, masks[p], strict=True)]
-            lam, count = active_set(A, q, free, size, rounding)
+            lam, count = _checked(A, q, free, size, rounding)
             lam = [x * y for x, y in zip(lam, s, strict=True)]
         answers.append(lam)
         counts.append(count)
     return answers, counts
 
 
-def active_set(A: Matrix, q: Vector, free: list[bool], size: float, rounding: float) -> tuple[Vector, int]:
-    """Return λ and the number of changes of the passive set, for a Gramian of unit diagonal.
+def _checked(A: Matrix, q: Vector, free: list[bool], size: float, rounding: float) -> tuple[Vector, int]:
+    """Return the λ of the first attempt that violates no task, else of the attempt that violates least.
+
+    If rows balance up to 1e-8 … 1e-6, multipliers reach 1e7, and the rounding of G decides which passive set they
+    belong to. A later attempt takes such rows for dependent. It may violate one of them by √(8 · rounding) of ‖u‖.
+    """
+    lam, count, worst = _attempt(A, q, free.copy(), size, rounding)
+    for coarse in COARSER if worst < 0 else ():
+        if coarse > rounding:
+            other, more, violation = _attempt(A, q, free.copy(), size, coarse)
+            count += more
+            if violation > worst:
+                lam, worst = other, violation
+            if worst == 0:
+                break
+    return lam, count
+
+
+def _attempt(A: Matrix, q: Vector, free: list[bool], size: float, rounding: float) -> tuple[Vector, int, float]:
+    """Return λ, the number of changes of the passive set, and the worst violation, for a Gramian of unit diagonal.
 
     Tasks whose residual is negative enter; λ then walks towards the optimum over the passive set, and lets go of the
     tasks that would turn negative on the way. The value of the program falls with every λ that moves, so no passive
-    set comes twice. All violated tasks enter together first. Where that leads nowhere, one does, the most violated: on
+    set comes twice. All violated tasks enter together first. If that leads nowhere, the most violated enters alone: on
     paper it cannot but help. If rounding has it otherwise, it is refused until something else has moved.
 
     Args:
@@ -74,13 +94,16 @@ def active_set(A: Matrix, q: Vector, free: list[bool], size: float, rounding: fl
         free: Which tasks may enter; written.
         size: What violations are measured against.
         rounding: As for `nonnegative`.
+
+    Returns:
+        λ; the changes; the least residual, or 0.0 if it is within the tolerances or the program has no minimum.
     """
     m = len(q)
     lam, r = [0.0] * m, q
     passive: list[int] = []  # in the order of entering
     rows: Matrix = []  # what elimination of the earlier ones leaves of their rows of [A q]: an LDLᵀ factor
     refused: list[int] = []
-    together = True
+    together, unbounded = True, False
     clear = max(CLEAR, CLEAR_ROUNDINGS * rounding)
     count, limit = 0, bound(m)
     while count < limit:
@@ -90,15 +113,19 @@ def active_set(A: Matrix, q: Vector, free: list[bool], size: float, rounding: fl
             break
         if not together:
             entering = [min(entering, key=r.__getitem__)]
-        before = len(passive)
+        entered = False
         for i in entering:
             row = _eliminate(A[i], q[i], passive, rows, i)
             if row[i] > (clear if together else DEPENDENT * rounding):
                 passive.append(i)
                 rows.append(row)
                 free[i] = False
+                entered = True
+            elif not together:
+                found = _exchange(i, A, q, passive, rows, free, lam, size, rounding)
+                entered, unbounded = bool(found), unbounded or found is None
         moved = False
-        if len(passive) > before:
+        if entered:
             moved, steps = _descend(A, q, passive, rows, free, lam, limit - count)
             moved = moved or any(lam[i] > 0 for i in entering)
             count += steps
@@ -114,7 +141,54 @@ def active_set(A: Matrix, q: Vector, free: list[bool], size: float, rounding: fl
             free[entering[0]] = False
             refused += entering
         together = moved
-    return lam, count
+    if unbounded or (count < limit and not refused):
+        return lam, count, 0.0
+    worst = min((r[i] for i in [*passive, *refused, *(j for j in range(m) if free[j])]), default=0.0)
+    return lam, count, worst if worst < -sqrt(DEPENDENT * rounding) * size else 0.0
+
+
+def _exchange(
+    i: int,
+    A: Matrix,
+    q: Vector,
+    passive: list[int],
+    rows: Matrix,
+    free: list[bool],
+    lam: Vector,
+    size: float,
+    rounding: float,
+) -> bool | None:
+    """Let task i, which depends on the passive ones, replace one of them; None if the program has no minimum.
+
+    With a_i = Σ c_j a_j, λ_i = t and λ_j − t c_j leave u as it is, and the value falls by t times i's violation. t
+    grows until the first λ_j is 0; that task leaves. If no c_j is positive, t grows for ever: no direction has what
+    all these tasks ask for.
+
+    Source: Goldfarb & Idnani 1983, "A numerically stable dual method for solving strictly convex quadratic programs".
+    """
+    line = _substitute(passive, rows, i)
+    # i is dependent up to a part of this length. If b has a direction behind it, no larger violation comes of that.
+    slack = sqrt(DEPENDENT * rounding) * (1 + sum(abs(x) for _, x in line))
+    if q[i] + sum(q[j] * x for j, x in line) >= -slack * size:
+        return False
+    blocking = [(lam[j] / -x, j) for j, x in line if x < -slack]
+    if not blocking:
+        return None
+    before = passive[:], rows[:], lam[:]
+    share, out = min(blocking)
+    for j, x in line:
+        lam[j] = max(lam[j] + share * x, 0.0)
+    lam[out], lam[i] = 0.0, share
+    _leave([out], A, q, passive, rows, free)
+    row = _eliminate(A[i], q[i], passive, rows, i)
+    if row[i] <= DEPENDENT * rounding:
+        passive[:], rows[:], lam[:] = before
+        free[out] = False
+        return False
+    passive.append(i)
+    rows.append(row)
+    free[i] = False
+    return True
 
 
 def _descend(
@@ -158,10 +232,11 @@ def _eliminate(row: Vector, right: float, passive: list[int], rows: Matrix, i: i
     return left
 
 
-def _substitute(passive: list[int], rows: Matrix, m: int) -> list[tuple[int, float]]:
+def _substitute(passive: list[int], rows: Matrix, column: int) -> list[tuple[int, float]]:
+    """Return the x of A_PP x = −(that column of [A q])_P, in pairs with the task, the last to enter first."""
     goal: list[tuple[int, float]] = []
     for i, row in zip(reversed(passive), reversed(rows), strict=True):
-        total = row[m]
+        total = row[column]
         for j, x in goal:
             total += row[j] * x
         goal.append((i, -total / row[i]))

@@ -24,3 +24,9 @@ CANCELLATION_SUM = 50.0
 # ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
 # carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
 STATIONARY = 16.0
+
+
+# Coarser roundings under which a program is solved again if its answer violates a task. Rows that balance up to
+# √(8 · rounding) are then dependent. The last bounds what a task can lose by that to 2.8e-5 of ‖u‖, below the 1e-4 of
+# the guarantee.
+COARSER = (1e-14, 1e-12, 1e-10)
