@@ -29,7 +29,7 @@ from benchmarks.contenders import Step, ours
 from benchmarks.cpu import seconds, table
 from benchmarks.record import conditions, record
 from benchmarks.workloads import Workload, mlp, transformer
-from gradsurg.gradients.recycle import Spare
+from gradsurg.gradients.recycle import Recycler
 
 NEEDED = 0.05  # of a step
 CHANGES = 4  # of the models' places
@@ -51,7 +51,7 @@ SWITCHES: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
         (gradsurg.guarantee.update, "first_look", nothing),
         (gradsurg.guarantee.update, "norms_of", nothing),
     ],
-    "recycle": [(Spare, "keep", nothing), (Spare, "take", nothing)],
+    "recycle": [(Recycler, "keep", nothing), (Recycler, "take", nothing)],
 }
 
 # Name -> (workload, rounds).
