@@ -1,0 +1,113 @@
+"""Files of a history hold what was recorded, whatever the names and numbers."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import gradsurg
+from gradsurg.monitor.files import from_json, to_json
+from tests.monitor.recorded_runs import as_values, attached, do, table
+from tests.networks import same
+
+
+def test_jsonl_is_exact_and_is_json(tmp_path):
+    model, optimizer, history = attached(granularity="tensor")
+    do(model, optimizer, 0, 1)
+    history.save(tmp_path / "h.jsonl")
+    loaded = gradsurg.History.load(tmp_path / "h.jsonl")
+    for a, b in zip(history.reports, loaded.reports, strict=True):
+        assert same(as_values(a), as_values(b))
+        assert a.blocks == b.blocks
+        assert a.change == b.change
+    for line in (tmp_path / "h.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda _: pytest.fail("NaN is not JSON"))
+
+
+def test_nan_survives_as_nan(tmp_path):
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([a, b], lr=0.1))
+    history = gradsurg.History(optimizer, every=1)
+    optimizer.total({"a": a.sum(), "b": b.sum()}).backward()  # nothing shared: nothing measured
+    optimizer.step()
+    history.save(tmp_path / "h.jsonl")
+    (report,) = gradsurg.History.load(tmp_path / "h.jsonl").reports
+    assert report.norms.isnan().all()
+    assert math.isnan(report.change)
+    assert report.gramians is None
+    assert float(report.losses["a"]) == 2.0
+
+
+def test_the_csv_shows_every_step_and_task(tmp_path):
+    model, optimizer, history = attached()
+    do(model, optimizer, 0, 1, 2)
+    history.save(tmp_path / "h.csv")
+    rows = table(tmp_path / "h.csv")
+    assert len(rows) == 9
+    for k, report in enumerate(history.reports):
+        for row, (i, name) in zip(rows[3 * k : 3 * k + 3], enumerate(report.tasks), strict=True):
+            assert (row["step"], row["task"]) == (str(report.step), name)
+            assert float(row["loss"]) == float(report.losses[name])
+            for title, column in (
+                ("norm", report.norms),
+                ("weight", report.weights[0]),
+                ("scale", report.scales[0]),
+                ("cos_direction", report.direction_cosines),
+                ("cos_update", report.update_cosines),
+            ):
+                assert float(row[title]) == float(column[i]), title
+            assert [float(row[f"cos:{other}"]) for other in report.tasks] == report.cosines[i].tolist()
+            assert (row["corrected"], row["held"]) == (str(int(report.movement.corrected)), "0")
+
+
+def test_names_may_be_anything(tmp_path):
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+    history = gradsurg.History(optimizer, every=1)
+    names = ('a,"b"', "c\nd", "ü:/|")
+    optimizer.backward({name: (w * k).square().sum() for k, name in enumerate(names, 1)})
+    optimizer.step()
+    history.save(tmp_path / "h.jsonl")
+    (report,) = gradsurg.History.load(tmp_path / "h.jsonl").reports
+    assert report.tasks == names
+    history.save(tmp_path / "h.csv")
+    assert [row["task"] for row in table(tmp_path / "h.csv")] == list(names)
+
+
+def test_skipped_tasks_are_named(tmp_path):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), nonfinite="skip_task")
+    history = gradsurg.History(optimizer, every=1)
+    optimizer.backward({"a": w.sum(), "b": w[0] ** 2, "bad": (w * math.inf).sum()})
+    optimizer.step()
+    history.save(tmp_path / "h.jsonl")
+    (report,) = gradsurg.History.load(tmp_path / "h.jsonl").reports
+    assert report.nonfinite == ("bad",)
+    assert report.tasks == ("a", "b")
+    history.save(tmp_path / "h.csv")
+    assert [(row["task"], row["finite"]) for row in table(tmp_path / "h.csv")] == [("a", "1"), ("b", "1"), ("bad", "0")]
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(ValueError, match=r"\.jsonl or a \.csv"):
+        gradsurg.History().save(tmp_path / "h.txt")
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"line 1: no report: missing .*'tasks'"):
+        gradsurg.History.load(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: not a JSON object"):
+        gradsurg.History.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="line 1"):
+        gradsurg.History.load(path)
+    with pytest.raises(ValueError, match=r"loaded from a \.jsonl"):
+        gradsurg.History.load(tmp_path / "h.csv")
+
+
+def test_json_of_a_later_version_still_reads():
+    model, optimizer, history = attached()
+    do(model, optimizer, 0)
+    (report,) = history.reports
+    assert same(as_values(from_json({**to_json(report), "something new": [1]})), as_values(report))
