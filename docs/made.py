@@ -135,7 +135,7 @@ def _cost_of_steps(text: str) -> str:
         cells = [*(ratio for _, ratio, _ in ours), ours[0][2], bare[1], ratios[peer[1]]]
         found[workload, m] = (cells, peer[1])
     lines = [
-        f"| | m | {' | '.join(WAYS)} | aim | passes alone | fastest peer | which |",
+        f"| | m | {' | '.join(WAYS)} | aim | passes alone | fastest other library | which |",
         f"| --- |{' --: |' * (len(WAYS) + 4)} --- |",
     ]
     lines += [f"| {w} | {m} | {' | '.join(cells)} | {peer} |" for (w, m), (cells, peer) in found.items()]
