@@ -5,6 +5,8 @@ three tasks on a small network, zero_grad, total, backward and step, in the orde
 is a maximal run of calls of functions of one file, without what torch and Python do in between. A default step should
 enter no file of an option that is off.
 
+With `stays` as an argument the stays are listed in order, with `torchjd` the peer is counted, too.
+
 Another version of the library is counted with its folder in PYTHONPATH: `PYTHONPATH=FOLDER python benchmarks/flow.py`.
 """
 
@@ -205,6 +207,12 @@ def describe(counted: Flow) -> str:
     return "\n".join([" stays  file", *lines])
 
 
+def told(counted: Flow) -> str:
+    """Return the stays in order, each with the functions called in it."""
+    stays = itertools.groupby(counted.calls, key=lambda call: call[0])
+    return "\n".join(f"{file}: {', '.join(name for _, name in calls)}" for file, calls in stays)
+
+
 def total_of(counted: Flow) -> str:
     return f"{len(counted.files)} files, {counted.stays.total()} stays, {len(counted.calls)} calls"
 
@@ -214,6 +222,8 @@ def main(arguments: Sequence[str]) -> None:
     step, optimizer = default_step()
     counted = flow(step)
     assert bool((optimizer.report.gramian < 0).any()), "the tasks of the step that is counted must be in conflict"
+    if "stays" in arguments:
+        print(f"{told(counted)}\n")
     print(describe(counted))
     unused = {file: count for file, count in counted.stays.items() if off(file)}
     print(f"\na default step with {len(TASKS)} tasks: {total_of(counted)}")
