@@ -1,11 +1,11 @@
-"""The rows by which the inner optimizer's next update is judged, and the judging of it."""
+"""UpdateConstraint: the rows that the next update must not conflict with, kept from surgery to the step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,34 +13,31 @@ from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.gradients.param_groups import signs_of
 from gradsurg.gradients.rows import TaskRows
 from gradsurg.guarantee.copies import ParameterCopies, Part
-from gradsurg.guarantee.movement import Movement, joined
+from gradsurg.guarantee.movement import DeferredMovement, Movement, joined
 from gradsurg.guarantee.update import project_update
 from gradsurg.linalg.packing import GradientTable, PackedRows
 from gradsurg.solvers.tolerances import ROUNDING_QUICK
 from gradsurg.surgery.margin import Margin, attainable
 
-if TYPE_CHECKING:
-    from gradsurg.guarantee.movement import DeferredMovement
-
-__all__ = ["UpdateConstraint"]
+__all__ = ["UpdateConstraint", "UpdateConstraintCUDA"]
 
 
 @dataclass(frozen=True)
 class UpdateConstraint:
-    """What every update until the next surgery has to respect.
+    """What every update until the next surgery has to satisfy.
 
     Attributes:
         rows: The task gradients.
-        blocks: The shared parameters, in blocks that are treated apart.
-        gramians: One Gramian per block, shape (blocks, m, m).
+        partitions: The shared parameters, in the parts that surgery treats apart.
+        gramians: One Gramian per partition, shape (partitions, m, m).
         allowed: Which tasks are protected, bool (m,); None is all.
-        layout: What of rows and parameters this rank holds.
-        margin: What is asked beyond no conflict.
-        tables: The rows of each block, as surgery read them; None makes them anew.
+        layout: Which part of rows and parameters this rank holds.
+        margin: How much more than no conflict is asked.
+        tables: The rows of each partition, as surgery read them; None makes them anew.
     """
 
     rows: TaskRows
-    blocks: list[list[Tensor]]
+    partitions: list[list[Tensor]]
     gramians: Tensor
     allowed: Tensor | None
     layout: Layout = ALONE
@@ -49,29 +46,29 @@ class UpdateConstraint:
 
     def among(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return those of some parameters that tasks share."""
-        shared = set().union(*(map(id, block) for block in self.blocks))
+        shared = {id(p) for partition in self.partitions for p in partition}
         return [p for p in parameters if id(p) in shared]
 
     def packs(self) -> list[tuple[PackedRows, list[Tensor]]]:
-        """Return what is packed of the rows of each block, with the block; nothing where ranks hold parts of them."""
+        """Return the packed rows of each partition, with the partition; empty if ranks hold parts of the rows."""
         if self.tables is None or self.layout is not ALONE:
             return []
-        pairs = ((table.packed(), block) for table, block in zip(self.tables, self.blocks, strict=True))
-        return [(small, block) for small, block in pairs if small is not None]
+        pairs = ((table.packed(), each) for table, each in zip(self.tables, self.partitions, strict=True))
+        return [(small, each) for small, each in pairs if small is not None]
 
     def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> Movement | DeferredMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
         sign = signs_of(optimizer)
         ours = before.ids().intersection(sign)
         movements = []
-        for k, (block, G) in enumerate(zip(self.blocks, self.gramians, strict=True)):
-            mine = [p for p in block if id(p) in ours]
+        for k, (partition, G) in enumerate(zip(self.partitions, self.gramians, strict=True)):
+            mine = [p for p in partition if id(p) in ours]
             if not mine:
                 continue
-            whole = self.tables is not None and len(mine) == len(block)
-            table = self.tables[k] if self.tables is not None and whole else self.rows.table(mine)
+            all_mine = len(mine) == len(partition)
+            table = self.tables[k] if self.tables is not None and all_mine else self.rows.table(mine)
             measure = self.layout.measure(mine)
-            if len(mine) < len(block):  # several optimizers share the rows: each is judged by its own part
+            if not all_mine:  # several optimizers share the rows: each is held to its own part
                 G = measure.gramian(table, exact=True)
             old: Sequence[Tensor] = Part(before, mine)
             new = mine
@@ -86,3 +83,45 @@ class UpdateConstraint:
                 self.layout.put_back(mine, new)
             movements.append(movement)
         return joined(movements)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConstraintCUDA(UpdateConstraint):
+    """The twin of UpdateConstraint for rows on a CUDA device, where nothing is read back.
+
+    Attributes:
+        finite: Bool, shape (): whether the Gramian is finite; if not, the update is left alone.
+    """
+
+    finite: Tensor
+
+    def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> DeferredMovement | None:
+        """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
+        from gradsurg.guarantee.update_cuda import project_update_cuda
+        from gradsurg.linalg.kernels.gramian import gramian
+
+        sign = signs_of(optimizer)
+        ours = before.ids().intersection(sign)
+        mine = [[p for p in partition if id(p) in ours] for partition in self.partitions]
+        chosen = [p for each in mine for p in each]
+        if not chosen:
+            return None
+        # Partitions of which this optimizer trains nothing are left out, and the others numbered anew.
+        there = [k for k, each in enumerate(mine) if each]
+        numbers = [number for number, k in enumerate(there) for _ in mine[k]]
+        table = self.rows.table(chosen)
+        G = self.gramians
+        if len(there) < len(mine):
+            G = torch.stack([G[k] for k in there])
+        if any(len(mine[k]) < len(self.partitions[k]) for k in there):  # the rest belongs to another optimizer
+            G = gramian(table, blocks=numbers)
+        return project_update_cuda(
+            table,
+            G,
+            [before[p] for p in chosen],
+            [p.detach() for p in chosen],
+            [sign[id(p)] for p in chosen],
+            numbers,
+            self.allowed,
+            self.finite,
+        )

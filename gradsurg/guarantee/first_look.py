@@ -1,4 +1,4 @@
-"""The movement of a step in single precision: enough to see that nobody is hurt, where nobody is nearly hurt."""
+"""A fast float32 check of the update, before the float64 path of update.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gradsurg.linalg.packing import DTYPE, GradientTable
 
 __all__ = ["CLEAR", "first_look"]
 
-# Numbers of a large tensor that are looked at at a time, half as many again at most.
+# Numbers of a large tensor in one float32 sum; a last piece may be half as long again.
 LOOKED_AT = 65_536
-# A float32 sum of n products errs by n · 6e-8 of ‖d‖ ‖g‖ at worst, in whatever order it is done: 6e-3 for a block.
-# Cosines from here on are positive whatever rounding did.
+# A float32 sum of n products errs by at most n · 6e-8 of ‖d‖ ‖g‖, in any order: by 6e-3 for one piece. So a cosine of
+# at least CLEAR is positive, whatever rounding did.
 CLEAR = 1e-2
-# Products below 1e-38 are lost in float32: n of them are at most n · 1e-38, a hundredth of what is asked of each sum.
+# Products below 1e-38 are lost in float32: n of them are at most n · 1e-38, a hundredth of n · LEAST.
 LEAST = 1e-36
 
 BUFFERS = Buffers()
@@ -33,20 +33,21 @@ def first_look(
     after: Sequence[Tensor],
     signs: Sequence[float],
 ) -> tuple[list[float], float] | None:
-    """Return ⟨d, g_i⟩ and ‖d‖² of d = sign · (before − after), where cos(d, g_i) ≥ 0.01 for every task.
+    """Return ⟨d, g_i⟩ and ‖d‖² of d = sign · (before − after), if cos(d, g_i) ≥ 0.01 for every task.
 
-    The float64 twin is gramian.inner_update, which takes three times as long. Rounding a difference of two float32
-    numbers costs 6e-8 of the difference itself, so that d is as good as its sums: typically 1e-7 of ‖d‖ ‖g_i‖.
+    The margin of 0.01 is so wide that rounding cannot change the verdict; otherwise the caller uses the float64 twin,
+    linalg.movement.inner_update, which takes three times as long. The difference of two float32 numbers is rounded by
+    6e-8 of itself, so the products err by their sums alone, typically by 1e-7 of ‖d‖ ‖g_i‖.
 
     Args:
-        rows: m lists of gradients; anything but a table of float32 on the CPU is not looked at.
+        rows: m lists of gradients; for anything but a GradientTable of float32 on the CPU the result is None.
         norms: ‖g_i‖.
         before: The parameters before the step.
         after: The parameters now.
-        signs: +1 per parameter, −1 where the optimizer maximises.
+        signs: +1 per parameter, −1 if the optimizer maximises.
 
     Returns:
-        m numbers and a number; None where some cosine is lower, or nothing can be said.
+        m numbers and a number; None if a cosine is lower, or float32 cannot tell.
     """
     if not isinstance(rows, GradientTable) or not rows.plain:
         return None
@@ -63,7 +64,8 @@ def first_look(
         sign = small.per_number(signs)
         if isinstance(sign, Tensor):
             return None
-        new = flat(small.at(after))  # of several tensors a copy, to be overwritten, and of one a view of it
+        # flat() copies several tensors, and the copy may be overwritten; of a single tensor it is a view.
+        new = flat(small.at(after))
         d = torch.sub(
             flat(small.at(before)) if vector is None else vector, new, out=new if len(small.places) > 1 else None
         )

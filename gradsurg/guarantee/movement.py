@@ -1,4 +1,4 @@
-"""What the parameters did in one step, measured on the host or left on the device."""
+"""The movement of the parameters in one step, as numbers on the host or still on the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DeferredMovement", "Movement", "catch_up", "joined", "stream_of"]
 
 
 def joined(movements: Sequence[Movement]) -> Movement | None:
-    """Return the movement of several sets of parameters taken together, or None where there is none."""
+    """Return the movement of several sets of parameters taken together; None if there is none."""
     if len(movements) <= 1:
         return movements[0] if movements else None
     return Movement(
@@ -25,13 +25,13 @@ def joined(movements: Sequence[Movement]) -> Movement | None:
 
 @dataclass(frozen=True)
 class Movement:
-    """What the parameters did in one step, d = before − after (sign turned where the optimizer maximises).
+    """The movement of the parameters in one step, d = before − after, or after − before if the optimizer maximises.
 
     Attributes:
         inner: ⟨d, g_i⟩, shape (m,), float64.
         square: ‖d‖².
         corrected: Whether d had to be projected.
-        held: Whether d was set to 0, because nothing else satisfies every task within rounding.
+        held: Whether d was set to 0, because no other movement satisfies every task within rounding.
     """
 
     inner: Tensor
@@ -42,14 +42,14 @@ class Movement:
 
 @dataclass(frozen=True)
 class DeferredMovement:
-    """A Movement of several blocks, on the device.
+    """The movements of several partitions of the parameters, on the device.
 
     Attributes:
-        inner: ⟨d, g_i⟩, shape (blocks, m), float64.
-        square: ‖d‖², shape (blocks,), float64.
-        corrected: Bool, shape (blocks,).
-        held: Bool, shape (blocks,).
-        stream: Which they are made on, on a CUDA device.
+        inner: ⟨d, g_i⟩, shape (partitions, m), float64.
+        square: ‖d‖², shape (partitions,), float64.
+        corrected: Bool, shape (partitions,).
+        held: Bool, shape (partitions,).
+        stream: The CUDA stream on which they are computed.
     """
 
     inner: Tensor
@@ -60,11 +60,11 @@ class DeferredMovement:
 
 
 def stream_of(device: torch.device) -> torch.cuda.Stream | None:
-    """Return the stream that work on a device goes to now; None where there are none."""
+    """Return the current stream of a device; None if the device has no streams."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def catch_up(stream: torch.cuda.Stream | None) -> None:
-    """Let the current stream wait for what this one has to do; who reads a report may be on another than the step."""
+    """Let the current stream wait for this one: a report may be read on another stream than the step ran on."""
     if stream is not None:
         torch.cuda.current_stream(stream.device).wait_stream(stream)

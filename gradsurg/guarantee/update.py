@@ -1,9 +1,8 @@
-"""The promise belongs to the update: project what the inner optimizer really did onto the dual cone."""
+"""project_update: the real movement of the inner optimizer, projected onto the dual cone of the task gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -30,12 +29,8 @@ __all__ = ["project_update"]
 # What rounding the parameters may do to cos(d, g_i). Parameters of 16 bits move by few units in the last place, so
 # theirs is wider: half of bfloat16's last place is 2e-3 of a number.
 TOLERANCE = 1e-4
-
-
 TOLERANCE_16_BIT = 1e-2
-
-
-# Attempts to push the rounded parameters back into the cone before the step is taken back on the shared parameters.
+# Attempts to push the rounded parameters back into the cone before the step of the shared parameters is taken back.
 ATTEMPTS = 4
 
 
@@ -52,27 +47,26 @@ def project_update(
 ) -> Movement:
     """Move the parameters so that ⟨d, g_i⟩ ≥ 0 for every protected task, changing d as little as possible.
 
-    d ← d + Σ λ_i g_i, λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀJd: one pass over the gradients for Jd, and, only where some task
-    would get worse, one for the correction. Parameters are stored rounded, and the promise is about what is stored:
-    where the rounding cannot be shown to be harmless (its length, half a last place of ‖θ‖, against 1e-4 of ‖d‖) the
-    stored movement is measured and pushed back into the cone.
+    d ← d + Σ λ_i g_i, λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀJd. This takes one pass over the gradients for Jd and, only if some
+    task would get worse, one for the correction. Parameters are stored rounded, and the promise is about the stored
+    numbers: if half a last place of ‖θ‖ is not small against 1e-4 of ‖d‖, the stored movement is measured and pushed
+    back into the cone.
 
     Args:
         rows: m lists of gradients per parameter.
         G: Their Gramian, (m, m), float64, finite.
         before: The parameters before the step.
         after: The same parameters now; written.
-        signs: +1 per parameter, −1 where the optimizer maximises.
+        signs: +1 per parameter, −1 if the optimizer maximises.
         allowed: Which tasks are protected, bool (m,); None is all.
-        measure: What measures lengths and inner products over all ranks, where each holds only a part; None is alone.
-        asked: Cosines a_i ≥ 0, shape (m,), that make it ⟨d, g_i⟩ ≥ a_i ‖g_i‖ ‖d_0‖, d_0 the movement of the inner
-            optimizer: margins, see gradsurg.surgery.margin. None asks for 0.
+        measure: Measures lengths and inner products over all ranks; None is this process alone.
+        asked: Margins, see gradsurg.surgery.margin: cosines a_i ≥ 0, shape (m,), that make the promise
+            ⟨d, g_i⟩ ≥ a_i ‖g_i‖ ‖d_0‖, d_0 the movement of the inner optimizer. None is 0.
 
     Returns:
-        The movement as it stands.
+        The movement as it is stored.
 
-    Source: math.md's section on the update, after Su Jianlin 2022, kexue.fm 8896, which asks the property of the
-    update and not of the gradient.
+    Source: Su Jianlin 2022, kexue.fm 8896, asks the property of the update and not of the gradient.
     """
     measure = Measure() if measure is None else measure
     if asked is None and measure.alone:
@@ -88,16 +82,17 @@ def project_update(
     if not coefficients.any():
         return Movement(inner, square)
     left, spread = _lengths(G, inner + least, square, coefficients)
-    if not left * CANCELLATION_GRAMIAN**2 > spread:  # most of d has to go: its remainder needs every digit
+    # If most of d is taken away, what is left needs every digit: the quick sums err by up to 4e-13 of ‖d‖ ‖g_i‖.
+    if not left * CANCELLATION_GRAMIAN**2 > spread:
         G = measure.gramian(rows, exact=True)
         inner, square = measure.inner_update(rows, before, after, signs, exact=True)
         least = _least(G, asked, square)
         coefficients = nonnegative(G, inner - least, allowed=allowed, scale=_length(square), rounding=ROUNDING_EXACT)
         left, spread = _lengths(G, inner + least, square, coefficients)
     if left <= STATIONARY * ROUNDING_EXACT * spread:
-        return _hold(before, after, inner)
+        return _take_back(before, after, inner)
     correct_(rows, coefficients.tolist(), after, signs, exact=left * CANCELLATION_SUM**2 < spread)
-    tolerance = _tolerance(after)
+    tolerance = TOLERANCE_16_BIT if any(p.element_size() <= 2 for p in after) else TOLERANCE
     half_place = max(torch.finfo(p.dtype).eps for p in after) / 2
     if half_place * measure.norm(after) <= 0.5 * tolerance * left**0.5:
         return Movement(inner + G @ coefficients, left, corrected=True)
@@ -115,7 +110,7 @@ def _settle_rounding(
     measure: Measure,
     least: Tensor,
 ) -> Movement:
-    """Measure the stored movement; while it leaves the cone, aim further inside by what was missed."""
+    """Measure the stored movement; while it is outside the cone, aim further inside by what was missed."""
     norms = G.diagonal().sqrt()
     watched = norms > 0 if allowed is None else (norms > 0) & allowed
     margin = torch.zeros_like(norms)
@@ -129,16 +124,17 @@ def _settle_rounding(
             return movement
         margin = margin + torch.where(watched, missing.clamp(min=0), 0)
         step = nonnegative(G, -missing - margin, allowed=allowed, scale=_length(square))
+        # A longer step means that the cone has next to no inside: the tasks are opposed to within rounding.
         if float(step @ norms) > 2 * square**0.5:
-            break  # the cone has no inside worth the name: tasks are opposed to within rounding
+            break
         correct_(rows, step.tolist(), after, signs, exact=True)
-    return _hold(before, after, movement.inner)
+    return _take_back(before, after, movement.inner)
 
 
-def _hold(before: Sequence[Tensor], after: Sequence[Tensor], inner: Tensor) -> Movement:
+def _take_back(before: Sequence[Tensor], after: Sequence[Tensor], inner: Tensor) -> Movement:
     for old, new in zip(before, after, strict=True):
         new.copy_(old)
-    return replace(Movement(torch.zeros_like(inner), 0.0), corrected=True, held=True)
+    return Movement(torch.zeros_like(inner), 0.0, corrected=True, held=True)
 
 
 def _least(G: Tensor, asked: Tensor | None, square: float) -> Tensor:
@@ -154,7 +150,3 @@ def _lengths(G: Tensor, both: Tensor, square: float, coefficients: Tensor) -> tu
 
 def _length(square: float) -> Tensor:
     return torch.tensor(square, dtype=torch.float64).sqrt()
-
-
-def _tolerance(parameters: Sequence[Tensor]) -> float:
-    return TOLERANCE_16_BIT if any(p.element_size() <= 2 for p in parameters) else TOLERANCE

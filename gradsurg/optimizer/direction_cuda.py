@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from gradsurg.gradients.rows import Row
+from gradsurg.guarantee.constraint import UpdateConstraintCUDA
 from gradsurg.guarantee.movement import catch_up, stream_of
-from gradsurg.guarantee.update_cuda import ROUNDING, UpdateConstraintCUDA
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.table import constant
 from gradsurg.optimizer.inputs import StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import later
 from gradsurg.solvers.problem import Problem, Solvers, State
+from gradsurg.solvers.tolerances import ROUNDING_CUDA
 from gradsurg.surgery.pipeline import Direction
 
 __all__ = ["compute_direction_cuda"]
@@ -42,7 +43,7 @@ def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> St
         weights, state = direction.weights.to(G.device), direction.state if healthy else None
     else:
         problem = _problem(inputs, G)
-        direction = pipeline.direction(problem, inputs.state, ROUNDING)
+        direction = pipeline.direction(problem, inputs.state, ROUNDING_CUDA)
         # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
         weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
     gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
@@ -73,7 +74,7 @@ def _on_the_host(inputs: StepInputs, G: Tensor) -> tuple[Problem, Direction, boo
     problem = problem_of(inputs, G.cpu())
     if not bool(torch.isfinite(problem.gramian).all()):
         return problem, plain_sum(problem), False
-    return problem, inputs.options.pipeline.direction(problem, inputs.state, ROUNDING), True
+    return problem, inputs.options.pipeline.direction(problem, inputs.state, ROUNDING_CUDA), True
 
 
 def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:

@@ -1,38 +1,36 @@
-"""What an operation found and did, as a report."""
+"""What a step found and did, as a Report: for surgery, for a step that needs none, and for one with earlier weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.report import DeferredReport, Report
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery.pipeline import Direction
 
-if TYPE_CHECKING:
-    from gradsurg.optimizer.inputs import StepInputs
-
-__all__ = ["block_names", "later", "report_of", "unmeasured"]
+__all__ = ["block_names", "later", "of_reused_weights", "report_of", "unmeasured"]
 
 
-def block_names(inputs: StepInputs, blocks: list[list[Tensor]]) -> tuple[str, ...]:
-    """Return what the report calls each block."""
+def block_names(inputs: StepInputs, partitions: list[list[Tensor]]) -> tuple[str, ...]:
+    """Return the name of each partition in the report, where it is called a block."""
     granularity = inputs.options.granularity
     if granularity == "model":
         return ("model",)
     if granularity == "tensor":
-        return tuple(inputs.names.get(id(p), "parameter") for (p,) in blocks)
+        return tuple(inputs.names.get(id(p), "parameter") for (p,) in partitions)
     group = {id(p): f"group {k}" for k, group in enumerate(inputs.groups) for p in group}
-    return tuple(group[id(block[0])] for block in blocks)
+    return tuple(group[id(partition[0])] for partition in partitions)
 
 
 def later(
     inputs: StepInputs,
-    blocks: list[list[Tensor]],
+    partitions: list[list[Tensor]],
     problem: Problem,
     direction: Direction,
     *,
@@ -41,10 +39,10 @@ def later(
 ) -> DeferredReport:
     """Return a report that is made when it is read: few are, and ten operations on m x m numbers take 0.1 ms.
 
-    What it remembers has neither rows nor parameters in it, nor a state, which may be as large. `fetch` brings the
-    numbers to the host, where they are on a device.
+    It keeps neither rows nor parameters alive, nor a state, which may be as large. `fetch` brings the numbers from a
+    device to the host.
     """
-    told = inputs.step, dict(inputs.losses), inputs.skipped, block_names(inputs, blocks)
+    told = inputs.step, dict(inputs.losses), inputs.skipped, block_names(inputs, partitions)
     if any(direction.state.values()):
         direction = replace(direction, state={})
 
@@ -63,22 +61,19 @@ def report_of(
     problem: Problem,
     direction: Direction,
 ) -> Report:
-    """Return what was found and done; the arguments are a Patient's, but for the names of the blocks."""
-    G, w = problem.gramian, direction.weights
-    products = (G @ w.unsqueeze(-1)).squeeze(-1)
+    """Return the report of a surgery; the first three arguments are those of StepInputs."""
+    G, tasks = problem.gramian, problem.tasks
     finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
-    return Report(
-        step=step,
-        tasks=problem.tasks,
-        losses=dict(losses),
-        gramian=G.sum(0),
-        scales=direction.scales,
-        weights=w,
-        products=products.sum(0),
-        square=(products * w).sum(),
+    return _report(
+        step,
+        losses,
+        tasks,
+        G,
+        direction.scales,
+        direction.weights,
         stationary=bool(direction.stationary.all()),
         margin_kept=direction.margin_kept,
-        nonfinite=skipped + tuple(name for name, ok in zip(problem.tasks, finite, strict=True) if not ok),
+        nonfinite=skipped + tuple(name for name, ok in zip(tasks, finite, strict=True) if not ok),
         preferences=problem.preferences,
         gramians=G,
         blocks=blocks,
@@ -87,16 +82,32 @@ def report_of(
 
 def unmeasured(inputs: StepInputs) -> Report:
     """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
-    m = len(inputs.rows)
-    unknown = torch.full((m,), float("nan"), dtype=torch.float64)
+    ones = torch.ones(1, len(inputs.rows), dtype=torch.float64)
+    unknown = torch.diag_embed(ones * float("nan"))
+    return _report(inputs.step, inputs.losses, tuple(inputs.rows), unknown, ones, ones, nonfinite=inputs.skipped)
+
+
+def of_reused_weights(step: int, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Report:
+    """Return the report of a step without surgery, of which only the weights are known."""
+    given = torch.tensor([[weights[name] for name in losses]], dtype=torch.float64)
+    unknown = torch.full_like(given, float("nan"))
+    G = unknown.unsqueeze(-1).expand(1, len(losses), len(losses))
+    return _report(step, losses, tuple(losses), G, unknown, given, level="reused weights", fresh=())
+
+
+def _report(
+    step: int, losses: Mapping[str, Tensor], tasks: tuple[str, ...], G: Tensor, scales: Tensor, w: Tensor, **more: Any
+) -> Report:
+    """Return a report, with what follows from G and w: ⟨u, g_i⟩ and ‖u‖² of u = Σ w_i g_i over all partitions."""
+    products = (G @ w.unsqueeze(-1)).squeeze(-1)
     return Report(
-        step=inputs.step,
-        tasks=tuple(inputs.rows),
-        losses=dict(inputs.losses),
-        gramian=torch.diag_embed(unknown),
-        scales=torch.ones(1, m, dtype=torch.float64),
-        weights=torch.ones(1, m, dtype=torch.float64),
-        products=unknown,
-        square=torch.tensor(float("nan"), dtype=torch.float64),
-        nonfinite=inputs.skipped,
+        step=step,
+        tasks=tasks,
+        losses=dict(losses),
+        gramian=G.sum(0),
+        scales=scales,
+        weights=w,
+        products=products.sum(0),
+        square=(products * w).sum(),
+        **more,
     )

@@ -1,8 +1,7 @@
-"""What a step did: a record that costs nothing until somebody reads it."""
+"""Report: what a step found and did, made and brought from the device when it is read."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.guarantee.movement import DeferredMovement, Movement, catch_up, joined
+from gradsurg.optimizer.report_table import as_html, as_text
 
 __all__ = ["DeferredReport", "Report", "settled"]
 
@@ -19,31 +19,33 @@ __all__ = ["DeferredReport", "Report", "settled"]
 class Report:
     """One step of several losses, over the shared parameters.
 
-    Everything is derived from the m x m Gramian when it is read; the losses stay on their device until then.
+    All numbers follow from the m x m Gramian and are computed when they are read; losses stay on their device until
+    then. A block is a part of the shared parameters that surgery treats apart: the whole model, a parameter group or a
+    parameter, by granularity=.
 
     Attributes:
         step: Number of optimizer steps done before this one.
         tasks: The tasks present, in the order of every vector and matrix here.
         losses: Name -> detached loss of the tasks that had one.
-        gramian: G_ij = ⟨g_i, g_j⟩ of the raw gradients, shape (m, m), float64; NaN on the diagonal where nothing was
-            measured: no two tasks share a parameter, or one is alone.
+        gramian: G_ij = ⟨g_i, g_j⟩ of the raw gradients, shape (m, m), float64. Its diagonal is NaN if nothing was
+            measured: no two tasks share a parameter, or there is a single task.
         scales: What normalisation multiplied each row by, shape (blocks, m).
-        weights: w of u = Σ w_i g_i, shape (blocks, m); one block unless granularity says otherwise.
+        weights: w of u = Σ w_i g_i, shape (blocks, m).
         products: ⟨u, g_i⟩, shape (m,).
         square: ‖u‖².
-        stationary: Only u = 0 satisfied every task (in every block), so u is 0.
+        stationary: Only u = 0 satisfied every task, in every block, so u is 0.
         nonfinite: Tasks with a NaN or infinite gradient.
-        margin_kept: The share of the margins that could be asked for, shape (blocks,); None where no margin is set.
+        margin_kept: The share of the margins that was within reach, shape (blocks,); None without margin=.
         path: Which implementation ran, e.g. "torch".
-        movement: What the parameters did; None before step() or where guarantee is not "update".
-        preferences: r_i, shape (m,); None where nothing was measured.
-        gramians: The same as `gramian`, one a block, shape (blocks, m, m); None where nothing was measured.
-        blocks: The names of the blocks: "model", "group 0" …, or the parameters', as far as the optimizer knows them.
-        level: What gramian, weights and cosines are about. "gradients": those of this step's losses. "features": the
-            losses' gradients with respect to the features, of total(losses, features=...). "reused weights": weights
-            of an earlier step, of refresh_every=; the rest is NaN. "moving averages": of rotate=, for the tasks that
-            are not in `fresh`.
-        fresh: The tasks whose gradient was computed in this step; None where that is all.
+        movement: The movement of the parameters; None before step(), and if guarantee is not "update".
+        preferences: r_i, shape (m,); None if nothing was measured.
+        gramians: One Gramian per block, shape (blocks, m, m); `gramian` is their sum. None if nothing was measured.
+        blocks: The names of the blocks: "model", "group 0" …, or those of the parameters that the optimizer knows.
+        level: The gradients that gramian, weights and cosines belong to. "gradients": those of this step's losses.
+            "features": the gradients with respect to the features, with total(losses, features=...). "reused weights":
+            weights of an earlier step, with refresh_every=; the rest is NaN. "moving averages": averages for the tasks
+            that are not in `fresh`, with rotate=.
+        fresh: The tasks whose gradient was computed in this step; None is all.
 
     Example:
         >>> import torch, gradsurg
@@ -78,7 +80,7 @@ class Report:
     fresh: tuple[str, ...] | None = None
 
     def with_movement(self, movement: object) -> Report:
-        """Return the report of a step that has also done this; further optimizers may have moved before."""
+        """Return the report with one more movement: several optimizers may share the rows."""
         assert isinstance(movement, Movement)
         return replace(self, movement=joined([*([] if self.movement is None else [self.movement]), movement]))
 
@@ -89,12 +91,12 @@ class Report:
 
     @property
     def cosines(self) -> Tensor:
-        """cos(g_i, g_j), shape (m, m); 0 where a gradient is zero, NaN where norms were not measured."""
+        """cos(g_i, g_j), shape (m, m); 0 if a gradient is zero, NaN if it was not measured."""
         return _cosines(self.gramian)
 
     @property
     def block_cosines(self) -> Tensor:
-        """cos(g_i, g_j) inside each block, shape (blocks, m, m); NaN where a task does not reach the block."""
+        """cos(g_i, g_j) inside each block, shape (blocks, m, m); NaN if a task does not reach the block."""
         if self.gramians is None:
             return torch.full((len(self.blocks), *self.gramian.shape), float("nan"), dtype=torch.float64)
         reached = self.gramians.diagonal(dim1=-2, dim2=-1) > 0
@@ -103,21 +105,21 @@ class Report:
 
     @property
     def direction_cosines(self) -> Tensor:
-        """cos(u, g_i), shape (m,), of the direction handed to the optimizer; 0 and NaN as in `cosines`."""
+        """cos(u, g_i), shape (m,), of the direction u that the optimizer got; 0 and NaN as in `cosines`."""
         return _over(self.products, self.norms * self.square.clamp(min=0).sqrt())
 
     @property
     def update_cosines(self) -> Tensor | None:
-        """cos(d, g_i), shape (m,), of the parameters' real movement; None where it was not measured."""
+        """cos(d, g_i), shape (m,), of the real movement d of the parameters; None if it was not measured."""
         if self.movement is None:
             return None
         return _over(self.movement.inner, self.norms * self.movement.square**0.5)
 
     @property
     def change(self) -> float:
-        """‖u − t‖ / ‖t‖, t = Σ r_i s_i g_i the sum after normalisation: how much surgery took away or added.
+        """‖u − t‖ / ‖t‖ with t = Σ r_i s_i g_i, the sum after normalisation: how much surgery changed.
 
-        0 where nobody was in conflict, 1 where u is 0; NaN where there are no weights to read it from.
+        0 if no two tasks were in conflict, 1 if u is 0; NaN if the weights were not measured.
         """
         if self.gramians is None or self.preferences is None:
             return float("nan")
@@ -132,19 +134,15 @@ class Report:
 
     @property
     def conflict_rate(self) -> float:
-        """Share of the pairs of tasks that are in conflict; 0 with a single task, NaN where no pair was measured."""
+        """Share of the pairs of tasks that are in conflict; 0 with a single task, NaN if no pair was measured."""
         pairs = math.comb(len(self.tasks), 2)
-        if pairs and not self._measured:
-            return float("nan")
-        return len(self.conflicts) / pairs if pairs else 0.0
-
-    @property
-    def _measured(self) -> bool:
-        """Whether the angle between any two tasks is known."""
-        return not bool(self.cosines[~torch.eye(len(self.tasks), dtype=torch.bool)].isnan().all())
+        if not pairs:
+            return 0.0
+        between = self.cosines[~torch.eye(len(self.tasks), dtype=torch.bool)]
+        return float("nan") if bool(between.isnan().all()) else len(self.conflicts) / pairs
 
     def scalars(self) -> dict[str, float]:
-        """Return one flat dict of numbers, for TensorBoard and the like."""
+        """Return one flat dict of numbers, for loggers such as TensorBoard."""
         result = {f"loss/{name}": float(loss) for name, loss in self.losses.items()}
         columns = {
             "norm": self.norms,
@@ -164,72 +162,13 @@ class Report:
         return result
 
     def __str__(self) -> str:
-        columns = self._columns()
-        widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
-        lines = ["  ".join(title.rjust(width) for title, width in widths.items())]
-        lines += [
-            "  ".join(cells[i].rjust(widths[title]) for title, cells in columns.items()) for i in range(len(self.tasks))
-        ]
-        return "\n".join([*lines, *self._remarks()])
+        return as_text(self)
 
-    __repr__ = __str__  # what a prompt shows: the fields are a dozen tensors, which say less
+    __repr__ = __str__  # for a prompt: the fields are a dozen tensors, which say less
 
     def _repr_html_(self) -> str:
         """Return the same for a notebook."""
-        columns = self._columns()
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in columns)
-        rows = (
-            "".join(f'<td style="text-align:right">{html.escape(cell)}</td>' for cell in row)
-            for row in zip(*columns.values(), strict=True)
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        remarks = "<br>".join(map(html.escape, self._remarks()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{remarks}</p>"
-
-    def _columns(self) -> dict[str, list[str]]:
-        update = self.update_cosines
-        return {
-            "task": list(self.tasks),
-            "loss": [f"{float(self.losses[t]):.4g}" if t in self.losses else "-" for t in self.tasks],
-            "norm": [
-                f"{x:.3g}" if x == x or t in self.nonfinite else "-"
-                for t, x in zip(self.tasks, self.norms.tolist(), strict=True)
-            ],
-            "weight": [f"{x:.3g}" for x in self.weights.mean(0).tolist()],
-            "cos(u, g)": _signed(self.direction_cosines),
-            "cos(d, g)": ["-"] * len(self.tasks) if update is None else _signed(update),
-        }
-
-    def _fights(self) -> str:
-        if len(self.tasks) == 1:
-            return "one task: nobody to be in conflict with"
-        if not self._measured:
-            if self.level == "gradients" and not self.nonfinite:
-                return "no two of these tasks share a parameter: no surgery"
-            return "conflicts were not measured"
-        return "in conflict: " + (", ".join(f"{a} and {b}" for a, b in self.conflicts) or "nobody")
-
-    def _remarks(self) -> list[str]:
-        lines = [f"step {self.step}; {self._fights()}"]
-        if self.change > 0:
-            lines[0] += f"; surgery changed the sum by {self.change:.1%}"
-        if len(self.weights) > 1:
-            lines.append(f"weights: mean over {len(self.weights)} blocks")
-        if self.stationary:
-            lines.append("Pareto stationary: only a zero direction hurts nobody")
-        if self.level != "gradients":
-            lines.append(f"cosines and weights are those of: {self.level}")
-        if self.margin_kept is not None and float(self.margin_kept.min()) < 1:
-            lines.append(f"margins out of reach: {100 * float(self.margin_kept.min()):.3g} % of them kept")
-        if self.nonfinite:
-            lines.append(f"not finite: {', '.join(self.nonfinite)}")
-        if self.movement is not None and self.movement.held:
-            lines.append("shared parameters held: no movement hurts nobody")
-        return lines
-
-
-def _signed(cosines: Tensor) -> list[str]:
-    return [f"{x:+.3f}" if x == x else "-" for x in cosines.tolist()]
+        return as_html(self)
 
 
 def _cosines(gramian: Tensor) -> Tensor:
@@ -238,7 +177,7 @@ def _cosines(gramian: Tensor) -> Tensor:
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    zero = denominator == 0  # and not "> 0": what was not measured, NaN, stays so
+    zero = denominator == 0  # and not "> 0": NaN, which is not measured, stays NaN
     return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
 
 
@@ -248,7 +187,7 @@ def _square(gramians: Tensor, weights: Tensor) -> float:
 
 
 def _ratio(part: float, whole: float) -> float:
-    # Weights that differ from the sum's in the last place alone are no change; 1e-12 of a length is one.
+    # Weights that differ from those of the sum in the last place are no change: 1e-12 of a length.
     if whole <= 0 or part <= 1e-24 * whole:
         return 0.0 if part == part else part
     return math.sqrt(part / whole)
@@ -256,12 +195,12 @@ def _ratio(part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class DeferredReport:
-    """A report that is made when it is read, which then waits for the device, if there is one.
+    """A report that is made when it is read; if its numbers are on a device, reading waits for it.
 
     Attributes:
         step: As in the report.
-        make: Makes it, but for the movement.
-        movements: What the optimizers that share it did since.
+        make: Makes the report, without the movement.
+        movements: The movements of the optimizers that share it.
     """
 
     step: int
@@ -269,7 +208,7 @@ class DeferredReport:
     movements: tuple[DeferredMovement | Movement, ...] = ()
 
     def with_movement(self, movement: object) -> DeferredReport:
-        """Return the report of a step that has also done this."""
+        """Return the report with one more movement."""
         assert isinstance(movement, (DeferredMovement, Movement))
         return replace(self, movements=(*self.movements, movement))
 
@@ -280,13 +219,13 @@ class DeferredReport:
 
 
 def settled(report: Report | DeferredReport) -> Report:
-    """Return the report itself, waiting for the device where it is still there."""
+    """Return the report itself, which may wait for the device."""
     return report.read() if isinstance(report, DeferredReport) else report
 
 
 def _joined(movements: Sequence[DeferredMovement | Movement]) -> Movement | None:
     there = [movement for movement in movements if isinstance(movement, DeferredMovement)]
-    if not there:  # one judgement makes all of them, on a device or not
+    if not there:  # one constraint makes all movements, either on a device or not
         return joined([movement for movement in movements if isinstance(movement, Movement)])
     for movement in there:
         catch_up(movement.stream)

@@ -97,7 +97,7 @@ class Rotation:
         last = {**kept.get("last", {}), **dict.fromkeys(due, self.checkpoint.step)}
         counts = dict(kept.get("counts", {}))
         if constraint is not None:  # else nothing is shared, or something was not finite
-            shared = [p for block in constraint.blocks for p in block]
+            shared = [p for partition in constraint.partitions for p in partition]
             for name in due:
                 if name in constraint.rows:
                     counts[name] = counts.get(name, 0) + 1 if name in self._averages else 1

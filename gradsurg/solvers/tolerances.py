@@ -10,6 +10,8 @@ ROUNDING_QUICK = 4e-13
 
 
 ROUNDING_EXACT = 4e-16
+# That of the Triton kernels, see kernels/gramian.py.
+ROUNDING_CUDA = 1e-13
 
 
 # Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.

@@ -23,7 +23,7 @@ from gradsurg.gradients.graph import Border, Map, leaf_of, map_of
 from gradsurg.gradients.losses import seed_of
 from gradsurg.gradients.rows import Row, is_finite
 from gradsurg.gradients.total import Finish, at_once
-from gradsurg.optimizer.report import Report
+from gradsurg.optimizer.recording import of_reused_weights
 
 if TYPE_CHECKING:
     from gradsurg.optimizer.engine import Engine
@@ -111,7 +111,7 @@ def run_reused(
     def end() -> None:
         averaged.complete()
         engine.refresh.note_reuse()
-        engine.record(_report(engine.checkpoint.step, layout.mean_losses(detached), reuse.weights), None)
+        engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(detached), reuse.weights), None)
 
     (finish or at_once)(end, averaged.drop)
     return True
@@ -136,24 +136,6 @@ def _weighted_backward(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _report(step: int, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Report:
-    """Return the report of a step without surgery: its weights are known, and nothing else."""
-    m = len(losses)
-    unknown = torch.full((m,), float("nan"), dtype=torch.float64)
-    return Report(
-        step=step,
-        tasks=tuple(losses),
-        losses=dict(losses),
-        gramian=torch.full((m, m), float("nan"), dtype=torch.float64),
-        scales=unknown.unsqueeze(0),
-        weights=torch.tensor([[weights[name] for name in losses]], dtype=torch.float64),
-        products=unknown,
-        square=torch.tensor(float("nan"), dtype=torch.float64),
-        level="reused weights",
-        fresh=(),
-    )
 
 
 def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], Gradients]:

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import gradsurg
 from gradsurg.guarantee.update import project_update as guard_on_the_host
-from gradsurg.guarantee.update_cuda import project_update
+from gradsurg.guarantee.update_cuda import project_update_cuda
 from gradsurg.linalg.gramian import gramian
 from gradsurg.linalg.kernels import table
 from gradsurg.optimizer.report import DeferredReport
@@ -210,7 +210,7 @@ def test_the_guarantee_decides_as_the_host_does(dtype, size):
     count = len(CASES)
     G = torch.stack([gramian([[row[k]] for row in rows], exact=True) for k in range(count)])
     finite, ones = torch.tensor(True), [1.0] * count
-    movement = project_update(rows, G, before, mine, ones, list(range(count)), None, finite)
+    movement = project_update_cuda(rows, G, before, mine, ones, list(range(count)), None, finite)
     for k in range(count):
         wanted = guard_on_the_host([[row[k]] for row in rows], G[k], [before[k]], [theirs[k]], [1.0], None)
         assert bool(movement.corrected[k]) == wanted.corrected
@@ -222,7 +222,7 @@ def test_the_guarantee_decides_as_the_host_does(dtype, size):
         assert (torch.stack([d @ row[k].double() for row in rows]) >= allowed * norms * d.norm()).all()
         assert (movement.inner[k] - wanted.inner).abs().max() <= 1e-6 * norms.max() * (1 + d.norm())
     untouched = [p.clone() for p in after]
-    project_update(rows, G, before, untouched, ones, list(range(count)), None, torch.tensor(False))
+    project_update_cuda(rows, G, before, untouched, ones, list(range(count)), None, torch.tensor(False))
     assert all(torch.equal(p, q) for p, q in zip(untouched, after, strict=True))
 
 
