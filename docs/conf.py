@@ -30,6 +30,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_dmath_double_inline = True
 html_math_renderer = "katex"
 autodoc_member_order = "bysource"
+default_role = "code"  # in docstrings, `name` is code
 autodoc_typehints = "none"  # the signature and the Args say it
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -37,7 +37,7 @@ _WORD = re.compile(r"[A-Za-z][a-zß-ÿ]+(?:-[a-z]+)*")
 # What is never a formula: code, doctests, quotations, fields such as :param x:, and words with a hyphen or apostrophe.
 _PROSE = re.compile(
     r"``[^`]+``|`[^`]*`|\"[^\"]*\"|>>> .*|->|:[a-z]+(?: [\w*, ]+)?:(?=\s|$)|[A-Za-z]+'s\b|(?:[a-z]\.){2,}|[A-Z][0-9]+"
-    r"|[A-Za-z][A-Za-z0-9]+(?:[-'.=_][A-Za-z]{2,}[\w=\"-]*)+|[A-Z]{2,}\w*"
+    r"|[A-Za-z]\w*\.[a-z_]{2,}|[A-Za-z][A-Za-z0-9]+(?:[-'.=_][A-Za-z]{2,}[\w=\"-]*)+|[A-Z]{2,}\w*"
 )
 
 

@@ -1,8 +1,8 @@
 """Word segmentation with a conditional random field whose transitions need a learning rate of their own.
 
-A linear-chain CRF adds a 4 × 4 matrix of transitions to what the encoder says of every character. At the encoder's
+A linear-chain CRF adds a 4 × 4 matrix of transitions to the encoder's scores of every character. At the encoder's
 learning rate these 16 numbers hardly move, and words come out with impossible marks (a "begin" after a "begin"); a
-parameter group with a rate 10², 10³ times larger mends that (Su Jianlin 2020, kexue.fm 7196). Parameter groups pass
+parameter group with a rate 100 or 1000 times larger mends that (Su Jianlin 2020, kexue.fm 7196). Parameter groups pass
 through gradsurg.wrap untouched: the encoder serves two tasks here, segmentation and part of speech, and the
 transitions, which only segmentation reaches, get their own plain gradient.
 """

@@ -3,7 +3,7 @@
 The classifier is the masked-character model itself: "很满意。" or "不满意。" (very / not satisfied) in front of the
 review, its first character masked; the more likely of 很 and 不 is the answer. The 32 labelled reviews are the primary
 task, masked characters on unlabelled reviews the auxiliary. Compared: the primary alone, the sum of both, and gradsurg
-with auxiliary="protect" (the auxiliary only forbids steps that hurt it) and "help" (it pulls, where the primary is not
+with auxiliary="protect" (the auxiliary only forbids steps that hurt it) and "help" (it pulls if the primary is not
 hurt).
 """
 

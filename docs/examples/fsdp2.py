@@ -50,13 +50,13 @@ def main() -> None:
         optimizer.step()
         first = first or {name: float(loss) for name, loss in optimizer.report.losses.items()}
 
-    gradsurg.check_sync(model)  # raises, and names the first parameter, if the ranks had left step
+    gradsurg.check_sync(model)  # raises if the ranks differ, and names the first parameter
     last = {name: float(loss) for name, loss in optimizer.report.losses.items()}  # means over the ranks
     if rank == 0:
         for name in last:
             print(f"{name}: {first[name]:.3f} -> {last[name]:.3f}")
     assert all(last[name] < first[name] for name in last)
-    torch.distributed.barrier()  # the last messages have arrived everywhere before anybody's threads are taken down
+    torch.distributed.barrier()  # no rank ends before the last messages have arrived
     torch.distributed.destroy_process_group()
 
 

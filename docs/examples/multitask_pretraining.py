@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import gradsurg
 
 LENGTH, BATCH = 48, 24
-SIZES = {"segment": 4, "tag": 24, "sentiment": 2, "mask": 2000}  # classes a task
-NOTHING = -100  # what cross_entropy passes over
+SIZES = {"segment": 4, "tag": 24, "sentiment": 2, "mask": 2000}  # classes per task
+NOTHING = -100  # a label that cross_entropy ignores
 
 
 class Loaders:
@@ -109,7 +109,7 @@ def train(seed: int, steps: int, wrapped: bool) -> tuple[list[float], list[list[
 @torch.no_grad()
 def accuracy(predict: Callable[[Tensor], Tensor], loaders: Loaders, task: str) -> float:
     """Return percent right of what has a target, over 600 texts."""
-    torch.manual_seed(0)  # the same characters are hidden whoever is asked
+    torch.manual_seed(0)  # hide the same characters for every model
     ids, targets = loaders.draw(task, 600)
     there = targets.flatten() != NOTHING
     return 100 * (predict(ids).argmax(1) == targets.flatten())[there].float().mean().item()

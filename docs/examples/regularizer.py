@@ -1,4 +1,4 @@
-"""Weight decay that acts only where a step would make the weights longer: the penalty as an auxiliary task.
+"""Weight decay that acts only if a step would make the weights longer: the penalty as an auxiliary task.
 
 The penalty ½‖θ‖² has the gradient θ. As an auxiliary with auxiliary="protect" it never pulls by itself: it only forbids
 steps that lengthen θ (math: λ = relu(−⟨g, θ⟩) / ‖θ‖²; Su Jianlin 2022, kexue.fm 8907). Compared with no decay and with

@@ -2,8 +2,8 @@
 
 Kind B (strict): are these the two halves of one paragraph? Kind A (loose): do they come from neighbouring paragraphs?
 Each for short–short, short–long and long–long pairs from People's Daily; half of the pairs are random. One transformer
-with rotary positions serves all; the subtask enters through conditional LayerNorm. Macro-F1 a subtask, on paragraphs of
-days that were not trained on: plain sum of the six losses against gradsurg.
+with rotary positions serves all; the subtask enters through conditional LayerNorm. It prints macro-F1 per
+subtask, on paragraphs of days that were not trained on, for the plain sum of the six losses and for gradsurg.
 """
 
 from __future__ import annotations

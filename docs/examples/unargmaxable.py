@@ -1,8 +1,8 @@
 """Which outputs can a trained softmax layer never predict?
 
 Class k can win, for some input h, only if ⟨w_k, h⟩ > ⟨w_j, h⟩ for every other j: some h makes an acute angle with every
-row w_k − w_j. Such an h exists iff 0 is not in the convex hull of these rows; the hull's point nearest to 0 then is
-one. That is the minimum-norm point of gradsurg's surgery "mgda", here with classes where tasks used to be. Every answer
+row w_k − w_j. Such an h exists exactly if 0 is not in the convex hull of these rows. The hull's point nearest to 0 is
+then one. It is the minimum-norm point of gradsurg's surgery "mgda", here with classes in place of tasks. Every answer
 is checked against a linear program. The layer: next-character models of few dimensions, trained on People's Daily.
 """
 
@@ -52,7 +52,7 @@ def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
     found, margins = [], []
     for k in range(len(rows)):
         others = torch.cat([rows[:k], rows[k + 1 :]])
-        # Lengths do not matter to which side of h a row lies on; equal ones make the nearest point well defined.
+        # Length does not change on which side of h a row lies. Equal lengths make the nearest point well defined.
         apart = nn.functional.normalize(rows[k] - others, dim=1)
         h = gradsurg.weights(apart @ apart.T, surgery="mgda") @ apart
         found.append(h)

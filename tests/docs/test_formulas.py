@@ -47,7 +47,7 @@ def test_a_formula_becomes_latex(dollars, text, expected):
         "everybody's step, like 1 / steps",
         '`lr` = 10, curvature="parameter" and wrap() with [0, 1)',
         "Désidéri 2012, e.g. on an H100; frank_wolfe",
-        "Task name -> loss",
+        "Task name -> loss, written to p.grad",
     ],
 )
 def test_prose_stays_as_it_is(dollars, text):
