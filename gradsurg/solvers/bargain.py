@@ -6,11 +6,11 @@ from math import exp, log, sqrt
 from operator import mul
 
 from gradsurg.solvers.active_set import Matrix, Vector
-from gradsurg.solvers.simplex import STATIONARY, nearest, times
+from gradsurg.solvers.simplex import nearest, times
+from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 
 __all__ = ["bargain"]
 
-ROUNDING = 4e-16
 STEPS = 200
 
 
@@ -40,7 +40,7 @@ def _solve(A: Matrix, log_q: Vector, alpha: float) -> tuple[Vector, int]:
     """Return β and the number of steps."""
     m = len(A)
     w, square = nearest(A)
-    if square <= STATIONARY:
+    if square <= STATIONARY * ROUNDING_EXACT:
         return [0.0] * m, 0
     b = [exp(x / (1 + alpha)) for x in log_q]
     v = [max(x, 0.1 * y) for x, y in zip(times(A, b), b, strict=True)]
@@ -50,7 +50,7 @@ def _solve(A: Matrix, log_q: Vector, alpha: float) -> tuple[Vector, int]:
     for step in range(STEPS):
         rho = _log_residual(b, v, log_q, alpha)
         gap = [x - y for x, y in zip(v, times(A, b), strict=True)]
-        floor = m * ROUNDING * sum(b)
+        floor = m * ROUNDING_EXACT * sum(b)
         if max(map(abs, gap)) <= floor and all(
             abs(r) <= 1e-10 + 4 * alpha * floor / x for r, x in zip(rho, v, strict=True)
         ):
@@ -77,8 +77,8 @@ def _newton(A: Matrix, extra: Vector, right: Vector) -> Vector:
         for j, other in enumerate(factor):
             new.append((row[j] - sum(map(mul, new, other))) / other[-1])
         pivot = row[i] + more - sum(map(mul, new, new))
-        y.append((b - sum(map(mul, new, y))) / sqrt(max(pivot, ROUNDING * (row[i] + more))))
-        new.append(sqrt(max(pivot, ROUNDING * (row[i] + more))))
+        y.append((b - sum(map(mul, new, y))) / sqrt(max(pivot, ROUNDING_EXACT * (row[i] + more))))
+        new.append(sqrt(max(pivot, ROUNDING_EXACT * (row[i] + more))))
         factor.append(new)
     x: Vector = []
     for row in reversed(factor):

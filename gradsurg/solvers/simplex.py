@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsurg.solvers.active_set import Matrix, Vector, solve_small
 from gradsurg.solvers.nonnegative import nonnegative
 
-__all__ = ["STATIONARY", "nearest", "onto_simplex", "program", "simplex", "times"]
+__all__ = ["nearest", "onto_simplex", "program", "simplex", "times"]
 
 
 def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
@@ -46,10 +46,6 @@ def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
     mass = torch.where(at_origin.any(-1, keepdim=True), at_origin.double(), lam)
     total = mass.sum(-1, keepdim=True)
     return torch.where(total == 0, 0, mass / torch.where(total == 0, 1, total))
-
-
-# ‖Σ w_i a_i‖² read off a float64 Gramian of unit rows errs by 4e-16: below 16 times that the point is 0.
-STATIONARY = 16 * 4e-16
 
 
 def nearest(gramian: Matrix) -> tuple[Vector, float]:

@@ -1,32 +1,32 @@
-"""Tolerances of the small programs, each with its reason."""
+"""How wrong float64 results may be, and what follows from that. For every room that decides by a Gramian."""
 
 from __future__ import annotations
 
-__all__ = ["STATIONARY"]
+__all__ = [
+    "CANCELLATION_GRAMIAN",
+    "CANCELLATION_SUM",
+    "COARSER",
+    "ROUNDING_CUDA",
+    "ROUNDING_EXACT",
+    "ROUNDING_QUICK",
+    "STATIONARY",
+]
 
-
-# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): see gramian.py for both.
+# Relative error of a Gramian's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖): of linalg/gramian.py with exact=False, with
+# exact=True, and of linalg/kernels/gramian.py. Sums of a few float64 numbers also have the exact one's.
 ROUNDING_QUICK = 4e-13
-
-
 ROUNDING_EXACT = 4e-16
-# That of the Triton kernels, see kernels/gramian.py.
 ROUNDING_CUDA = 1e-13
 
-
-# Above this S / ‖u‖ the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
+# u = Σ w_i g_i is a difference of vectors of total length S = Σ |w_i| ‖g_i‖; its cancellation is S / ‖u‖.
+# Above this one the quick Gramian may err by more than 1e-9 in a cosine and 1e-5 in ‖u‖²: the exact one decides.
 CANCELLATION_GRAMIAN = 1e4
-
-
-# Above this S / ‖u‖ a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the
-# guarantee allows: such sums are formed in float64.
+# Above this one a float32 sum of 8 rows (8 roundings of 6e-8) would turn u by 2.5e-5, a quarter of what the guarantee
+# allows: such sums are formed in float64.
 CANCELLATION_SUM = 50.0
 
-
-# ‖u‖ = ‖Σ w_i g_i‖ is a difference of vectors of total length S = Σ |w_i| ‖g_i‖. Its square, read off the Gramian,
-# carries an error of rounding · S²; below 16 times that error u is indistinguishable from 0.
+# ‖u‖², read off the Gramian, carries an error of rounding · S². Below 16 times that error u cannot be told from 0.
 STATIONARY = 16.0
-
 
 # Coarser roundings under which a program is solved again if its answer violates a task. Rows that balance up to
 # √(8 · rounding) are then dependent. The last bounds what a task can lose by that to 2.8e-5 of ‖u‖, below the 1e-4 of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.linalg.kernels.table import on_device
+from gradsurg.solvers.tolerances import ROUNDING_EXACT
 
 __all__ = [
     "MOST_TASKS",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 MOST_TASKS = PROGRAM_UP_TO
-ROUNDING = 4e-16  # of an exact Gramian: see solvers/nonnegative.py
 
 
 @triton.jit(do_not_specialize=["m", "shared"])
@@ -180,7 +180,7 @@ def nonnegative(
     *,
     allowed: Tensor | None = None,
     scale: Tensor | None = None,
-    rounding: float = ROUNDING,
+    rounding: float = ROUNDING_EXACT,
 ) -> Tensor:
     """Return λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb: the twin of solvers.nonnegative, same arguments and same answers.
 
@@ -199,12 +199,12 @@ def nonnegative(
     return _solve(gramian, b, _mask(allowed, shape, m, device), sizes.expand(shape), rounding)
 
 
-def project_rows(gramian: Tensor, *, rounding: float = ROUNDING) -> Tensor:
+def project_rows(gramian: Tensor, *, rounding: float = ROUNDING_EXACT) -> Tensor:
     """Return Λ, every gradient's projection by itself: the twin of solvers.project_rows, same answers."""
     return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
 
 
-def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING) -> Tensor:
+def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING_EXACT) -> Tensor:
     """Return the weights of Σ r_i Π(g_i): every task's gradient projected by itself, m programs with one Gramian.
 
     Args:
@@ -223,7 +223,7 @@ def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
     """Return α = argmin_{α ≥ 0, Σα = 1} αᵀGα: the twin of solvers.simplex, same arguments and same answers."""
     m = _checked(gramian)
     shape = torch.broadcast_shapes(gramian.shape[:-2], () if allowed is None else allowed.shape[:-1])
-    return _solve(gramian, None, _mask(allowed, shape, m, gramian.device), None, ROUNDING)
+    return _solve(gramian, None, _mask(allowed, shape, m, gramian.device), None, ROUNDING_EXACT)
 
 
 def tasks_for(m: int) -> int:

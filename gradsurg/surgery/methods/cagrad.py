@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.simplex import STATIONARY, nearest, program, times
+from gradsurg.solvers.simplex import nearest, program, times
+from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
 
@@ -64,7 +65,7 @@ class CAGrad(Surgery):
         norms = [sqrt(row[i]) for i, row in enumerate(G)]
         b = times(G, mean)  # ⟨g_0, g_i⟩
         square = sum(map(mul, mean, b))
-        if square <= STATIONARY * sum(map(mul, mean, norms)) ** 2:
+        if square <= STATIONARY * ROUNDING_EXACT * sum(map(mul, mean, norms)) ** 2:
             return mean, {}  # g_0 is rounding, and the ball with it
         change = _change(G, norms, b, self.c * sqrt(square))
         return [x + y for x, y in zip(mean, change, strict=True)], {}
@@ -102,7 +103,7 @@ def _stationary(G: Matrix, norms: Vector) -> bool:
     if min(map(min, G)) >= 0:
         return False
     unit = [[x / (n * k) for x, k in zip(row, norms, strict=True)] for row, n in zip(G, norms, strict=True)]
-    return nearest(unit)[1] <= STATIONARY
+    return nearest(unit)[1] <= STATIONARY * ROUNDING_EXACT
 
 
 def _worst(G: Matrix, b: Vector, y: Vector) -> float:

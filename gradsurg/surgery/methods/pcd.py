@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.simplex import STATIONARY, program, times
+from gradsurg.solvers.simplex import program, times
+from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
@@ -92,6 +93,6 @@ class PCD(Surgery):
             w = [0.0] * m  # the program has no solution: not everybody can have a share
         w[p] = 1.0
         square = sum(map(mul, w, times(A, w)))
-        if square <= STATIONARY * sum(map(mul, w, length)) ** 2:
+        if square <= STATIONARY * ROUNDING_EXACT * sum(map(mul, w, length)) ** 2:
             return [0.0] * m, memory
         return [x * s * sqrt(G[p][p] / square) for x, s in zip(w, scales, strict=True)], memory
