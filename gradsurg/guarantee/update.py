@@ -21,7 +21,6 @@ from gradsurg.solvers.tolerances import (
     ROUNDING_QUICK,
     STATIONARY,
 )
-from gradsurg.surgery.pipeline_small import norms_of
 
 __all__ = ["project_update"]
 
@@ -70,7 +69,8 @@ def project_update(
     """
     measure = Measure() if measure is None else measure
     if asked is None and measure.alone:
-        seen = first_look(rows, norms_of(G.tolist()), before, after, signs)
+        norms = [max(square, 0.0) ** 0.5 for square in G.diagonal().tolist()]
+        seen = first_look(rows, norms, before, after, signs)
         if seen is not None:
             return Movement(torch.tensor(seen[0], dtype=torch.float64), seen[1])
     inner, square = measure.inner_update(rows, before, after, signs)

@@ -32,4 +32,4 @@ class Unscaled(Normalizer):
     waits: ClassVar[bool] = False
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return torch.ones(problem.gramian.shape[:-1], dtype=torch.float64, device=problem.gramian.device), state
+        return problem.gramian.new_ones(problem.gramian.shape[:-1], dtype=torch.float64), state

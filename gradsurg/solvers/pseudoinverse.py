@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from math import sqrt
-from operator import mul
-
 import torch
 from torch import Tensor
-
-from gradsurg.solvers.active_set import Matrix, Vector
 
 __all__ = ["RANK", "equal_pull", "least_squares", "unit_rows"]
 
 # Eigenvalues below this share of the largest are rounding: the quick Gramian is good to 4e-13 an entry (gramian.py),
 # so its eigenvalues to a few 1e-12. Rows are then dependent if one is within 3e-6 of the span of the others.
 RANK = 1e-11
-# A row whose part orthogonal to those before it has less than this share of its square goes to the eigenvectors.
-REGULAR = 1e-3
+# A single matrix is solved by Cholesky, in 17 µs for 8 tasks, if the part of each row orthogonal to those before it is
+# longer than this share of the row; else by its eigenvectors, in 60 µs.
+REGULAR = 0.03
 
 
 def unit_rows(gramian: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Gramian of g_i / ‖g_i‖ and 1 / ‖g_i‖; a zero row stays zero, with 0 for its inverse norm."""
     squares = gramian.diagonal(dim1=-2, dim2=-1)
-    inverse = torch.where(squares > 0, squares.rsqrt(), 0)
+    inverse = squares.rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
     return gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2), inverse
 
 
@@ -45,6 +41,8 @@ def least_squares(gramian: Tensor, right: Tensor) -> Tensor:
         >>> least_squares(A, torch.tensor([1.0, 1.0], dtype=torch.float64)).tolist()
         [0.0, 0.0]
     """
+    if gramian.ndim == 2 and (found := _regular(gramian, right, gramian.diagonal().sqrt())) is not None:
+        return found
     try:
         values, vectors = torch.linalg.eigh(gramian)
     except RuntimeError:  # its answer to a NaN; looking for one beforehand takes four calls
@@ -58,39 +56,27 @@ def least_squares(gramian: Tensor, right: Tensor) -> Tensor:
     return answer
 
 
-def equal_pull(gramian: Matrix) -> tuple[Vector, Vector] | None:
-    """Return y with (G y)_i = ‖g_i‖, and the norms, by Cholesky in Python floats; None unless G is clearly regular.
-
-    Σ y_i g_i has the same inner product, 1, with every unit gradient: y_i = v_i / ‖g_i‖ with v = A⁺ 1 of
-    `least_squares` and `unit_rows`.
+def equal_pull(gramian: Tensor, preferences: Tensor) -> Tensor:
+    """Return y of the shortest u = Σ y_i g_i whose inner products with the unit gradients are nearest to r_i.
 
     Example:
-        >>> equal_pull([[4.0, 0.0], [0.0, 1.0]])
-        ([0.5, 1.0], [2.0, 1.0])
-        >>> equal_pull([[1.0, -1.0], [-1.0, 1.0]]) is None
-        True
+        >>> import torch
+        >>> G = torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> equal_pull(G, torch.ones(2, dtype=torch.float64)).tolist()
+        [0.5, 1.0]
     """
-    factor: Matrix = []
-    half: Vector = []
-    norms: Vector = []
-    for i, row in enumerate(gramian):
-        new: Vector = []
-        for x, other in zip(row, factor, strict=False):
-            new.append((x - sum(map(mul, new, other))) / other[-1])
-        square = row[i]
-        pivot = square - sum(map(mul, new, new))
-        if not pivot > REGULAR * square:  # so for a zero row, and for a NaN
-            return None
-        root = sqrt(pivot)
-        norms.append(sqrt(square))
-        half.append((norms[-1] - sum(map(mul, new, half))) / root)
-        new.append(root)
-        factor.append(new)
-    answer: Vector = []
-    while factor:
-        row = factor.pop()
-        last = half.pop() / row[-1]
-        answer.append(last)
-        half = [x - last * y for x, y in zip(half, row, strict=False)]
-    answer.reverse()
-    return answer, norms
+    if gramian.ndim == 2:
+        norms = gramian.diagonal().sqrt()
+        if (found := _regular(gramian, preferences * norms, norms)) is not None:
+            return found
+    units, inverse = unit_rows(gramian)
+    return least_squares(units, preferences) * inverse
+
+
+def _regular(gramian: Tensor, right: Tensor, norms: Tensor) -> Tensor | None:
+    """Solve G y = b by Cholesky for one matrix; None unless it is clearly regular."""
+    factor, _ = torch.linalg.cholesky_ex(gramian)
+    # Not so for a NaN, nor for the pivot at which the factorisation stopped.
+    if all(x > REGULAR * n for x, n in zip(factor.diagonal().tolist(), norms.tolist(), strict=True)):
+        return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+    return None

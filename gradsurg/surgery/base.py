@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 
@@ -42,6 +42,8 @@ class Surgery(ABC):
     # Whether the weights are found on the host, for which a step on a CUDA device has to wait once. Where it is False,
     # `weights` launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
+    # What the weights depend on: the "products" of the gradients, which of them are "zeros", or "nothing".
+    reads: ClassVar[str] = "products"
 
     @abstractmethod
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
@@ -55,21 +57,6 @@ class Surgery(ABC):
         Returns:
             Weights of shape (..., m), float64 and finite, and the state to be handed in next time.
         """
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:
-        """Return what `weights` would for preferences of 1 and no state, or None where it must be asked.
-
-        For `gradsurg.weights` alone, whose calls are to cost microseconds; a method without one is complete.
-
-        Args:
-            gramian: Shape (m, m), of any floating dtype, on the CPU.
-            generator: As problem.generator: what is drawn from it must be what `weights` would draw.
-
-        Returns:
-            Weights of shape (m,), with the Gramian's dtype; 0 where only u = 0 is left of a conflict-free method.
-        """
-        del gramian, generator
-        return None
 
 
 class ElementwiseSurgery(Surgery):

@@ -5,6 +5,7 @@ A torch call takes 2 µs whatever its size; a loop over pairs of tasks makes hun
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.shortcut import vector
 
 __all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block", "resumed"]
 
@@ -97,7 +97,8 @@ def each_block(
         answers.append(weights)
         new.append(memory)
     if G.ndim == 2 and G.is_cpu:
-        result = vector(answers[0], G)
+        # 1.3 µs; torch.tensor(list) takes 4 to 9.
+        result = torch.frombuffer(array("d", answers[0]), dtype=torch.float64)
     else:
         result = torch.tensor(answers, dtype=torch.float64).reshape(G.shape[:-1]).to(G.device)
     return result, {"blocks": new} if any(new) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -18,13 +19,13 @@ from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
 from gradsurg.surgery.margin import Margin
-from gradsurg.surgery.pipeline import GUARANTEES, Pipeline
+from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, settled
 from gradsurg.surgery.priority import AUXILIARY, parse_levels
 
 __all__ = ["combine", "weights"]
 
 
-# The defaults below, by identity: what is cheaper to ask than whether a number, a sequence or a dict is 0.
+# The default margin. `is` tells it from every other margin, whatever its type, in 0.03 µs.
 _NO_MARGIN = 0.0
 _NOT_DRAWN_FROM = torch.Generator()
 
@@ -74,7 +75,8 @@ def weights(
         [1.0, 1.0]
     """
     shape = _tensor("gramian", gramian, "(..., m, m)").shape
-    if (  # 1 µs in all: some of what is asked here takes no more than 4
+    # 1 µs in all, of the 4 µs that "sum" and "mean" may take.
+    if (
         normalize == "none"
         and guarantee == "none"
         and margin is _NO_MARGIN
@@ -86,9 +88,7 @@ def weights(
         and gramian.is_cpu
         and gramian.is_floating_point()
     ):
-        shortcut = (_by_name(surgery) if type(surgery) is str else _resolved(surgery)).shortcut(gramian, generator)
-        if shortcut is not None:
-            return shortcut
+        return _weights_plainly(gramian, shape[0], surgery, generator)
     if len(shape) < 2 or shape[-1] != shape[-2] or not gramian.is_floating_point():
         raise ValueError(
             f"gramian has shape {tuple(shape)}, dtype {gramian.dtype}: it must be a floating (..., m, m) matrix"
@@ -152,6 +152,31 @@ def _tensor(name: str, given: object, shape: str) -> Tensor:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} is a {type(given).__name__}: pass a tensor of shape {shape}")
     return given
+
+
+def _weights_plainly(gramian: Tensor, m: int, surgery: str | Surgery, generator: torch.Generator | None) -> Tensor:
+    """Ask the surgery alone about one Gramian on the CPU: no option calls for another stage of the pipeline."""
+    dtype = gramian.dtype
+    reads, known = _known(surgery, m)
+    if known is not None and generator is None and (reads == "nothing" or 0.0 not in gramian.diagonal().tolist()):
+        found = torch.frombuffer(array("d", known), dtype=torch.float64)
+        return found if dtype is torch.float64 else found.to(dtype)
+    surgery = _resolved(surgery)
+    exact = gramian.detach().double()
+    problem = Problem(exact, exact.new_ones(m), _names(m), generator=generator)
+    found, _ = surgery.weights(problem, {})
+    return (settled(problem, found) if surgery.conflict_free else found).detach().to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _known(surgery: str | Surgery, m: int) -> tuple[str, array[float] | None]:
+    """Return what the weights depend on, and those of m gradients that are not zero if no more is asked of them."""
+    surgery = resolve_surgery(surgery)
+    if surgery.reads == "products":
+        return surgery.reads, None
+    gramian = torch.eye(m, dtype=torch.float64)
+    found, _ = surgery.weights(Problem(gramian, gramian.new_ones(m), _names(m)), {})
+    return surgery.reads, array("d", found.tolist())
 
 
 def _combine_plainly(rows: Tensor, surgery: ElementwiseSurgery) -> Tensor:

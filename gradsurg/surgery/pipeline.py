@@ -13,15 +13,15 @@ from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.linalg.kernels.table import constant
 from gradsurg.normalize import Normalizer, Unscaled
 from gradsurg.solvers.problem import HOST, Problem, State
+from gradsurg.solvers.simplex import times
 from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.margin import Margin, attainable
-from gradsurg.surgery.pipeline_small import applies
+from gradsurg.surgery.pipeline_small import applies, lengths, norms_of
 from gradsurg.surgery.pipeline_small import solve as solve_quickly
 from gradsurg.surgery.priority import Levels, levels_of, order, protected
-from gradsurg.surgery.shortcut import far_from_zero
 
-__all__ = ["GUARANTEES", "Direction", "Pipeline"]
+__all__ = ["GUARANTEES", "Direction", "Pipeline", "check_mapping", "settled"]
 
 
 GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
@@ -135,7 +135,7 @@ class Pipeline:
 
     def _general(self, problem: Problem, state: State, rounding: float) -> Direction:
         scaled, weights, scales, kept, state = self.solve(problem, state, rounding)
-        weights, stationary, cancellation = self._settle(scaled, weights, rounding)
+        weights, stationary, cancellation = _settle(scaled, weights, rounding, self.conflict_free)
         return Direction(
             weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
             scales=scales,
@@ -148,16 +148,9 @@ class Pipeline:
     def weights(self, problem: Problem) -> Tensor:
         """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
         scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
-        # Without a conflict nothing can cancel, so there is nothing to settle.
-        in_conflict = self.conflict_free and problem.gramian.min().item() < 0
-        if in_conflict and not self._plainly_settled(scaled, weights):
-            weights, _, _ = self._settle(scaled, weights, ROUNDING_EXACT)
+        if self.conflict_free:
+            weights = settled(scaled, weights)
         return weights if isinstance(self.normalizer, Unscaled) else weights * scales
-
-    @staticmethod
-    def _plainly_settled(problem: Problem, weights: Tensor) -> bool:
-        """Whether a single u is far from zero, in Python floats: ten tensor operations take four times as long."""
-        return weights.ndim == 1 and far_from_zero(problem.gramian.tolist(), weights.tolist())
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         """Return what normalisation multiplies the rows by, shape (..., m), and the state after it.
@@ -216,15 +209,30 @@ class Pipeline:
 
         return order(problem.gramian, levels, self.auxiliary, surgery, problem.solvers), states
 
-    def _settle(self, problem: Problem, weights: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Set u to 0 where it is nothing but rounding, and measure how much of the gradients cancels in it."""
-        square = torch.linalg.vecdot(weights, (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1))
-        lengths = torch.linalg.vecdot(weights.abs(), problem.norms)
-        cancellation = lengths / square.clamp(min=0).sqrt()
-        if not self.conflict_free:
-            return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
-        nothing = square <= STATIONARY * rounding * lengths.square()
-        return weights.masked_fill(nothing.unsqueeze(-1), 0), nothing, cancellation
+
+def _settle(problem: Problem, weights: Tensor, rounding: float, conflict_free: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Set u to 0 if it is nothing but rounding, and measure how much of the gradients cancels in it."""
+    square = torch.linalg.vecdot(weights, (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1))
+    length = torch.linalg.vecdot(weights.abs(), problem.norms)
+    cancellation = length / square.clamp(min=0).sqrt()
+    if not conflict_free:
+        return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
+    nothing = square <= STATIONARY * rounding * length.square()
+    return weights.masked_fill(nothing.unsqueeze(-1), 0), nothing, cancellation
+
+
+def settled(problem: Problem, weights: Tensor) -> Tensor:
+    """Return the weights of a conflict-free method, or zeros if their u is nothing but rounding."""
+    # Without a conflict nothing can cancel.
+    if not problem.gramian.min().item() < 0:
+        return weights
+    # Ten tensor operations take four times as long as this.
+    if weights.ndim == 1:
+        gramian, w = problem.gramian.tolist(), weights.tolist()
+        square, length = lengths(w, times(gramian, w), norms_of(gramian))
+        if square > STATIONARY * ROUNDING_EXACT * length * length:
+            return weights
+    return _settle(problem, weights, ROUNDING_EXACT, conflict_free=True)[0]
 
 
 def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:

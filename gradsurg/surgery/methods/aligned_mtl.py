@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.errors import choose
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.pseudoinverse import RANK
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import rows_of
 
 __all__ = ["AlignedMTL"]
 
@@ -66,17 +65,3 @@ class AlignedMTL(Surgery):
         parts = (vectors.mT @ problem.preferences.unsqueeze(-1)).squeeze(-1)
         weights = (vectors @ (stretch * parts).unsqueeze(-1)).squeeze(-1)
         return weights.masked_fill(~finite[..., 0], torch.nan), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        if rows_of(gramian) is None:
-            return None
-        values, vectors = torch.linalg.eigh(gramian.detach().double())
-        numbers: list[float] = values.tolist()
-        floor = max(RANK * numbers[-1], 0.0)
-        kept = [x for x in numbers if x > floor]
-        if len(kept) < len(numbers):
-            return None
-        square = {"min": kept[0], "median": kept[(len(kept) - 1) // 2], "rmse": sum(kept) / len(kept)}[self.length]
-        stretched = (square / values).sqrt_().mul_(vectors.sum(0))
-        weights: Tensor = (vectors @ stretched).to(gramian.dtype)
-        return weights

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.simplex import program
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
 
 __all__ = ["Cone"]
 
@@ -44,13 +42,3 @@ class Cone(Surgery):
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         target = problem.preferences
         return target + problem.solvers.nonnegative(problem.gramian, problem.gramian @ target), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
-        if rows is None:
-            return None
-        inner = [*map(sum, rows)]
-        if min(inner) >= 0:  # the sum; only where somebody conflicts with somebody can it be rounding
-            return gramian.new_ones(len(rows)) if agree(rows) or far_from_zero(rows, [1.0] * len(rows)) else None
-        weights = [1 + x for x in program(rows, inner)]
-        return vector(weights, gramian) if far_from_zero(rows, weights) else None

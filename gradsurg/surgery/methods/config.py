@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import mul
 from typing import ClassVar
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
+from gradsurg.solvers.pseudoinverse import least_squares, unit_rows
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import rows_of, vector
 
 __all__ = ["ConFIG"]
 
@@ -47,14 +44,4 @@ class ConFIG(Surgery):
         inner = (units @ v.unsqueeze(-1)).squeeze(-1)
         square = (v * inner).sum(-1, keepdim=True)
         projected = (problem.norms * inner).sum(-1, keepdim=True)
-        pull = torch.where(square > 0, projected / torch.where(square > 0, square, 1), 0)
-        return pull * v * inverse, state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
-        found = equal_pull(rows) if rows else None
-        if found is None:
-            return None
-        pull, norms = found
-        length = sum(norms) / sum(map(mul, pull, norms))
-        return vector([length * x for x in pull], gramian)
+        return (projected / square).masked_fill_(square <= 0, 0) * v * inverse, state

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, isfinite, log, sqrt
+from math import exp, log, sqrt
 from typing import Any, ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
@@ -57,11 +57,6 @@ class ExcessMTL(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return each_block(problem, state, self._solve)
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        # The first step sets every task's baseline and moves no weight.
-        m, squares = gramian.shape[-1], gramian.diagonal().tolist()
-        return gramian.new_full((m,), 1 / m) if isfinite(sum(squares)) and min(squares) > 0 else None
 
     def _solve(self, block: Block) -> tuple[Vector, Memory]:
         memory: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in block.memory.items()}

@@ -9,12 +9,11 @@ from operator import mul
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
-from gradsurg.surgery.shortcut import agree, alive, rows_of
 
 __all__ = ["GradVac"]
 
@@ -59,10 +58,6 @@ class GradVac(Surgery):
         generator = problem.generator or torch.Generator().manual_seed(0)
         orders = [torch.randperm(m, generator=generator).tolist() for _ in range(m)]  # the same for all blocks
         return each_block(problem, state, partial(self._solve, orders))
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = None if generator else rows_of(gramian)  # that of the caller is to be drawn from
-        return gramian.new_ones(len(rows)) if rows and agree(rows) and alive(gramian) else None
 
     def _solve(self, orders: list[list[int]], block: Block) -> tuple[Vector, Memory]:
         G, place = block.gramian, {row: i for i, row in enumerate(block.rows)}

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.pseudoinverse import equal_pull, least_squares, unit_rows
+from gradsurg.solvers.pseudoinverse import equal_pull
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import rows_of, vector
 
 __all__ = ["IMTLG"]
 
@@ -41,20 +39,8 @@ class IMTLG(Surgery):
     promise: ClassVar[str] = "equal cosines with all tasks where gradients are independent; no conflict if normalised"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        units, inverse = unit_rows(problem.gramian)
-        pull = least_squares(units, problem.preferences) * inverse
+        pull = equal_pull(problem.gramian, problem.preferences)
         total = pull.sum(-1, keepdim=True)
         # A sum below the rounding of its terms has no sign, and no direction can be read off it.
         nothing = total.abs() <= 1e-14 * pull.abs().sum(-1, keepdim=True)
-        return torch.where(nothing, 0, pull / torch.where(nothing, 1, total)), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
-        found = equal_pull(rows) if rows else None
-        if found is None:
-            return None
-        pull, _ = found
-        total = sum(pull)
-        if abs(total) <= 1e-14 * sum(map(abs, pull)):
-            return None
-        return vector([x / total for x in pull], gramian)
+        return (pull / total).masked_fill_(nothing, 0), state

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from array import array
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery, shares
-from gradsurg.surgery.shortcut import vector
 
 __all__ = ["Mean"]
 
@@ -33,16 +30,8 @@ class Mean(Surgery):
     name: ClassVar[str] = "mean"
     paper: ClassVar[str] = "Kurin et al. 2022"
     promise: ClassVar[str] = "nothing; it is the gradient of the weighted mean of the losses"
+    reads: ClassVar[str] = "zeros"
     waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return shares(problem), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        squares = gramian.diagonal().tolist()
-        return None if 0.0 in squares else vector(_equal(len(squares)), gramian)
-
-
-@functools.lru_cache(maxsize=64)
-def _equal(m: int) -> array[float]:
-    return array("d", [1 / m] * m)

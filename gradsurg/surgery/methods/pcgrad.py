@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import agree, rows_of
 
 __all__ = ["PCGrad"]
 
@@ -53,7 +52,3 @@ class PCGrad(Surgery):
             amount = (-inner).clamp(min=0) * inverse_squares[..., others] * (others != own)
             coefficients[..., own, others] += amount
         return problem.preferences @ coefficients, state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = None if generator else rows_of(gramian)  # that of the caller is to be drawn from
-        return None if rows is None or not agree(rows) else gramian.new_ones(len(rows))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from array import array
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import vector
 
 __all__ = ["Random"]
 
@@ -36,30 +33,11 @@ class Random(Surgery):
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "Lin et al. 2022"
     promise: ClassVar[str] = "nothing; every task has the same weight on average"
+    reads: ClassVar[str] = "zeros"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        G = problem.gramian
-        drawn = _drawn(G.shape[-1], problem.generator or torch.Generator().manual_seed(0))
+        G, generator = problem.gramian, problem.generator or torch.Generator().manual_seed(0)
+        drawn = torch.randn(G.shape[-1], generator=generator, dtype=torch.float64)
         alive = G.diagonal(dim1=-2, dim2=-1) != 0
         pull = torch.where(alive, drawn.to(G.device) + problem.preferences.log(), -torch.inf)
         return torch.where(alive, pull.softmax(-1), 0), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        squares = gramian.diagonal().tolist()
-        if 0.0 in squares:
-            return None
-        if generator is None:
-            return vector(_drawn_first(len(squares)), gramian)
-        shares = _drawn(len(squares), generator).softmax(0)
-        return shares if gramian.dtype is torch.float64 else shares.to(gramian.dtype)
-
-
-def _drawn(m: int, generator: Generator) -> Tensor:
-    """Return z_i."""
-    return torch.randn(m, generator=generator, dtype=torch.float64)
-
-
-@functools.lru_cache(maxsize=64)
-def _drawn_first(m: int) -> array[float]:
-    """Return what a fresh generator draws for m tasks."""
-    return array("d", _drawn(m, torch.Generator().manual_seed(0)).softmax(0).tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
@@ -30,10 +30,8 @@ class Sum(Surgery):
     name: ClassVar[str] = "sum"
     paper: ClassVar[str] = "Kurin et al. 2022"
     promise: ClassVar[str] = "nothing; it is the gradient of the weighted sum of the losses"
+    reads: ClassVar[str] = "nothing"
     waits: ClassVar[bool] = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.preferences.expand(problem.gramian.shape[:-1]).clone(), state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        return gramian.new_ones(gramian.shape[-1])

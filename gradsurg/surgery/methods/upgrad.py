@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.solvers.rows import project_lists
 from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.shortcut import agree, far_from_zero, rows_of, vector
 
 __all__ = ["UPGrad"]
 
@@ -47,13 +45,3 @@ class UPGrad(Surgery):
         if multipliers.ndim == 2:
             return torch.addmv(preferences, multipliers.T, preferences), state
         return preferences + preferences @ multipliers, state
-
-    def shortcut(self, gramian: Tensor, generator: Generator | None) -> Tensor | None:  # noqa: D102
-        rows = rows_of(gramian)
-        if rows is None:
-            return None
-        if agree(rows):
-            return gramian.new_ones(len(rows))
-        multipliers = project_lists(rows, gramian.detach().double())
-        weights = [1.0 + sum(column) for column in zip(*multipliers, strict=True)]
-        return vector(weights, gramian) if far_from_zero(rows, weights) else None
