@@ -53,13 +53,11 @@ ALLOWED = {
     },
     "linalg/kernels/table.py": {"_upload": "a table in host memory, before it is copied without waiting"},
     "surgery/pipeline.py": {
-        "weights": "the functional form, not a step",
-        "_plainly_settled": "the functional form, not a step",
+        "settled": "the functional form, not a step",
         "_quick": "where the solvers are the host's",
     },
     "gradients/capture.py": {"_is_zero": "surgery that is deferred: accumulate(), declared tasks"},
     "gradients/rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'"},
-    "surgery/methods/mean.py": {"shortcut": "the functional form on the CPU, not a step"},
     "normalize/norm.py": {"_smoothed": "smoothing > 0, for which `waits` is True"},
 }
 

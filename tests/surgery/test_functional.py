@@ -65,7 +65,7 @@ def drawn(m, seed, kind):
 @pytest.mark.parametrize("kind", ["free", "mild", "surrounding", "opposite", "duplicates", "zero row", "huge"])
 @pytest.mark.parametrize("name", SURGERIES)
 def test_the_short_way_and_the_whole_pipeline_agree(name, kind):
-    # Preferences of 1 change no answer, and shortcuts are not asked where any are given.
+    # Preferences of 1 change no answer, and with them the whole pipeline is asked.
     for m, seed in ((1, 0), (2, 1), (4, 2), (8, 3), (17, 4)):
         J = drawn(m, seed, kind)
         if issubclass(SURGERIES[name], ElementwiseSurgery):
