@@ -84,9 +84,11 @@ def _sentence(text: str) -> str:
 
 def _on_top(cls: Any) -> str:
     if cls.conflict_free:
-        return 'The gradient needs no guarantee on top; `guarantee="update"` extends it to what the optimizer does.'
+        return 'The gradient needs no further guarantee. `guarantee="update"` extends the promise to the optimizer\'s step.'
     extra = " It has no weights: `gradsurg.weights` refuses it." if issubclass(cls, ElementwiseSurgery) else ""
-    return '`guarantee="gradient"` or `"update"` on top of it holds every task harmless, by the least change.' + extra
+    return (
+        '`guarantee="gradient"` or `"update"` adds what is missing: the least change by which no task is hurt.' + extra
+    )
 
 
 def _options(options: dict[str, Any], text: str) -> Iterator[str]:
