@@ -84,7 +84,7 @@ def _sentence(text: str) -> str:
 
 def _on_top(cls: Any) -> str:
     if cls.conflict_free:
-        return 'The gradient needs no further guarantee. `guarantee="update"` extends the promise to the optimizer\'s step.'
+        return 'The gradient needs no further guarantee. `guarantee="update"` extends the promise to the whole step.'
     extra = " It has no weights: `gradsurg.weights` refuses it." if issubclass(cls, ElementwiseSurgery) else ""
     return (
         '`guarantee="gradient"` or `"update"` adds what is missing: the least change by which no task is hurt.' + extra
