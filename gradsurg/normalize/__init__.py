@@ -1,4 +1,4 @@
-"""One file a family of normalisers: Gramian, losses, state -> m scales."""
+"""The table of normalisers, one file per family: from Gramian, losses and state to m scales. For users and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that a normaliser learns, one per task: Adam on plain floats, so that a state dict keeps them to the bit."""
+"""Adam on Python floats, for normalisers that learn one number per task; a state dict keeps them to the bit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def unlearned(value: float) -> dict[str, Any]:
 def descended(memory: Mapping[str, Any], gradient: float, *, rate: float, decay: float = 0.0) -> dict[str, Any]:
     """Return the memory after one step of Adam (Kingma & Ba 2015, algorithm 1), decay added to the gradient.
 
-    Every task counts its own steps, so one that was away goes on where it was. Adam, because its steps are about
-    `rate` long whatever the scale of the loss: a plain gradient step on a log-variance would be thrown to where
-    exp(−s) underflows by a first loss of 1e5, and never come back.
+    Every task counts its own steps, so that a task that was absent goes on where it stopped. Adam's steps are about
+    `rate` long whatever the scale of the loss. With plain gradient steps a first loss of 1e5 would throw a log-variance
+    so far that exp(−s) underflows, and it would never come back.
     """
     gradient = gradient + decay * memory["value"]
     steps = memory["steps"] + 1

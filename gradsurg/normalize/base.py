@@ -1,4 +1,4 @@
-"""What every normaliser is: a frozen set of options with one pure function, (problem, state) -> (scales, state)."""
+"""The interface of normalisers: frozen options with one pure function. For those who add a method."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Normalizer"]
 class Normalizer(ABC):
     """Gives every task one positive scale s_i, computed without gradient flowing through it.
 
-    Subclasses are frozen dataclasses whose fields are the options. `scales` is called once a step, before surgery,
-    with the raw Gramian. It may return scales that are right up to a common factor: the caller multiplies them by the
-    one that keeps the mean of the tasks' gradient norms, so that learning rates keep their meaning.
+    Subclasses are frozen dataclasses whose fields are the options. `scales` is called once per step, before surgery,
+    with the raw Gramian. A common factor of the scales does not matter: the caller multiplies them by the factor that
+    keeps the mean of the tasks' gradient norms, so that learning rates keep their meaning.
 
     Example:
         >>> import dataclasses, torch, gradsurg
@@ -34,7 +34,7 @@ class Normalizer(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # As for surgeries: whether the scales are found on the host, for which a step on a CUDA device has to wait once.
+    # Whether the scales are found on the host, for which a step on a CUDA device waits once.
     waits: ClassVar[bool] = True
 
     @abstractmethod
@@ -42,15 +42,15 @@ class Normalizer(ABC):
         """Return the scales and the next state.
 
         Args:
-            problem: What is known of the step; `problem.losses` is None where the caller has none.
+            problem: What is known of the step; `problem.losses` is None if the caller has none.
             state: What this normaliser returned the last time, {} at first; plain numbers, strings, lists, dicts
-                and tensors only, because it is saved in the optimizer's state dict. Keyed by task name where it is
-                per task, since tasks come and go. Never modified in place.
+                and tensors only, because it is saved in the optimizer's state dict. State per task is keyed
+                by its name, since tasks come and go. Never modified in place.
 
         Returns:
             Scales of shape (..., m), float64, nonnegative and finite, and the state to be handed in next time.
 
         Raises:
-            ValueError: Where the method needs something of the losses (given, positive) that does not hold; the
-                message names the task and the value.
+            ValueError: The losses are not what the method needs (given, positive); the message names the task and
+                the value.
         """

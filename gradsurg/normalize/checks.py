@@ -1,4 +1,4 @@
-"""What normalisers ask of losses and options, checked in one place so that every refusal reads alike."""
+"""Checks of losses and options, for all normalisers, so that their errors read alike."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from gradsurg.solvers.problem import Problem
 
 __all__ = ["check_number", "checked_values", "inverse", "losses_of", "per_block"]
 
-# What a normaliser wants to be silent still needs a direction: a row of length 0 constrains nothing, and cone or
-# guarantee would not protect its task. 1e-30 is nothing in a sum of float64 whatever the norms, and its square times
-# that of a gradient of 1e-12 is far from underflow.
+# The least scale, in the largest. A row of length 0 constrains nothing, so cone and guarantee would not protect its
+# task. 1e-30 vanishes in a float64 sum, and its square times the square of a gradient of 1e-12 does not underflow.
 FLOOR = 1e-30
 
 

@@ -26,7 +26,7 @@ class GeneralizedMean(Normalizer):
         gamma: γ. The default lies half way between the plain mean and the geometric one.
 
     When it fails: below γ = 0 a task that is nearly solved takes all, so that hard tasks starve. Needs positive
-    losses, except at γ = 1, where none are read.
+    losses, except at γ = 1, which reads none.
 
     Source: Su Jianlin 2022, kexue.fm 8870.
 

@@ -90,9 +90,9 @@ class InitialLoss(Normalizer):
 class PriorLoss(Normalizer):
     """s_i ∝ 1 / (loss of the best constant prediction of task i), given by the user.
 
-    For cross-entropy that is the entropy of the class frequencies (`class_entropy`; log K where K classes are equally
-    frequent), for squared error the variance of the targets (`target_variance`). Where the value follows the loss, as
-    these do, unchanged by L_i → c·L_i, not by L_i → L_i + b.
+    For cross-entropy that is the entropy of the class frequencies (`class_entropy`; log K if K classes are equally
+    frequent), for squared error the variance of the targets (`target_variance`). If the value follows the loss, as
+    these do, the scales are unchanged by L_i → c·L_i, but not by L_i → L_i + b.
 
     Args:
         values: Task name -> that loss, positive; in `gradsurg.weights` the names are "0", "1", ….

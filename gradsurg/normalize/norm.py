@@ -19,13 +19,13 @@ __all__ = ["Norm"]
 class Norm(Normalizer):
     """s_i = (mean of the norms) / ‖g_i‖: the only choice unchanged by L_i → c·L_i and by L_i → L_i + b alike.
 
-    A task with zero gradient gets scale 0. The mean runs over the others, so that a task that sleeps does not shorten
-    everybody's step.
+    A task with zero gradient gets scale 0. The mean runs over the others, so that an absent task does not shorten the
+    step.
 
     With `smoothing` β the norm in the denominator is its exponential moving average with bias correction,
     n_i = v_i / w_i, v_i ← β v_i + (1 − β) ‖g_i‖, w_i ← β w_i + (1 − β), both from 0: a single loud batch then counts
     as loud. A step in which the task is absent, or its gradient zero, leaves its average alone. The average is kept
-    per block, known by its position; where the number of blocks changes it starts afresh. The invariances hold for
+    per block, known by its position; if the number of blocks changes, it starts afresh. The invariances hold for
     changes made before the first step.
 
     Args:

@@ -1,4 +1,4 @@
-"""One file a published method: m x m Gramian -> m weights."""
+"""The table of surgeries, one file per published method: from the m x m Gramian to m weights. For users and options."""
 
 from __future__ import annotations
 

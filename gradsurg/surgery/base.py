@@ -1,4 +1,4 @@
-"""What every surgery is: a frozen set of options with one pure function, (problem, state) -> (weights, state)."""
+"""The two interfaces of surgeries: frozen options with one pure function. For those who add a method."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Surgery(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # What holds of u on every instance, in one line: it is shown to users in the table of methods.
+    # What holds of u on every instance, in one line. The table of methods shows it to users.
     promise: ClassVar[str]
-    # True where ⟨u, g_i⟩ ≥ 0 for every task on every instance, so that the gradient guarantee has nothing to do.
+    # Whether ⟨u, g_i⟩ ≥ 0 for every task on every instance, so that the gradient guarantee has nothing to do.
     conflict_free: ClassVar[bool] = False
-    # Whether the weights are found on the host, for which a step on a CUDA device has to wait once. Where it is False,
-    # `weights` launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
+    # Whether the weights are found on the host, for which a step on a CUDA device waits once. If False, `weights`
+    # launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
     # What the weights depend on: the "products" of the gradients, which of them are "zeros", or "nothing".
     reads: ClassVar[str] = "products"
@@ -96,8 +96,8 @@ class ElementwiseSurgery(Surgery):
 def shares(problem: Problem) -> Tensor:
     """Return r_i / Σ r_j, shape (..., m), both over the tasks whose gradient is not zero; the others have 0.
 
-    A zero row may be a task that took no part in the step (a compiled model cannot say None), and a mean over it
-    would shorten everybody's step.
+    A zero row may be a task that took no part in the step (a compiled model cannot say None). If the mean counted it,
+    the step of all tasks would become shorter.
     """
     pull = problem.preferences * (problem.gramian.diagonal(dim1=-2, dim2=-1) != 0)
     total = pull.sum(-1, keepdim=True)

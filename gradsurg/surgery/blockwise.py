@@ -1,6 +1,6 @@
-"""Surgeries of many small steps: one block at a time, in Python floats, zero rows left out.
+"""One Gramian at a time in Python floats, without its zero rows: for surgeries that loop over tasks.
 
-A torch call takes 2 µs whatever its size; a loop over pairs of tasks makes hundreds of them on a handful of numbers.
+A torch call takes 2 µs whatever its size, and a loop over pairs of tasks would make hundreds of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gradsurg.solvers.problem import Problem, State
 __all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block", "resumed"]
 
 
-# What a method whose answer does not scale with the gradients by itself measures them in: their root mean square norm,
-# or the bare number of the published equation.
+# The unit of the gradients, for a method whose answer does not scale with them by itself: their root mean square norm,
+# or 1 as in the published equation.
 UNITS = {name: name for name in ("relative", "absolute")}
 
 
@@ -72,8 +72,8 @@ def each_block(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the weights of every block, and the state that holds what every block wants to remember.
 
-    A zero row gets weight 0. A block without a gradient, or one that is not finite, keeps its memory. Where the
-    number of blocks has changed there is no telling which was which, and all of them start afresh.
+    A zero row gets weight 0. A block without a gradient, or one that is not finite, keeps its memory. If the number of
+    blocks has changed, their memories fit no longer, and all blocks start afresh.
     """
     G = problem.gramian.detach()
     m = G.shape[-1]
@@ -105,9 +105,9 @@ def each_block(
 
 
 def resumed(block: Block) -> Vector:
-    """Return the weights of the last step: the mean of them for a task that was not there, then made to add up to 1.
+    """Return the weights of the last step, made to add up to 1; a task that was absent then has their mean.
 
-    All r_i / Σ r_j at first.
+    At first they are r_i / Σ r_j.
     """
     known = [block.memory[name] for name in block.tasks if name in block.memory]
     if not known:

@@ -1,4 +1,4 @@
-"""The list of methods, made from the registries."""
+"""gradsurg.methods(): the list of surgeries and normalisers, made from their tables."""
 
 from __future__ import annotations
 

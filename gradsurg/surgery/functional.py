@@ -1,4 +1,4 @@
-"""The library without an optimizer: Gramian to weights, matrix to direction."""
+"""gradsurg.weights and gradsurg.combine: the methods without an optimizer, for research and tests."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def weights(
     Args:
         gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), any floating dtype and device. The problem is solved in float64.
         surgery: A name or a Surgery.
-        normalize: A name or a Normalizer; "none" by default here, where the caller says what the rows are.
+        normalize: A name or a Normalizer. The default here is "none": the caller decides what the rows are.
         primary: Index of the primary row, or levels of indices such as [[0], [1, 2], [3]].
         auxiliary: "protect" or "help": what rows below the primary do (see gradsurg.wrap).
         preferences: r_i > 0, one per row, or a dict from row to number (1 for the others).
         guarantee: "gradient" projects whatever the surgery returns onto the dual cone; "none" does not.
         margin: τ in [0, 1), one number, one per row, or a dict from row to number (0 for the others): ask for
-            ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m, t the plain sum, and not only for no conflict; of as large a share of it as
-            some direction no longer than t can keep. Implies guarantee="gradient".
+            ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m, with t the plain sum, and not only for no conflict. If no direction of length
+            ‖t‖ keeps all margins, all are scaled down by one common factor. Implies guarantee="gradient".
         losses: The m loss values, for the normalisers that need them.
         generator: Source of random choices, for methods that make any.
 
@@ -136,7 +136,8 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
     if _tensor("J", J, "(m, P)").ndim != 2 or not J.is_floating_point():
         raise ValueError(f"J has shape {tuple(J.shape)}, dtype {J.dtype}: it must be a real floating (m, P) matrix")
     surgery = _by_name(surgery) if type(surgery) is str else _resolved(surgery)
-    plain = J.dtype is torch.float64 and not J.requires_grad  # 3 µs of conversions to nothing
+    # Conversions to the same dtype would take 3 µs.
+    plain = J.dtype is torch.float64 and not J.requires_grad
     exact = J if plain else J.detach().double()
     if not options and isinstance(surgery, ElementwiseSurgery) and J.numel() > 0:
         u = _combine_plainly(exact, surgery)
@@ -180,9 +181,9 @@ def _known(surgery: str | Surgery, m: int) -> tuple[str, array[float] | None]:
 
 
 def _combine_plainly(rows: Tensor, surgery: ElementwiseSurgery) -> Tensor:
-    """Combine without options, and so without a Gramian, which would take ten times as long as the sorting."""
+    """Combine without options. That needs no Gramian, which takes ten times as long as sorting the columns."""
     m, size = rows.shape
-    # One number of every row: where none is zero no row is, which takes 7 µs to ask of all numbers.
+    # One number of every row: if none of them is zero, no row is. To ask all numbers takes 7 µs.
     if 0.0 in (rows.diagonal() if m <= size else rows[:, 0]).tolist():
         rows = rows[rows.any(1)]
         if len(rows) == 0:
@@ -205,7 +206,8 @@ def _combine_elementwise(
     if others:
         raise ValueError(f"surgery={surgery.name!r} treats every number by itself and has no use for {sorted(others)}")
     scales = weights(G, "sum", normalize=normalize, guarantee=guarantee, losses=losses)
-    if guarantee != "none":  # that call has checked its name
+    # The call above has checked the name of the guarantee; scales are those without it.
+    if guarantee != "none":
         scales = weights(G, "sum", normalize=normalize, losses=losses)
     pull = _preferences(preferences, len(exact), torch.device("cpu"))
     rows, draws = [[row] for row in exact], [generator or torch.Generator().manual_seed(0)]
@@ -257,7 +259,8 @@ def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...]
 
 
 def _margin(value: object, m: int) -> Margin:
-    if isinstance(value, float) and value == 0:  # nobody asks: 5 µs for 8 rows, of the 40 µs that a call may take
+    # No margin: what follows takes 5 µs for 8 rows, of the 40 µs of a call.
+    if isinstance(value, float) and value == 0:
         return ()
     numbers: list[Any] | None = None
     if isinstance(value, Mapping) and set(value) <= set(range(m)):

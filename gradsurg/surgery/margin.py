@@ -1,4 +1,4 @@
-"""Margins: every task is to gain some part of what it could, and of that as much as can be had together."""
+"""margin=: every task gains a share of what it could, scaled down if not all can. For pipeline and guarantee."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["Margin", "attainable", "named", "parse_margin"]
 # One number for all tasks, or (name, number) pairs with 0 for the tasks not named.
 Margin = float | tuple[tuple[str, float], ...]
 
-# A margin counts as out of reach where the shortest direction that should keep it misses it by more than this cosine:
-# the solver leaves out a row that lies within √(8 · 4e-13) = 2e-6 of the span of others.
+# A margin counts as out of reach if the shortest direction that should keep it misses it by more than this cosine. The
+# solver leaves out a row that lies within √(8 · 4e-13) = 2e-6 of the span of others.
 MISSED = 1e-5
 
 
@@ -52,7 +52,7 @@ def attainable(
     """Return what is asked of every task as a share of ‖g_i‖ ‖t‖, and the share of the margins that this keeps.
 
     Margins ask for ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m. With v the shortest vector that has ⟨v, g_i⟩ ≥ τ_i ‖g_i‖, a
-    direction no longer than t satisfies that iff ‖v‖ ≤ √m. Otherwise all τ_i are multiplied by √m / ‖v‖, or by 0 where
+    direction no longer than t satisfies that iff ‖v‖ ≤ √m. Otherwise all τ_i are multiplied by √m / ‖v‖, or by 0 if
     there is no v. The gradients' lengths do not matter.
 
     Args:

@@ -1,4 +1,7 @@
-"""From Gramian to weights: normalisation, surgery, priority, gradient guarantee, in that order. Pure, m x m only."""
+"""From Gramian to weights: normalisation, surgery, priority, gradient guarantee, in that order.
+
+Pure functions of m x m numbers, for the optimizer's steps and for gradsurg.weights.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Direction:
         cancellation: Σ |w_i| ‖g_i‖ / ‖u‖, shape (...): how many digits of the gradients cancel in u.
         state: The next state of normaliser and surgery.
         margin_kept: The share of the margins that was asked of u, shape (...): below 1 they were out of reach.
-            None where no margin is set.
+            None if no margin is set.
     """
 
     weights: Tensor
@@ -59,10 +62,10 @@ class Pipeline:
 
     A margin τ_i, one number for all tasks or (name, number) pairs, 0 for the tasks not named, asks for more than no
     conflict: u is moved as little as possible until ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m for every task a guarantee would
-    protect, t = Σ r_i g_i over the normalised rows (kexue.fm 8907, in math.md's last line on priority). √m, because m
-    orthogonal gradients of one length can just have τ = 1. No direction no longer than ‖t‖ may satisfy that: then all
-    margins are multiplied by the largest factor under which one does, which goes to 0 at a Pareto stationary point, so
-    that ‖u‖ is at most ‖t‖ plus twice what it was before. `Direction.margin_kept` is that factor.
+    protect, with t = Σ r_i g_i over the normalised rows. The √m is there because m orthogonal gradients of one length
+    can just have τ = 1. If no direction of length ‖t‖ satisfies all margins, all are scaled down by one common factor,
+    `Direction.margin_kept`. It goes to 0 at a Pareto stationary point, so that ‖u‖ is at most ‖t‖ plus twice what it
+    was before. Source: kexue.fm 8907.
     """
 
     normalizer: Normalizer
@@ -114,7 +117,7 @@ class Pipeline:
 
         The usual options are worked out in Python floats, one small Gramian at a time; see pipeline_small.py.
         """
-        # Where a device has solvers of its own nothing is read back, nor in the interpreter, which does as it does.
+        # If the solvers are a device's, nothing may be read back; so too in Triton's interpreter.
         usual = self.levels is None and not self.margin and problem.solvers is HOST
         if usual and applies(problem.gramian, self.normalizer, self.surgery):
             return self._quick(problem, state, rounding)
@@ -146,7 +149,7 @@ class Pipeline:
         )
 
     def weights(self, problem: Problem) -> Tensor:
-        """Return the weights alone: `direction` for a caller in a hurry, who keeps no state."""
+        """Return the weights of `direction` alone, in less time, for a caller who keeps no state."""
         scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
         if self.conflict_free:
             weights = settled(scaled, weights)
@@ -175,14 +178,14 @@ class Pipeline:
         norms = problem.norms
         lengths = scales * norms
         alive = lengths > 0
-        # The common factor under which the mean length of the rows stays what it was, so that learning rates keep
-        # their meaning whatever the normaliser. Exactly 1 for Norm, up to rounding.
+        # One common factor keeps the mean length of the rows as it was, so that learning rates keep their meaning with
+        # every normaliser. For Norm it is 1 up to rounding.
         before, after = (norms * alive).sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)
         factor = torch.where(after > 0, before / after.where(after > 0, torch.ones_like(after)), 1)
         return torch.where(alive, scales * factor, 0), state
 
     def margins(self, problem: Problem, allowed: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
-        """Return the least ⟨u, g_i⟩ that is asked of every task, shape (..., m), and the share of the margins kept."""
+        """Return the lower bound of every ⟨u, g_i⟩, shape (..., m), and the share of the margins that it keeps."""
         gramian, preferences = problem.gramian, problem.preferences
         share, kept = attainable(gramian, self.margin, problem.tasks, allowed, rounding)
         sum_length = ((gramian @ preferences) @ preferences).clamp(min=0).sqrt()

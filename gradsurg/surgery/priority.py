@@ -1,7 +1,7 @@
-"""Primary and auxiliary tasks, and levels of them: who yields to whom.
+"""Primary and auxiliary tasks, and levels of them: which task yields to which. For the pipeline and wrap().
 
-Both readings are the same program that everything else here solves, with another target and other constraints. Rows
-are those after normalisation; a level's own direction comes from the surgery applied to that level alone.
+"protect" and "help" are both projections onto a dual cone, with different targets and constraints. Rows are those after
+normalisation. A level's own direction comes from the surgery applied to that level alone.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def order(
     """Return weights that respect the order of the levels.
 
     protect: u = t_0 + Σ λ_i g_i, the projection of the first level's direction t_0 onto {u : ⟨u, g_i⟩ ≥ 0 for every
-    task i below it}. With one primary, ⟨u, g_0⟩ = ‖u‖². Lower levels are constraints alike: their order is of no
-    consequence.
+    task i below it}. With one primary, ⟨u, g_0⟩ = ‖u‖². All lower levels are constraints, and their order does not
+    matter.
     help: u = t_0 + Σ_k Π_k(t_k), where Π_k projects level k's direction onto the dual cone of all higher levels'
     gradients. With one primary, ⟨u, g_0⟩ ≥ ‖g_0‖²; adding a level never reduces ⟨u, g_i⟩ of a higher task.
 
@@ -104,7 +104,7 @@ def order(
         levels: Row indices of each level, highest first; together all of 0 … m-1.
         auxiliary: "protect" or "help".
         surgery: (Gramian of a level, its row indices) -> the weights of its direction.
-        solvers: Who solves the programs.
+        solvers: The functions that solve the programs.
 
     Returns:
         Weights of shape (..., m), float64.

@@ -58,7 +58,8 @@ class AlignedMTL(Surgery):
         rank = keep.sum(-1, keepdim=True)
         if self.length == "rmse":
             square = torch.where(keep, values, 0).sum(-1, keepdim=True) / rank.clamp(min=1)
-        else:  # ascending: the nonzero ones are the last `rank`
+        else:
+            # Eigenvalues ascend: the nonzero ones are the last `rank`.
             place = G.shape[-1] - rank + ((rank - 1) // 2 if self.length == "median" else 0)
             square = values.gather(-1, place.clamp(max=G.shape[-1] - 1))
         stretch = torch.where(keep, (square / values).sqrt(), 0)

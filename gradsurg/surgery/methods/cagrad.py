@@ -27,7 +27,7 @@ class CAGrad(Surgery):
     Solved exactly, in the primal: the point nearest to g_0 with ⟨d, g_i⟩ ≥ ν for all i is a nonnegative program, its
     distance h(ν) is convex and grows, and Newton's method finds h(ν) = c ‖g_0‖ from above, in a handful of programs.
     c = 0 is the mean. For c < 1 the only fixed points are those of the mean; for c ≥ 1 every Pareto stationary point is
-    one. Where several d are best (stationary points inside the ball) it is the one nearest to g_0.
+    one. If several d are best (stationary points inside the ball), it is the one nearest to g_0.
 
     When it fails: a conflict too large for the ball stays. Gains are raw inner products, so the task with the smallest
     gradient is the worst-off: normalise first.
@@ -65,8 +65,9 @@ class CAGrad(Surgery):
         norms = [sqrt(row[i]) for i, row in enumerate(G)]
         b = times(G, mean)  # ⟨g_0, g_i⟩
         square = sum(map(mul, mean, b))
+        # If g_0 is nothing but rounding, so is the ball.
         if square <= STATIONARY * ROUNDING_EXACT * sum(map(mul, mean, norms)) ** 2:
-            return mean, {}  # g_0 is rounding, and the ball with it
+            return mean, {}
         change = _change(G, norms, b, self.c * sqrt(square))
         return [x + y for x, y in zip(mean, change, strict=True)], {}
 
@@ -76,13 +77,14 @@ def _change(G: Matrix, norms: Vector, b: Vector, radius: float) -> Vector:
     if radius == 0:
         return [0.0] * len(b)
     harmless, distance = _projected(G, b, 0.0)
-    above = min(x + radius * n for x, n in zip(b, norms, strict=True))  # what the ball allows the worst-off task alone
+    # The gain that the ball allows to the worst-off task alone.
+    above = min(x + radius * n for x, n in zip(b, norms, strict=True))
     if distance > radius:
         return _at_radius(G, b, radius, min(above, 0.0))
     if above <= 0 or _stationary(G, norms):
         return harmless
     y = _at_radius(G, b, radius, above)
-    # Opposite to 1e-5 rad, y is a million times as long as what it adds up to, and may be worth less than it seems.
+    # For rows opposite to 1e-5 rad, y is a million times as long as its sum, and rounding may make it the worse one.
     return y if _worst(G, b, y) >= _worst(G, b, harmless) else harmless
 
 
@@ -111,6 +113,6 @@ def _worst(G: Matrix, b: Vector, y: Vector) -> float:
 
 
 def _projected(G: Matrix, b: Vector, nu: float) -> tuple[Vector, float]:
-    """Return y of the point nearest to g_0 where everybody gains at least ν, and its distance from g_0."""
+    """Return y of the point nearest to g_0 at which every task gains at least ν, and its distance from g_0."""
     y = program(G, [x - nu for x in b])
     return y, sqrt(max(sum(map(mul, y, times(G, y))), 0.0))

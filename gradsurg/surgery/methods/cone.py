@@ -1,4 +1,4 @@
-"""The least change to the plain sum that no task conflicts with."""
+"""Cone: the least change to the plain sum after which no task conflicts with it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Cone(Surgery):
     """Projection of t = Σ r_i g_i onto the dual cone {u : ⟨u, g_i⟩ ≥ 0 for all i}.
 
     u = t + Σ λ_i g_i with λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀGr, one quadratic program in m variables, solved exactly.
-    The plain sum is returned unchanged, to the bit, where it conflicts with nobody.
+    If the plain sum conflicts with no task, it is returned unchanged, to the bit.
 
-    When it fails: where the gradients surround the origin the cone holds only u = 0 (Pareto stationary), and
+    When it fails: if the gradients surround the origin, the cone holds only u = 0 (a Pareto stationary point), and
     training stops there. It weighs tasks by their gradient norms: normalise first.
 
     Source: the program of GEM (Lopez-Paz & Ranzato 2017, eq. 11) with the sum in place of the current task's
@@ -29,7 +29,7 @@ class Cone(Surgery):
     Example:
         >>> import torch, gradsurg
         >>> J = torch.tensor([[2.0, 0.0], [-1.0, 1.0]])
-        >>> gradsurg.combine(J, surgery="cone").tolist()      # (1, 1) conflicts with nobody
+        >>> gradsurg.combine(J, surgery="cone").tolist()      # (1, 1) conflicts with no task
         [1.0, 1.0]
     """
 

@@ -56,7 +56,8 @@ class CRMOGM(Surgery):
         smooth = []
         for name, fresh in zip(problem.tasks, new.unbind(-1), strict=True):
             last = old.get(name)
-            known = last is not None and last.shape == fresh.shape  # another number of blocks: start afresh
+            # If the number of blocks has changed, start afresh.
+            known = last is not None and last.shape == fresh.shape
             smooth.append(
                 self.alpha * last.to(fresh.device) + (1 - self.alpha) * fresh if known and last is not None else fresh
             )

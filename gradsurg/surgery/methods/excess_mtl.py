@@ -73,7 +73,7 @@ class ExcessMTL(Surgery):
             else:
                 entry["log"] += self.step_size * excess / entry["baseline"]
             pulls.append(entry["log"] + log(block.preferences[i]))
-        # Only differences count: without this the logarithms would grow for ever and lose their digits.
+        # Only differences count. The highest is taken off, or the logarithms would grow for ever and lose their digits.
         highest = max(entry["log"] for entry in memory.values())
         for entry in memory.values():
             entry["log"] -= highest

@@ -22,7 +22,7 @@ __all__ = ["FairGrad", "fair_weights"]
 class FairGrad(Surgery):
     """u = Σ w_i g_i with w > 0 and (G w)_i = (r_i / w_i)^(1/α): maximises Σ r_i ⟨u, g_i⟩^(1−α) / (1 − α) on a sphere.
 
-    α → 0 is the cone (the sum, where nobody conflicts with it), 1 proportional fairness (Nash-MTL), 2 the least
+    α → 0 is the cone (the sum, if no task conflicts with it), 1 proportional fairness (Nash-MTL), 2 the least
     potential delay, α → ∞ the largest minimum (MGDA's direction). ⟨u, g_i⟩ = (r_i / w_i)^(1/α) > 0 for every task. At
     Pareto stationary points u = 0.
 

@@ -56,7 +56,8 @@ class GradVac(Surgery):
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         m = problem.gramian.shape[-1]
         generator = problem.generator or torch.Generator().manual_seed(0)
-        orders = [torch.randperm(m, generator=generator).tolist() for _ in range(m)]  # the same for all blocks
+        # The same orders for all blocks.
+        orders = [torch.randperm(m, generator=generator).tolist() for _ in range(m)]
         return each_block(problem, state, partial(self._solve, orders))
 
     def _solve(self, orders: list[list[int]], block: Block) -> tuple[Vector, Memory]:
@@ -71,8 +72,9 @@ class GradVac(Surgery):
             inner, square = list(G[i]), G[i][i]  # ⟨g_i', g_k⟩ for all k, and ‖g_i'‖²
             for j in (place[other] for other in orders[row] if other in place and other != row):
                 length = sqrt(max(square, 0.0))
+                # Nothing is left of the gradient, so there is no direction to compare.
                 if length == 0:
-                    break  # turned away altogether: it has no direction left to compare
+                    break
                 phi = max(-1.0, min(1.0, inner[j] / (length * norms[j])))
                 goal = min(goals.get(block.tasks[j], 0.0), LARGEST_GOAL)
                 if phi < goal:
@@ -81,8 +83,9 @@ class GradVac(Surgery):
                     coefficients[j] += step
                     inner = [x + step * y for x, y in zip(inner, G[j], strict=True)]
                     square = sum(map(mul, coefficients, inner))
+                    # Below this only rounding is left.
                     if square < 1e-15 * sum(abs(c) * n for c, n in zip(coefficients, norms, strict=True)) ** 2:
-                        square = 0.0  # nothing but rounding is left
+                        square = 0.0
                 goals[block.tasks[j]] = (1 - self.beta) * goals.get(block.tasks[j], 0.0) + self.beta * phi
             total = [x + block.preferences[i] * c for x, c in zip(total, coefficients, strict=True)]
         return total, usual

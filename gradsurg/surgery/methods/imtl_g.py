@@ -21,8 +21,8 @@ class IMTLG(Surgery):
     With A the Gramian of the unit gradients, v = A⁺ r and α_i ∝ v_i / ‖g_i‖. Dependent gradients get the least squares
     answer, opposite ones u = 0.
 
-    When it fails: the common projection has the sign of Σ v_i / ‖g_i‖. Where that is negative, which takes norms that
-    differ and three tasks or more, u makes *every* task worse; where it is near zero u is very long. Normalised rows
+    When it fails: the common projection has the sign of Σ v_i / ‖g_i‖. If that is negative, which takes norms that
+    differ and three tasks or more, u makes *every* task worse; if it is near zero, u is very long. Normalised rows
     rule out both: the sum is then rᵀ A⁺ r > 0, for equal r. Its α_i may be negative.
 
     Source: Liu et al. 2021, "Towards impartial multi-task learning", equation 8 (r_i = 1 there).

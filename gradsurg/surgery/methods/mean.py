@@ -17,7 +17,7 @@ __all__ = ["Mean"]
 class Mean(Surgery):
     """u = Σ r_i g_i / Σ r_i, the sums running over the tasks whose gradient is not zero.
 
-    When it fails: as the sum does. A task that comes or goes changes the length of everybody's step.
+    When it fails: as the sum does. A task that comes or goes changes the length of the whole step.
 
     Source: the average of the losses in Kurin et al. 2022, "In defense of the unitary scalarization".
 

@@ -23,7 +23,7 @@ class MGDA(Surgery):
     u = Σ α_i g_i with α = argmin_{α ≥ 0, Σα = 1} ‖Σ α_i g_i‖², found exactly. Then ⟨u, g_i⟩ ≥ ‖u‖² for every task.
     With preferences the hull is that of g_i / r_i, so that ⟨u, g_i⟩ ≥ r_i ‖u‖²: a task with twice the preference is
     promised twice the progress. A task whose gradient is zero wants nothing and is left out of the hull (with it, the
-    answer would be 0 for everybody).
+    answer would be 0 for all).
 
     When it fails: the shortest gradient dominates the minimum, so it needs normalised rows; the weights add up to 1,
     so steps are about m times shorter than those of a sum.
@@ -55,7 +55,8 @@ class MGDA(Surgery):
     def __post_init__(self) -> None:
         if self.frank_wolfe < 0:
             raise ValueError(f"frank_wolfe={self.frank_wolfe!r}: must not be negative; 0 solves exactly")
-        if self.frank_wolfe:  # an instance whose answer is not the minimum must not skip the gradient guarantee
+        # If the answer is not the minimum, the gradient guarantee must not be skipped.
+        if self.frank_wolfe:
             object.__setattr__(self, "conflict_free", False)
             object.__setattr__(self, "waits", True)
 

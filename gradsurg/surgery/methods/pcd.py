@@ -89,8 +89,9 @@ class PCD(Surgery):
         left = [x + y for x, y in zip(b, times(A, w), strict=True)]
         length = [sqrt(row[i]) for i, row in enumerate(A)]
         size = max(length[p], *(x * n for x, n in zip(shares, length, strict=True)))
+        # A violation means that the program has no solution: not all tasks can have their share.
         if any(left[j] < -1e-7 * length[j] * size for j in range(m) if j != p):
-            w = [0.0] * m  # the program has no solution: not everybody can have a share
+            w = [0.0] * m
         w[p] = 1.0
         square = sum(map(mul, w, times(A, w)))
         if square <= STATIONARY * ROUNDING_EXACT * sum(map(mul, w, length)) ** 2:

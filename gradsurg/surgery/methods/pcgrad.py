@@ -47,7 +47,8 @@ class PCGrad(Surgery):
         inverse_squares = torch.where(squares > 0, 1 / squares.where(squares > 0, torch.ones_like(squares)), 0)
         own = torch.arange(m, device=gramian.device)
         coefficients = torch.eye(m, dtype=gramian.dtype, device=gramian.device).expand(gramian.shape).clone()
-        for others in orders:  # step k of all m projections at once: row i meets task others[i]
+        # Step k of all m projections at once: row i meets task others[i].
+        for others in orders:
             inner = (coefficients * gramian[..., others, :]).sum(-1)
             amount = (-inner).clamp(min=0) * inverse_squares[..., others] * (others != own)
             coefficients[..., own, others] += amount

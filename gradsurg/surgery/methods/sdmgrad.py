@@ -91,6 +91,7 @@ def _exact(G: Matrix, preferred: Vector) -> Vector:
     at_origin = [float(row[i] <= 0) for i, row in enumerate(shifted)]
     if any(at_origin):
         return [x / sum(at_origin) for x in at_origin]
-    c = min(row[i] for i, row in enumerate(shifted))  # see gradsurg.solvers.simplex for this program
+    # See gradsurg.solvers.simplex for this program.
+    c = min(row[i] for i, row in enumerate(shifted))
     lam = program([[x + c for x in row] for row in shifted], [-c] * len(G))
     return [x / sum(lam) for x in lam]

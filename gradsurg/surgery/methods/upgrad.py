@@ -19,7 +19,7 @@ class UPGrad(Surgery):
     """u = Σ r_i Π(g_i), where Π projects onto the dual cone {u : ⟨u, g_i⟩ ≥ 0 for all i}.
 
     Π(g_i) = g_i + Σ_j Λ_ij g_j with row Λ_i = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: m programs with one G. A sum of
-    elements of a cone lies in the cone, so nobody is conflicted with.
+    elements of a cone lies in the cone, so u conflicts with no task.
 
     When it fails: as for the cone, only u = 0 is left at Pareto stationary points.
 
