@@ -114,7 +114,7 @@ class UpdateConstraintCUDA(UpdateConstraint):
         if len(there) < len(mine):
             G = torch.stack([G[k] for k in there])
         if any(len(mine[k]) < len(self.partitions[k]) for k in there):  # the rest belongs to another optimizer
-            G = gramian(table, blocks=numbers)
+            G = gramian(table, partitions=numbers)
         return project_update_cuda(
             table,
             G,

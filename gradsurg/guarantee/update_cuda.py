@@ -50,8 +50,8 @@ def project_update_cuda(
 
     norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     # First pass over rows and parameters: ⟨d, g_i⟩ and ‖d‖² of every partition.
-    reading = layout_of(rows, before, after, signs=signs, blocks=partitions)
-    products, square = inner(rows, before, after, signs=signs, blocks=partitions, layout=reading)
+    reading = layout_of(rows, before, after, signs=signs, partitions=partitions)
+    products, square = inner(rows, before, after, signs=signs, partitions=partitions, layout=reading)
     live = finite & (square > 0) & torch.isfinite(square) & torch.isfinite(products).all(-1)
     coefficients = nonnegative(G, products, allowed=allowed, scale=square.sqrt(), rounding=ROUNDING_CUDA)
     coefficients = torch.where(live.unsqueeze(-1), coefficients, 0)
@@ -59,7 +59,7 @@ def project_update_cuda(
     left, spread = _lengths(norms, products, square, coefficients)
     held = corrected & (left <= STATIONARY * ROUNDING_CUDA * spread)
     # Second pass: d ← d + Σ λ_i g_i, or back to the parameters before the step.
-    write = partial(correct, rows, after=after, before=before, signs=signs, blocks=partitions)
+    write = partial(correct, rows, after=after, before=before, signs=signs, partitions=partitions)
     writing = write(coefficients, modes=_modes(corrected & ~held, held))
     # If numbers had to be copied to be read, the pointer tables point to the copies, which are out of date now.
     reading_again = reading if _in_place(reading.keep, after, place=len(rows) + 1) else None
@@ -74,7 +74,7 @@ def project_update_cuda(
     margin = torch.zeros_like(norms)
     for _ in range(ATTEMPTS):
         found, length = inner(
-            rows, before, after, signs=signs, blocks=partitions, modes=_modes(unsure), layout=reading_again
+            rows, before, after, signs=signs, partitions=partitions, modes=_modes(unsure), layout=reading_again
         )
         movement = replace(
             movement,

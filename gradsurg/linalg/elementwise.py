@@ -22,7 +22,7 @@ Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class ElementwiseDirection:
-    """The direction of one block.
+    """The direction of one partition.
 
     Attributes:
         direction: u, one tensor per parameter.
@@ -50,7 +50,7 @@ def elementwise_direction(
     measure: Measure | None = None,
     least: Tensor | None = None,
 ) -> ElementwiseDirection:
-    """Return the direction of one block.
+    """Return the direction of one partition.
 
     Args:
         combine_columns: Makes one number out of the numbers of all tasks.

@@ -35,7 +35,7 @@ def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> St
     parameters = [p for block in blocks for p in block]
     where = [b for b, block in enumerate(blocks) for _ in block]
     table: Rows = inputs.rows.table(parameters)
-    G = gramian(table, blocks=where)
+    G = gramian(table, partitions=where)
     finite = torch.isfinite(G).all()
     state: State | None
     if pipeline.waits(len(table)):
@@ -47,7 +47,7 @@ def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> St
         # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
         weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
     gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
-    combine(table, weights, gradients, blocks=where)
+    combine(table, weights, gradients, partitions=where)
     protected = pipeline.protected(replace(problem, gramian=G))
     return StepResult(
         gradients=Row(zip(parameters, gradients, strict=True)),

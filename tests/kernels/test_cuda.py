@@ -249,7 +249,7 @@ def test_modes():
     start = [p.clone() for p in after]
     modes = torch.tensor([LEAVE.value, HOLD.value, WRITE.value], dtype=torch.int32, device="cuda")
     lam = torch.ones(3, 2, dtype=torch.float64, device="cuda")
-    combine.correct(rows, lam, after, before=before, blocks=[0, 1, 2], modes=modes)
+    combine.correct(rows, lam, after, before=before, partitions=[0, 1, 2], modes=modes)
     assert torch.equal(after[0], start[0])
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], (start[2].double() - rows[0][2].double() - rows[1][2].double()).float())

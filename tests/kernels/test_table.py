@@ -35,7 +35,9 @@ def test_items_cover_every_element_once_and_in_order():
 
 def test_fields_and_launches():
     column = [torch.zeros(5000), torch.zeros(3), torch.zeros(0), torch.zeros(9)[1:], torch.zeros(7).bfloat16()]
-    layout = plan([column, [None, *[t.clone() for t in column[1:]]]], blocks=[0, 0, 1, 1, 2], signs=[1, 1, 1, -1, 1])
+    layout = plan(
+        [column, [None, *[t.clone() for t in column[1:]]]], partitions=[0, 0, 1, 1, 2], signs=[1, 1, 1, -1, 1]
+    )
     by_key = {(launch.dtypes, launch.aligned): launch.items.tolist() for launch in layout.launches}
     assert by_key == {
         ((torch.float32,), True): [[0, 0, 4096, 0, 0, 1], [0, 4096, 904, 1, 0, 1], [1, 0, 3, 2, 0, 1]],
@@ -44,7 +46,7 @@ def test_fields_and_launches():
     }
     assert layout.pointers.tolist()[0] == [column[0].data_ptr(), 0]
     assert layout.bounds.tolist() == [0, 3, 4, 5]
-    assert (layout.slots, layout.blocks, layout.width) == (5, 3, 2)
+    assert (layout.slots, layout.partitions, layout.width) == (5, 3, 2)
 
 
 def test_dtypes_of_roles():

@@ -1,4 +1,4 @@
-"""Σ w_i g_i: into p.grad, onto it, or out of the parameters, in one pass and with one rounding."""
+"""Σ w_i g_i, written to p.grad, added to it, or subtracted from the parameters: one pass, one rounding."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
 # ruff: noqa: PIE808, RET505, RUF005, SIM300
@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsurg.linalg.kernels.gramian import TRITON_DTYPES, Rows
+from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.kernels.gramian import TRITON_DTYPES
 from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
 from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE, row_start
 
 __all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for"]
 
 WARPS = 4
-# How many rows are loaded together; further ones come in a loop that looks their addresses up again.
+# How many rows are loaded together. Further rows come in a loop that looks up their addresses again.
 TASKS = (4, 8)
 
 
@@ -26,8 +27,8 @@ TASKS = (4, 8)
 def combine_kernel(
     pointers,  # int64 (parameters, m + 3): the rows' addresses, those of out, of start and of before; 0 is none
     items,  # int64 (programs, 6): see table.py
-    weights,  # float64 (blocks, m)
-    modes,  # int32 (blocks,)
+    weights,  # float64 (partitions, m)
+    modes,  # int32 (partitions,)
     width,
     m,
     TASKS: tl.constexpr,
@@ -38,19 +39,19 @@ def combine_kernel(
     OUT: tl.constexpr,  # dtype of out, start and before
     ALIGNED: tl.constexpr,
 ):
-    """By the block's mode: out = start + sign · Σ w_i g_i (WRITE), out = before (HOLD), or nothing (LEAVE).
+    """By the partition's mode: out = start + sign · Σ w_i g_i (WRITE), out = before (HOLD), or nothing (LEAVE).
 
-    Added up in float64 and rounded once (16-bit results: once to float32 and once more, as torch rounds float64). The
-    float64 is free: memory bound up to m = 8 even where its units run at 1/64 of the float32 rate (MODEL: 4.5 clocks
-    of a processor a parameter, where reading takes 11 at 1 TB/s). A row of weight 0 is not read.
+    Added up in float64 and rounded once (16-bit results: to float32 first, as torch rounds float64). float64 is free:
+    up to m = 8 the kernel waits for memory, even if float64 units run at 1/64 of the float32 rate (MODEL: a processor
+    takes 4.5 clocks per parameter, and reading takes 11 at 1 TB/s). A row of weight 0 is not read.
     """
     BLOCK: tl.constexpr = LANES * V
     item = items + 6 * tl.program_id(0).to(tl.int64)
     row = pointers + tl.load(item) * width
     first = tl.load(item + 1)
-    block = tl.load(item + 4)
+    partition = tl.load(item + 4)
     sign = tl.load(item + 5).to(tl.float64)
-    mode = tl.load(modes + block)
+    mode = tl.load(modes + partition)
     count = tl.where(mode == LEAVE, 0, tl.load(item + 2).to(tl.int32))
     whole = (count // V) * V
     out = row_start(tl.load(row + m), first, OUT, ALIGNED)
@@ -62,7 +63,7 @@ def combine_kernel(
     counts = ()
     factors = ()
     for i in tl.static_range(TASKS):
-        start, there, factor = _row(row, weights + block * m, i, m, first, row_count, DTYPE, ALIGNED)
+        start, there, factor = _row(row, weights + partition * m, i, m, first, row_count, DTYPE, ALIGNED)
         starts = starts + (start,)
         counts = counts + (there,)
         factors = factors + (sign * factor,)
@@ -77,15 +78,18 @@ def combine_kernel(
         if MORE:
             for task in range(TASKS, m, TASKS):
                 for i in tl.static_range(TASKS):
-                    start, there, factor = _row(row, weights + block * m, task + i, m, first, row_count, DTYPE, ALIGNED)
+                    start, there, factor = _row(
+                        row, weights + partition * m, task + i, m, first, row_count, DTYPE, ALIGNED
+                    )
                     g = tl.load(start + at, mask=at < (there // V) * V, other=0.0)
                     total += sign * factor * g.to(tl.float64)
         tl.store(out + at, _rounded(total, OUT), mask=at < whole)
-    if whole < count:  # the last elements of a tensor: fewer than V of them
+    # The last elements of a tensor: fewer than V.
+    if whole < count:
         tail = whole + tl.arange(0, V)
         total = tl.load(sources + tail, mask=tail < source_count, other=0.0).to(tl.float64)
         for task in range(0, m):
-            start, there, factor = _row(row, weights + block * m, task, m, first, row_count, DTYPE, ALIGNED)
+            start, there, factor = _row(row, weights + partition * m, task, m, first, row_count, DTYPE, ALIGNED)
             g = tl.load(start + tail, mask=tail < there, other=0.0)
             total += sign * factor * g.to(tl.float64)
         tl.store(out + tail, _rounded(total, OUT), mask=tail < count)
@@ -98,7 +102,7 @@ def _row(row, weights, i, m, first, count, DTYPE: tl.constexpr, ALIGNED: tl.cons
     address = tl.load(row + i, mask=i < m, other=0)
     there = tl.where(address != 0, count, 0)
     there = tl.where(factor != 0.0, there, 0)
-    # A weight that nobody reads must not matter either: 0 * infinity would be NaN.
+    # The weight of a row that is not read must not matter: 0 * infinity would be NaN.
     factor = tl.where(there > 0, factor, 0.0)
     return row_start(address, first, DTYPE, ALIGNED), there, factor
 
@@ -117,20 +121,20 @@ def combine(
     out: Sequence[Tensor],
     *,
     accumulate: bool = False,
-    blocks: Sequence[int] | None = None,
+    partitions: Sequence[int] | None = None,
 ) -> None:
     """Write u = Σ w_i g_i into `out`, or add it there.
 
     Args:
         rows: m lists of one gradient per parameter or None, as for `gramian`.
-        weights: w, float64, (m,) or (blocks, m), on the device. A row of weight 0 is not read, so a row of NaN with
+        weights: w, float64, (m,) or (partitions, m), on the device. A row of weight 0 is not read, so a row of NaN with
             weight 0 is harmless.
-        out: One tensor per parameter, written; 0 (or as it was) where no row has a gradient.
+        out: One tensor per parameter, written; 0 (or unchanged) if no row has a gradient.
         accumulate: out ← out + u instead of out ← u; rounded once.
-        blocks: Which row of `weights` each parameter takes, ascending from 0; None is one for all.
+        partitions: The row of `weights` that each parameter takes, ascending from 0; None is one for all.
     """
     start: Sequence[Tensor | None] = out if accumulate else [None] * len(out)
-    _launch(rows, weights, out, start, [None] * len(out), blocks, None, None)
+    _launch(rows, weights, out, start, [None] * len(out), partitions, None, None)
 
 
 def correct(
@@ -140,7 +144,7 @@ def correct(
     *,
     before: Sequence[Tensor] | None = None,
     signs: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
+    partitions: Sequence[int] | None = None,
     modes: Tensor | None = None,
     layout: Plan | None = None,
 ) -> Plan:
@@ -148,27 +152,27 @@ def correct(
 
     Args:
         rows: m lists of one gradient per parameter or None, as for `gramian`.
-        coefficients: λ, float64, (m,) or (blocks, m), on the device; a row with 0 is not read.
-        after: The parameters; written. Their own term cancels, so that `before` is read only where it is asked for.
-        before: The parameters before the step; needed where a mode may be HOLD.
-        signs: +1 per parameter, −1 where the optimizer maximises; None is +1.
-        blocks: Which row of `coefficients` each parameter takes, ascending from 0; None is one for all.
-        modes: int32 (blocks,), on the device, from vectors.py: WRITE corrects, HOLD takes the update back (after ←
+        coefficients: λ, float64, (m,) or (partitions, m), on the device; a row with 0 is not read.
+        after: The parameters; written. `before` cancels in the formula, and is read only if a mode is HOLD.
+        before: The parameters before the step; needed if a mode may be HOLD.
+        signs: +1 per parameter, −1 if the optimizer maximises; None is +1.
+        partitions: The row of `coefficients` that each parameter takes, ascending from 0; None is one for all.
+        modes: int32 (partitions,), on the device, from vectors.py: WRITE corrects, HOLD takes back the update (after ←
             before, to the bit), LEAVE touches nothing. None is WRITE.
-        layout: What an earlier call with the same tensors returned, to spare the host from laying them out again.
+        layout: The result of an earlier call with the same tensors, so that they are not laid out again.
 
     Returns:
         The tables of this pass.
     """
     kept: Sequence[Tensor | None] = [None] * len(after) if before is None else before
-    return _launch(rows, -coefficients, after, after, kept, blocks, signs, modes, layout)
+    return _launch(rows, -coefficients, after, after, kept, partitions, signs, modes, layout)
 
 
 def registers_for(tasks: int, row: int, out: int) -> int | None:
-    """Return how many registers ptxas may use, given the bytes of a row's number and of out's; None leaves it to it.
+    """Return how many registers ptxas may use, given the bytes of a row's number and of out's; None lets it choose.
 
-    Left alone it stops on sm_80 at 72 for 8 tasks in float64 and spills 7 times, and at 64 for 4 tasks in float32 that
-    make 16 bits, and spills 5 times.
+    On sm_80 it would choose 72 for 8 tasks in float64 and spill 7 times; and 64 for 4 tasks in float32 with a 16-bit
+    result, and spill 5 times.
     """
     if row == 8:
         return 128
@@ -181,19 +185,21 @@ def _launch(
     out: Sequence[Tensor],
     start: Sequence[Tensor | None],
     before: Sequence[Tensor | None],
-    blocks: Sequence[int] | None,
+    partitions: Sequence[int] | None,
     signs: Sequence[float] | None,
     modes: Tensor | None,
     layout: Plan | None = None,
 ) -> Plan:
     m, device = len(rows), device_of([out])
     if layout is None:
-        layout = plan([*rows, out, start, before], roles=[0] * m + [1] * 3, blocks=blocks, signs=signs, device=device)
-    weights = weights.expand(layout.blocks, m).contiguous()
+        layout = plan(
+            [*rows, out, start, before], roles=[0] * m + [1] * 3, partitions=partitions, signs=signs, device=device
+        )
+    weights = weights.expand(layout.partitions, m).contiguous()
     if weights.dtype != torch.float64:
         raise ValueError(f"weights are {weights.dtype}: they must be float64")
     if modes is None:
-        modes = torch.full((layout.blocks,), WRITE.value, dtype=torch.int32, device=device)
+        modes = torch.full((layout.partitions,), WRITE.value, dtype=torch.int32, device=device)
     few = m <= TASKS[0]
     tasks = TASKS[0] if few else TASKS[1]
     with on_device(device):
@@ -220,9 +226,11 @@ def _launch(
     for target, column in zip(out, layout.keep, strict=True):
         written = column[m]
         assert written is not None
-        if written.data_ptr() != target.data_ptr():  # `out` is not dense, so flattening had to copy
+        if written.data_ptr() != target.data_ptr():
+            # `out` is not dense, so flattening had to copy it.
             shaped = written.view(*target.shape, 2) if target.is_complex() else written.view(target.shape)
             target.copy_(torch.view_as_complex(shaped) if target.is_complex() else shaped)
-        else:  # autograd did not see the kernel write
+        else:
+            # Autograd does not see that the kernel writes.
             torch.autograd.graph.increment_version(target)
     return layout

@@ -1,4 +1,4 @@
-"""Which path computes a step, and which kernel: functions of backend, device, dtypes, m and alignment alone."""
+"""Chooses the path of a step and its kernels, from backend, device, dtypes, m and alignment alone; for optimizer/."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 
 BACKENDS = {name: name for name in ("auto", "torch", "triton")}
 
-# What a row and what p.grad may be stored in. A pair outside of this table is one that no machine code was checked
-# for (see shipped.py), so it takes the torch path.
+# Dtype of a row -> possible dtypes of p.grad. No machine code was checked for any other pair, which therefore takes the
+# torch path.
 DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
     torch.float32: frozenset({torch.float32, torch.bfloat16, torch.float16}),
     torch.bfloat16: frozenset({torch.bfloat16, torch.float32}),
@@ -38,11 +38,10 @@ DTYPES: dict[torch.dtype, frozenset[torch.dtype]] = {
     torch.float64: frozenset({torch.float64}),
 }
 
-# The first Triton whose tl.dot multiplies float64; it comes with torch 2.9. Before 3.3 it had no tuples either.
+# The first Triton whose tl.dot multiplies float64; torch 2.9 brings it.
 LEAST_TRITON = (3, 5)
-# What the machine code was checked for begins here. Before it there is no bfloat16, and little float64.
+# The oldest cards that machine code was checked for. Older ones have no bfloat16, and little float64.
 LEAST_CAPABILITY = (8, 0)
-
 # One multiply-add chain per pair of tasks needs m(m+1)/2 float64 accumulators: 36 at m = 8 fit in 128 to 238 of the
 # 255 registers (read from SASS, sm_80 to sm_100); 78 at m = 12 do not.
 PAIRS_UP_TO = 8
@@ -53,7 +52,7 @@ PROGRAM_UP_TO = 32
 
 
 class GramianKernel(NamedTuple):
-    """A kernel and the number of tasks that it is compiled for; missing tasks are null pointers, not read."""
+    """A kernel and the number of tasks that it is compiled for; missing tasks are null pointers, which are not read."""
 
     name: str
     tasks: int
@@ -78,10 +77,10 @@ def path(
         sparse: Whether some row is sparse.
         available: Whether Triton can be imported; None looks.
         interpreted: Whether Triton runs in its interpreter, which takes CPU tensors; None looks.
-        misfit: Why kernels cannot run on this CUDA device, "" where they can; None asks `unfit`.
+        misfit: Why kernels cannot run on this CUDA device, "" if they can; None asks `unfit`.
 
     Raises:
-        ValueError: backend="triton" where it cannot run, with what to change.
+        ValueError: backend="triton", but it cannot run; the message says what to change.
     """
     backend = choose("backend", backend, BACKENDS)
     if backend == "torch":
@@ -117,7 +116,7 @@ def path_of(backend: str, rows: Iterable[Iterable[Tensor | None]], like: Sequenc
 
 
 def gramian_kernel(m: int) -> GramianKernel:
-    """Return the kernel for m tasks, or for a union of tiles of tasks where m is larger than any kernel's."""
+    """Return the kernel for m tasks, or for a union of tiles of tasks if m is too large for any kernel."""
     for tasks in (2, 4, PAIRS_UP_TO):
         if m <= tasks:
             return GramianKernel("pairs", tasks)
@@ -125,7 +124,7 @@ def gramian_kernel(m: int) -> GramianKernel:
 
 
 def task_tiles(m: int) -> list[tuple[int, int]]:
-    """Return the ranges of tasks whose pairwise unions cover all pairs: one range where a kernel takes all m.
+    """Return ranges of tasks whose pairwise unions cover all pairs; one range if a kernel takes all m.
 
     m = 64 is 4 tiles, 6 unions of 32 tasks: every gradient is then read 3 times.
     """
@@ -136,12 +135,12 @@ def task_tiles(m: int) -> list[tuple[int, int]]:
 
 
 def vector(dtypes: Sequence[torch.dtype], aligned: bool) -> int:
-    """Return how many elements one thread loads at once: 16 bytes of the narrowest dtype, or one if unaligned."""
+    """Return how many elements one thread loads at once: 16 bytes of the narrowest dtype; one if unaligned."""
     return 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
 
 
 def row_dtypes(rows: Iterable[Iterable[Tensor | None]], like: Sequence[Tensor]) -> set[tuple[torch.dtype, torch.dtype]]:
-    """Return the pairs of dtypes that `path` asks for."""
+    """Return the pairs of dtypes that `path` takes."""
     return {(_real(g.dtype), _real(p.dtype)) for row in rows for g, p in zip(row, like, strict=True) if g is not None}
 
 
@@ -153,9 +152,9 @@ def triton_is_available() -> bool:
 
 @functools.cache
 def unfit(device: torch.device) -> str:
-    """Return why Triton's kernels cannot run on a CUDA device, or "" where they can; found out once a device.
+    """Return why Triton's kernels cannot run on a CUDA device, or "" if they can; found out once per device.
 
-    The first launch would fail otherwise, in the middle of somebody's step.
+    Otherwise the first launch would fail, in the middle of the user's step.
     """
     if torch.version.hip is not None:
         return "the kernels were never compiled for ROCm"
@@ -169,7 +168,8 @@ def unfit(device: torch.device) -> str:
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < LEAST_TRITON:
             least = ".".join(map(str, LEAST_TRITON))
             return f"Triton {triton.__version__} is installed, and the kernels need {least}, which torch 2.9 brings"
-        triton.runtime.driver.active.get_current_target()  # builds what launches kernels, for which it takes a compiler
+        # This builds Triton's launcher, which needs a C compiler.
+        triton.runtime.driver.active.get_current_target()
     except Exception as error:
         reason = str(error).strip().splitlines()
         return f"Triton does not start ({type(error).__name__}: {reason[0] if reason else 'no message'})"
@@ -177,7 +177,7 @@ def unfit(device: torch.device) -> str:
 
 
 def is_interpreted() -> bool:
-    """Whether kernels decorated now run in Triton's interpreter, on CPU tensors."""
+    """Whether kernels that are defined now run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 

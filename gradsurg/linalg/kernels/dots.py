@@ -12,9 +12,9 @@ from gradsurg.linalg.kernels.vectors import row_start
 __all__ = ["TILE", "block_for", "dot_places", "dots_kernel", "registers_for"]
 
 TILE = 16
-# One warp a program. With four, each converts to float64 what the others convert too: 64 conversions a thread for 128
-# columns instead of 16 (read from SASS), and 16 a clock is all that a processor does (MODEL: 8 clocks a column at
-# m = 32, where reading 32 float32 from memory takes 9).
+# One warp per program. Each of four warps would convert the same numbers to float64: 64 conversions per thread for 128
+# columns instead of 16 (read from SASS). A processor converts 16 numbers per clock (MODEL: 8 clocks per column at
+# m = 32, while reading 32 float32 from memory takes 9).
 WARPS = 1
 
 
@@ -59,7 +59,8 @@ def dots_kernel(
             inside = at < ((counts[a] // V) * V)[:, None]
             x = x + (_wide(tl.load(starts[a][:, None] + at, mask=inside, other=0.0)),)
         sums = _add_products(x, sums, TILES)
-    if whole < count:  # the last elements of a tensor: fewer than V, so no more than 7
+    # The last elements of a tensor: fewer than V, so at most 7.
+    if whole < count:
         tail = (whole + tl.arange(0, 16))[None, :]
         x = ()
         for a in tl.static_range(TILES):
@@ -72,10 +73,10 @@ def dots_kernel(
 
 @triton.jit
 def _wide(x):
-    """Return x in float64; 16-bit numbers by way of a sum over one element each, for which nothing moves.
+    """Return x in float64; 16-bit numbers go through a sum over one element each, in which nothing moves.
 
-    Triton lays a product's tiles out by the width that they were loaded in. For 16 bits its versions 3.5 to 3.8 choose
-    a layout that their float64 tensor cores do not have, and the compiler fails; through a sum it does not look.
+    Triton chooses the layout of a product's tiles by the width in which they were loaded. For 16 bits, its versions 3.5
+    to 3.8 choose a layout that float64 tensor cores do not have, and the compiler fails. It can't see through a sum.
     """
     if x.dtype.primitive_bitwidth == 16:
         return tl.sum(x.to(tl.float32)[:, :, None], axis=2).to(tl.float64)
@@ -96,15 +97,15 @@ def _add_products(x, sums, TILES: tl.constexpr):
 def block_for(tiles: int, itemsize: int) -> int:
     """Return how many columns are multiplied at once: 64 of one tile, 32 of two.
 
-    16 of two tiles of float64: 32 of them spill on sm_100, which has no float64 tensor cores of the others' kind.
+    Two tiles of float64 take 16 columns: 32 spill on sm_100, whose float64 tensor cores differ from the others'.
     """
     return 64 // tiles // (2 if tiles > 1 and itemsize == 8 else 1)
 
 
 def registers_for(tiles: int, itemsize: int, aligned: bool) -> int | None:
-    """Return how many registers ptxas may use; None leaves it to it.
+    """Return how many registers ptxas may use; None lets it choose.
 
-    Left alone it stops at 168 for one tile of narrowly loaded float32 on sm_90, and spills 22 times; told so it takes
+    It would choose 168 for one tile of narrowly loaded float32 on sm_90, and spill 22 times; with this limit it takes
     190.
     """
     return 224 if tiles == 1 and itemsize == 4 and not aligned else None

@@ -1,4 +1,4 @@
-"""Launcher of the Gramian kernels: G_ij = ⟨g_i, g_j⟩ in float64, for any number of tasks, tensors and blocks."""
+"""Launches the Gramian kernels: G_ij = ⟨g_i, g_j⟩ in float64, for any number of tasks, tensors and partitions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels import dots, pairs, reduce
 from gradsurg.linalg.kernels.dispatch import GramianKernel, gramian_kernel, task_tiles
 from gradsurg.linalg.kernels.table import Launch, Plan, constant, device_of, on_device, plan
 
 __all__ = ["TRITON_DTYPES", "gramian", "sum_partials"]
-
-Rows = Sequence[Sequence["Tensor | None"]]
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -25,43 +24,44 @@ TRITON_DTYPES = {
 }
 
 
-def gramian(rows: Rows, *, blocks: Sequence[int] | None = None) -> Tensor:
-    """Return G_ij = ⟨g_i, g_j⟩, each gradient read once where it is (m > 32: once per union of tiles of tasks).
+def gramian(rows: Rows, *, partitions: Sequence[int] | None = None) -> Tensor:
+    """Return G_ij = ⟨g_i, g_j⟩; each gradient is read once (if m > 32, once per union of tiles of tasks).
 
     Deterministic: the order of all sums depends on m, sizes, dtypes and alignment alone. Products of 16 and 32-bit rows
     are exact and sums are in float64: relative to ‖g_i‖ ‖g_j‖ the error is below 1e-13.
 
     Args:
         rows: m lists of one gradient per parameter (dense; real or complex; float64, 32, 16 or bfloat16) or None.
-        blocks: Which block each parameter belongs to, ascending from 0: one Gramian a block. None is one block.
+        partitions: The partition that each parameter belongs to, ascending from 0; each has its own Gramian. None is
+            one partition.
 
     Returns:
-        Shape (m, m), or (blocks, m, m) where blocks are given; float64, symmetric to the bit, on the rows' device.
+        Shape (m, m), or (partitions, m, m) if partitions are given; float64, symmetric to the bit, on the rows' device.
     """
     m, device = len(rows), device_of(rows)
-    count = 1 if not blocks else blocks[-1] + 1
+    count = 1 if not partitions else partitions[-1] + 1
     G = torch.empty(count, m, m, dtype=torch.float64, device=device)
     tiles = task_tiles(m)
     if len(tiles) == 1:
-        _write(rows, blocks, G)
+        _write(rows, partitions, G)
     for a, (first, end) in enumerate(tiles[:-1]):
         for other, other_end in tiles[a + 1 :]:
             tasks = [*range(first, end), *range(other, other_end)]
             union = torch.empty(count, len(tasks), len(tasks), dtype=torch.float64, device=device)
-            _write([rows[i] for i in tasks], blocks, union)
+            _write([rows[i] for i in tasks], partitions, union)
             left = end - first
             G[:, first:end, first:end] = union[:, :left, :left]
             G[:, first:end, other:other_end] = union[:, :left, left:]
             G[:, other:other_end, first:end] = union[:, left:, :left]
             G[:, other:other_end, other:other_end] = union[:, left:, left:]
-    return G[0] if blocks is None else G
+    return G[0] if partitions is None else G
 
 
 def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int]], out: Tensor) -> None:
-    """Add up partial sums (slots, planes) block by block into `out` (blocks, stride)."""
+    """Add up partial sums (slots, planes) partition by partition into `out` (partitions, stride)."""
     planes = len(places)
     where = constant([place for both in places for place in both], out.device, torch.int64)
-    grid = (triton.cdiv(planes, reduce.PLANES), layout.blocks)
+    grid = (triton.cdiv(planes, reduce.PLANES), layout.partitions)
     with on_device(out.device):
         reduce.reduce_kernel[grid](
             partials,
@@ -77,9 +77,9 @@ def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int
         )
 
 
-def _write(rows: Rows, blocks: Sequence[int] | None, G: Tensor) -> None:
+def _write(rows: Rows, partitions: Sequence[int] | None, G: Tensor) -> None:
     m = len(rows)
-    layout = plan(rows, blocks=blocks, device=G.device)
+    layout = plan(rows, partitions=partitions, device=G.device)
     kernel = gramian_kernel(m)
     pairs_of = pairs.pair_places(kernel.tasks) if kernel.name == "pairs" else dots.dot_places(kernel.tasks // dots.TILE)
     partials = torch.empty(max(layout.slots, 1), len(pairs_of), dtype=torch.float64, device=G.device)

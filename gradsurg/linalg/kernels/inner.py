@@ -1,4 +1,4 @@
-"""What an update does to every task: ⟨d, g_i⟩ and ‖d‖², the movement d being formed as it is read."""
+"""The effect of an update on every task: ⟨d, g_i⟩ and ‖d‖² of the movement d, in one pass. Twin of movement.py."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
 # ruff: noqa: RUF005
@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsurg.linalg.kernels.gramian import TRITON_DTYPES, Rows, sum_partials
+from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.kernels.gramian import TRITON_DTYPES, sum_partials
 from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
 from gradsurg.linalg.kernels.vectors import LEAVE, lanes, row_start
 
 __all__ = ["TASKS", "inner", "inner_kernel", "layout_of", "registers_for"]
 
 WARPS = 4
-# How many tasks a program takes at once. More go to further programs, each of which reads the movement again: at
-# m = 16 that is 20 tensors read instead of 18. Sixteen at once spill (254 registers and 4 spills read from SASS,
+# How many tasks a program takes at once. Further programs take the other tasks, and each reads the movement again: at
+# m = 16, 20 tensors are read instead of 18. Sixteen tasks at once spill (254 registers and 4 spills read from SASS,
 # float32 rows of 16-bit parameters).
 TASKS = (4, 8)
 
@@ -28,7 +29,7 @@ TASKS = (4, 8)
 def inner_kernel(
     pointers,  # int64 (parameters, m + 2): the rows' addresses, those of before and of after; 0 is none
     items,  # int64 (programs, 6): see table.py
-    modes,  # int32 (blocks,): where LEAVE, nothing is read and the sums are 0
+    modes,  # int32 (partitions,): if LEAVE, nothing is read and the sums are 0
     partials,  # float64 (slots, tiles * (TASKS + 1))
     width,
     m,
@@ -41,7 +42,7 @@ def inner_kernel(
 ):
     """partials[slot, tile] = ⟨d, g_i⟩ for TASKS tasks, and ‖d‖², over one item; d = sign · (before − after).
 
-    In float64, where the difference of two float32 is exact.
+    In float64, in which the difference of two float32 is exact.
     """
     BLOCK: tl.constexpr = LANES * V
     item = items + 6 * tl.program_id(0).to(tl.int64)
@@ -85,7 +86,8 @@ def inner_kernel(
                 total += d[v] * g[v].to(tl.float64)
             longer = longer + (total,)
         sums = longer
-    if whole < count:  # the last elements of a tensor: fewer than V of them
+    # The last elements of a tensor: fewer than V.
+    if whole < count:
         tail = whole + tl.arange(0, LANES)
         old_tail = tl.load(befores + tail, mask=tail < count, other=0.0).to(tl.float64)
         d_tail = old_tail - tl.load(afters + tail, mask=tail < after_count, other=0.0).to(tl.float64)
@@ -107,7 +109,7 @@ def inner(
     after: Sequence[Tensor] | None = None,
     *,
     signs: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
+    partitions: Sequence[int] | None = None,
     modes: Tensor | None = None,
     layout: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -115,24 +117,25 @@ def inner(
 
     Args:
         rows: m lists of one gradient per parameter or None, as for `gramian`.
-        before: The parameters before the step; or any vector, where `after` is None.
+        before: The parameters before the step; or any vector, if `after` is None.
         after: The parameters now.
-        signs: +1 per parameter, −1 where the optimizer maximises; None is +1.
-        blocks: As for `gramian`.
-        modes: int32 (blocks,), on the device: a block of mode LEAVE is not read, and its results are 0. None reads all.
-        layout: What `layout_of` returned for the same tensors, to spare the host from laying them out again.
+        signs: +1 per parameter, −1 if the optimizer maximises; None is +1.
+        partitions: As for `gramian`.
+        modes: int32 (partitions,), on the device: a partition of mode LEAVE is not read, and its results are 0. None
+            reads all.
+        layout: The result of `layout_of` for the same tensors, so that they are not laid out again.
 
     Returns:
-        Shapes (m,) and (), or (blocks, m) and (blocks,) where blocks are given; float64, on the device.
+        Shapes (m,) and (), or (partitions, m) and (partitions,) if partitions are given; float64, on the device.
     """
     m, device = len(rows), device_of([before])
     if layout is None:
-        layout = layout_of(rows, before, after, signs=signs, blocks=blocks)
+        layout = layout_of(rows, before, after, signs=signs, partitions=partitions)
     tasks = TASKS[0] if m <= TASKS[0] else TASKS[1]
     tiles = triton.cdiv(m, tasks)
     partials = torch.empty(max(layout.slots, 1), tiles * (tasks + 1), dtype=torch.float64, device=device)
     if modes is None:
-        modes = torch.ones(layout.blocks, dtype=torch.int32, device=device)
+        modes = torch.ones(layout.partitions, dtype=torch.int32, device=device)
     with on_device(device):
         for launch in layout.launches:
             row_dtype, moved_dtype = launch.dtypes
@@ -153,10 +156,10 @@ def inner(
                 maxnreg=registers_for(tasks, launch.aligned),
                 enable_fp_fusion=True,
             )
-    out = torch.empty(layout.blocks, m + 1, dtype=torch.float64, device=device)
+    out = torch.empty(layout.partitions, m + 1, dtype=torch.float64, device=device)
     sum_partials(partials, layout, inner_places(m, tasks), out)
     products, square = out[:, :m], out[:, m]
-    return (products[0], square[0]) if blocks is None else (products, square)
+    return (products[0], square[0]) if partitions is None else (products, square)
 
 
 def layout_of(
@@ -165,24 +168,24 @@ def layout_of(
     after: Sequence[Tensor] | None,
     *,
     signs: Sequence[float] | None,
-    blocks: Sequence[int] | None,
+    partitions: Sequence[int] | None,
 ) -> Plan:
-    """Return the tables of one such pass."""
+    """Return the tables of a pass of `inner`."""
     moved: list[Sequence[Tensor | None]] = [before, [None] * len(before) if after is None else after]
     roles = [0] * len(rows) + [1, 1]
-    return plan([*rows, *moved], roles=roles, blocks=blocks, signs=signs, device=device_of([before]))
+    return plan([*rows, *moved], roles=roles, partitions=partitions, signs=signs, device=device_of([before]))
 
 
 def registers_for(tasks: int, aligned: bool) -> int | None:
-    """Return how many registers ptxas may use; None leaves it to it.
+    """Return how many registers ptxas may use; None lets it choose.
 
-    Left alone it stops at 32 for 4 tasks and narrow loads on sm_80, and spills 6 times.
+    It would choose 32 for 4 tasks and narrow loads on sm_80, and spill 6 times.
     """
     return 64 if tasks == TASKS[0] and not aligned else None
 
 
 def inner_places(m: int, tasks: int) -> list[tuple[int, int]]:
-    """Return where a slot's partial sums go: its products to 0 … m − 1, its ‖d‖² (of the first tile) to m."""
+    """Return the places of a slot's partial sums: products go to 0 … m − 1, ‖d‖² (of the first tile) to m."""
     places = []
     for tile in range(triton.cdiv(m, tasks)):
         places += [(i if i < m else -1, -1) for i in range(tile * tasks, (tile + 1) * tasks)]

@@ -1,4 +1,4 @@
-"""Gramian of few tasks: m rows are loaded once, every pair of them has a chain of multiply-adds of its own."""
+"""Gramian of few tasks: each row is loaded once, and each pair of rows has its own chain of multiply-adds."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
 # ruff: noqa: RUF005
@@ -67,7 +67,8 @@ def pairs_kernel(
                 for j in tl.static_range(i, M):
                     longer = longer + (sums[i * M - (i * (i - 1)) // 2 + j - i] + wide[i] * wide[j],)
             sums = longer
-    if whole < count:  # the last elements of a tensor: fewer than V of them
+    # The last elements of a tensor: fewer than V.
+    if whole < count:
         tail = whole + tl.arange(0, LANES)
         wide = ()
         for i in tl.static_range(M):

@@ -1,8 +1,8 @@
-"""Where gradients are and how their numbers are shared out: tables of pointers and of work items, on the device.
+"""Tables of pointers and of work items on the device, for all launchers of this folder.
 
-Gradients stay where autograd put them. A kernel gets one table of addresses, a row per parameter, and a table of
-items: pieces of one parameter, each the work of one program. Addresses change when memory is allocated anew, sizes do
-not; the two tables are cached apart. Nothing here waits for the device.
+Gradients stay where autograd put them. A kernel gets a table of addresses, one row per parameter, and a table of items.
+An item is a piece of one parameter, and the work of one program. The two tables are cached separately, because
+addresses change when memory is allocated anew and sizes don't. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ from gradsurg.linalg.kernels.dispatch import vector
 __all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "launches_for", "on_device", "plan"]
 
 T = TypeVar("T")
+# Dtypes, whether aligned, number of elements, partition and sign of one parameter.
+Shape = tuple[tuple[torch.dtype, ...], bool, int, int, int]
 
-# Fields of an item: parameter, first element, number of elements, slot of its partial sums, block, sign.
+# Fields of an item: parameter, first element, number of elements, slot of its partial sums, partition, sign.
 FIELDS = 6
-# Items are cut from a parameter in this range of sizes. The larger, the fewer partial sums (36 float64 at m = 8 beside
-# 8 rows x 65 536 float32: 0.01 % of the traffic); the smaller, the sooner all of a card is busy: the least gives
-# 1 M parameters 244 programs, and is 0.2 % of the traffic.
+# The range of an item's size. Larger items have fewer partial sums: 36 float64 numbers beside 8 rows of 65 536 float32,
+# at m = 8, are 0.01 % of the traffic. Smaller items keep a whole card busy with fewer parameters: the least size gives
+# 1 M parameters 244 programs, and its partial sums are 0.2 % of the traffic.
 CHUNK_LEAST, CHUNK_MOST = 4096, 65_536
 # From here on the largest pieces still give each of 132 processors (an H100) eight programs.
 CHUNK_TARGET_PROGRAMS = 1056
-# How many tables of each kind are kept: two a step for each of gradients and movement, and as many again for a second
-# model, before the oldest is dropped.
+# The number of tables that are kept before the oldest one is dropped. A step needs two for the gradients and two for
+# the movement, and a second model as many again.
 KEPT = 64
-# Addresses that tables made while a CUDA graph is captured may hold, all together: 1 MiB of pinned memory, 40 graphs
-# of a model with 400 parameters and 8 tasks.
+# The most addresses in all tables that are made while CUDA graphs are captured: 1 MiB of pinned memory, enough for 40
+# graphs of a model with 400 parameters and 8 tasks.
 RESERVE = 131_072
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The items of one kernel launch: all of the same dtypes and alignment."""
+    """The items of one kernel launch, all of the same dtypes and alignment."""
 
     dtypes: tuple[torch.dtype, ...]
     aligned: bool
@@ -56,16 +58,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tables of one pass over the numbers.
+    """The tables of one pass over the gradients.
 
     Attributes:
-        pointers: Addresses, int64 (parameters, width); 0 for a tensor that is not there.
+        pointers: Addresses, int64 (parameters, width); 0 for a missing tensor.
         width: Number of addresses per parameter.
-        launches: The items, by dtypes and alignment.
+        launches: The items, one launch for each combination of dtypes and alignment.
         slots: Number of items of all launches.
-        bounds: First slot of each block and the end, int64 (blocks + 1,).
-        blocks: Number of blocks.
-        keep: What the addresses point into, where that had to be copied; must outlive the launches.
+        bounds: First slot of each partition and the end, int64 (partitions + 1,).
+        partitions: Number of partitions.
+        keep: The tensors that the addresses point to, some of them copies; they must outlive the launches.
     """
 
     pointers: Tensor
@@ -73,14 +75,14 @@ class Plan:
     launches: tuple[Launch, ...]
     slots: int
     bounds: Tensor
-    blocks: int
+    partitions: int
     keep: tuple[Block, ...]
 
 
 def plan(
     lists: Sequence[Sequence[Tensor | None]],
     *,
-    blocks: Sequence[int] | None = None,
+    partitions: Sequence[int] | None = None,
     signs: Sequence[float] | None = None,
     roles: Sequence[int] | None = None,
     device: torch.device | None = None,
@@ -88,14 +90,13 @@ def plan(
     """Lay out one pass over parallel lists of tensors.
 
     Args:
-        lists: `width` lists of one tensor or None per parameter, of equal shapes. Dense with equal strides or
-            contiguous: read in place. Otherwise copied.
-        blocks: Which block each parameter belongs to, ascending from 0; None is one block.
+        lists: `width` lists of one tensor or None per parameter, of equal shapes. Tensors that are contiguous, or
+            dense with equal strides, are read in place; others are copied.
+        partitions: The partition that each parameter belongs to, ascending from 0; None is one partition.
         signs: +1 or −1 per parameter; None is +1.
-        roles: Which lists must share a dtype: roles[i] numbers the role of list i, and the key of a launch holds one
-            dtype per role. None: all lists are of one role. A list whose dtype differs from the first of its role
-            (for one parameter) is copied.
-        device: Where the tensors are; None looks for the first.
+        roles: The number of each list's role; None is one role. Lists of one role share a dtype, and a launch has one
+            dtype per role. A tensor whose dtype differs from the first one of its role is copied.
+        device: Where the tensors are; None takes the first tensor's.
 
     Returns:
         The tables. A parameter without elements, or that no list has, has no items.
@@ -104,7 +105,7 @@ def plan(
     roles = [0] * width if roles is None else roles
     columns, addresses, shapes = [], [], []
     for k, column in enumerate(zip(*lists, strict=True)):
-        # A flat view may have a stride, as that of a[:, ::2] has: kernels read neighbours.
+        # The flat view of a[:, ::2] has a stride, but kernels read neighbours.
         flat = [None if t is None else t.contiguous() for t in flat_column(column)]
         flat = _same_dtypes(flat, roles)
         columns.append(flat)
@@ -115,9 +116,9 @@ def plan(
         aligned = all(address % 16 == 0 for address in here)
         size = present[0].numel() if present else 0
         sign = 1 if signs is None else int(signs[k])
-        shapes.append((dtypes, aligned, size, 0 if blocks is None else blocks[k], sign))
+        shapes.append((dtypes, aligned, size, 0 if partitions is None else partitions[k], sign))
     device = device_of(lists) if device is None else device
-    count = (1 + (blocks[-1] if blocks else 0)) if columns else 1
+    count = (1 + (partitions[-1] if partitions else 0)) if columns else 1
     launches, slots, bounds = _cached((device, count, tuple(shapes)), device, lambda: _items(shapes, count, device))
     pointers = _cached(
         (device, width, tuple(addresses)), device, lambda: _upload(addresses, device).view(-1, width), fleeting=True
@@ -126,10 +127,7 @@ def plan(
 
 
 def chunk_for(total: int) -> int:
-    """Return how many elements an item holds.
-
-    A function of the number of elements alone, so that sums are the same on every card.
-    """
+    """Return how many elements an item holds; it depends on nothing else, so that sums are equal on every card."""
     chunk = CHUNK_LEAST
     while chunk < CHUNK_MOST and total >= 2 * chunk * CHUNK_TARGET_PROGRAMS:
         chunk *= 2
@@ -142,40 +140,40 @@ def launches_for(sizes: Sequence[int], chunk: int) -> list[tuple[int, int, int]]
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the numbers as a 1-D tensor on the device, uploaded once; not to be written to.
+    """Return the numbers as a 1-D tensor on the device, uploaded once; nobody may write to it.
 
-    torch.tensor(values, device="cuda") copies from memory that is not pinned, and so waits for all that was launched.
+    torch.tensor(values, device="cuda") copies from memory that is not pinned, and so waits for everything launched.
     """
     return _cached((device, dtype, tuple(values)), device, lambda: _upload(list(values), device, dtype))
 
 
 def device_of(lists: Sequence[Sequence[Tensor | None]]) -> torch.device:
-    """Return the device of the first tensor there is."""
+    """Return the device of the first tensor; the CPU if there is none."""
     return next((t.device for one in lists for t in one if t is not None), torch.device("cpu"))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on `device`."""
+    """Return a context that launches kernels on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _tables: OrderedDict[Hashable, object] = OrderedDict()
-# Tables that a captured CUDA graph reads: it does so for as long as it lives, of which nobody tells us.
+# Tables that captured CUDA graphs read. They are kept for good, since we can't know how long a graph lives.
 _captured: list[object] = []
 _reserve: list[Tensor] = []
 
 
 def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting: bool = False) -> T:
-    """Return what `make` made for this key on this stream; a `fleeting` table made in a capture is valid only there."""
+    """Return the table that `make` made for this key on this stream; a `fleeting` one is made anew in a capture."""
     capturing = _is_capturing(device)
-    # A table is written on the current stream: work on another would not wait for it.
+    # The upload runs on the current stream, and work on another one would not wait for it.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (key, stream)
     found = _tables.get(key)
     if found is not None and not (capturing and fleeting):
         _tables.move_to_end(key)
     elif capturing:
-        # Nothing runs in a capture: the table is filled when the graph is replayed, and not for anybody else.
+        # Nothing runs in a capture. The table is filled when the graph is replayed, so no other step may use it.
         found = make()
     else:
         found = _tables[key] = make()
@@ -187,7 +185,7 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured; torch asks that of the current device alone."""
+    """Whether the device's current stream is being captured; torch tells it for the current device only."""
     with on_device(device):
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -204,29 +202,27 @@ def _upload(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
 
 
 def _from_reserve(host: Tensor) -> Tensor:
-    """Move the numbers to pinned memory that nobody writes to again: a replayed graph copies from there."""
+    """Move the numbers to pinned memory that is never written again, because a replayed graph copies from there."""
     left = _reserve[0]
-    size = -(-host.numel() * host.itemsize // left.itemsize)  # of other numbers: in units of an address
+    # In units of an address, for numbers of any dtype.
+    size = -(-host.numel() * host.itemsize // left.itemsize)
     if size > left.numel():
         raise MultiTaskError(
-            f"CUDA graphs captured so far and this one need more than {RESERVE} addresses of gradients: capture fewer "
-            "graphs, or raise gradsurg.linalg.kernels.table.RESERVE before the first step"
+            f"the CUDA graphs captured so far and this one need more than {RESERVE} addresses of gradients: capture "
+            "fewer graphs, or raise gradsurg.linalg.kernels.table.RESERVE before the first step"
         )
     taken, _reserve[0] = left[:size], left[size:]
     return taken.view(host.dtype)[: host.numel()].copy_(host)
 
 
-Shape = tuple[tuple[torch.dtype, ...], bool, int, int, int]
-
-
-def _items(shapes: Sequence[Shape], blocks: int, device: torch.device) -> tuple[tuple[Launch, ...], int, Tensor]:
+def _items(shapes: Sequence[Shape], partitions: int, device: torch.device) -> tuple[tuple[Launch, ...], int, Tensor]:
     pieces = launches_for([shape[2] for shape in shapes], chunk_for(sum(shape[2] for shape in shapes)))
     items: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
-    counts = [0] * blocks
+    counts = [0] * partitions
     for slot, (k, first, count) in enumerate(pieces):
-        dtypes, aligned, _, block, sign = shapes[k]
-        items.setdefault((dtypes, aligned), []).extend((k, first, count, slot, block, sign))
-        counts[block] += 1
+        dtypes, aligned, _, partition, sign = shapes[k]
+        items.setdefault((dtypes, aligned), []).extend((k, first, count, slot, partition, sign))
+        counts[partition] += 1
     bounds = [0]
     for count in counts:
         bounds.append(bounds[-1] + count)
@@ -237,7 +233,7 @@ def _items(shapes: Sequence[Shape], blocks: int, device: torch.device) -> tuple[
 
 
 def _dtypes(flat: Block, roles: Sequence[int]) -> tuple[torch.dtype, ...]:
-    """Return one dtype per role; a role that nobody plays here takes another's."""
+    """Return one dtype per role; a role without a tensor here takes another role's."""
     found: dict[int, torch.dtype] = {}
     for t, role in zip(flat, roles, strict=True):
         if t is not None:

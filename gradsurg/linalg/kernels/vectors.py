@@ -1,8 +1,8 @@
-"""What the kernels that read gradients share: where a row starts, and the elements that one thread holds.
+"""Shared by the kernels that read gradients: where a row starts, and the elements that one thread holds.
 
-Each thread loads 16 bytes of a row at once. What Triton needs to see for that (read from SASS, one at a time): the
-divisibility on the pointer, after the cast from the address; and a mask that is constant over the 16 bytes, that is a
-bound written as (n // V) * V, taken last.
+Each thread loads 16 bytes of a row at once. For that, Triton must see two things (read from SASS, one at a time): the
+pointer's divisibility, stated after the cast from the address; and a mask that is constant over the 16 bytes, i.e. the
+bound (n // V) * V as the last operand.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
@@ -14,7 +14,7 @@ import triton.language as tl
 
 __all__ = ["HOLD", "LEAVE", "WRITE", "lanes", "row_start"]
 
-# What happens to a block of parameters, decided on the device: nothing; out = start + Σ w_i g_i; out = before.
+# Modes of a partition of parameters, decided on the device: nothing; out = start + Σ w_i g_i; out = before.
 LEAVE = tl.constexpr(0)
 WRITE = tl.constexpr(1)
 HOLD = tl.constexpr(2)
@@ -31,7 +31,7 @@ def row_start(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def lanes(x, LANES: tl.constexpr, V: tl.constexpr):
-    """Return V tensors of LANES elements, the v-th holding every thread's v-th element: no data moves.
+    """Return V tensors of LANES elements; the v-th one holds every thread's v-th element, so no data moves.
 
     A sum over [LANES * V] needs V accumulators a thread, and spills for 36 sums; V steps into [LANES] need one.
     """

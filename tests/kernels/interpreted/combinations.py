@@ -127,7 +127,7 @@ def test_blocks_have_weights_of_their_own():
     rows, like = make_rows(3, [100, 31, 4200, 7])
     w = torch.stack([weights_of(3, 1), weights_of(3, 2), weights_of(3, 3)])
     u = [torch.empty_like(p) for p in like]
-    combine.combine(rows, w, u, blocks=[0, 0, 1, 2])
+    combine.combine(rows, w, u, partitions=[0, 0, 1, 2])
     for k, block in enumerate([0, 0, 1, 2]):
         assert torch.equal(u[k], exactly([[row[k]] for row in rows], w[block], [like[k]])[0])
 
@@ -153,7 +153,7 @@ def test_modes_are_decided_on_the_device():
     modes = torch.tensor([LEAVE.value, HOLD.value, WRITE.value], dtype=torch.int32)
     lam = torch.ones(3, 2, dtype=torch.float64)
     with reads() as counts:
-        combine.correct(rows, lam, after, before=before, blocks=[0, 1, 2], modes=modes)
+        combine.correct(rows, lam, after, before=before, partitions=[0, 1, 2], modes=modes)
     assert torch.equal(after[0], start[0])
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], exactly([[row[2]] for row in rows], -lam[2], [start[2]])[0])

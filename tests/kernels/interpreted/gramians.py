@@ -120,7 +120,7 @@ def test_one_gramian_a_block():
     sizes = [100, 0, 257, 31, 5000, 2]
     rows, _ = make_rows(4, sizes)
     blocks = [0, 1, 2, 2, 3, 5]
-    got = gramian.gramian(rows, blocks=blocks)
+    got = gramian.gramian(rows, partitions=blocks)
     assert got.shape == (6, 4, 4)
     for block in range(6):
         mine = [k for k, other in enumerate(blocks) if other == block]

@@ -66,7 +66,7 @@ def test_blocks_and_modes():
     before, after = steps(like, torch.float32)
     modes = torch.tensor([WRITE.value, LEAVE.value], dtype=torch.int32)
     with reads() as counts:
-        products, square = inner.inner(rows, before, after, blocks=[0, 0, 1], modes=modes)
+        products, square = inner.inner(rows, before, after, partitions=[0, 0, 1], modes=modes)
     assert products.shape == (2, 3)
     assert square.shape == (2,)
     part = [row[:2] for row in rows]
