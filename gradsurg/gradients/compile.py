@@ -13,7 +13,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -136,9 +136,10 @@ class Watch:
             _SOUND.add(_function_of(node))
 
 
-class _Advising:
-    # A class, because entering a generator takes three times as long, once per task.
+class advise:  # noqa: N801
+    """Replace torch's error about a kept graph in this block, whose advice can give wrong gradients, by ours."""
 
+    # A class, because entering a generator takes three times as long, once per task.
     def __enter__(self) -> None:
         pass
 
@@ -150,14 +151,6 @@ class _Advising:
                 "torch.compile compiled this backward pass for a graph that runs once, as after a plain backward() or "
                 f"from the on-disk cache, but tasks share the graph; p.grad is as before. {ADVICE}"
             ) from error
-
-
-_ADVISING = _Advising()
-
-
-def advise() -> AbstractContextManager[None]:
-    """Replace torch's error about a kept graph in this block, whose advice can give wrong gradients, by ours."""
-    return _ADVISING
 
 
 @contextmanager

@@ -34,20 +34,18 @@ def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> AbstractContextManag
 @contextmanager
 def _refusing(hooked: Sequence[Tensor]) -> Iterator[None]:
     versions = [(p, p._version) for p in hooked]
+    cause: BaseException | None = None
     try:
         yield
     except BaseException as error:
-        _check(versions, error)
+        cause = error
         raise
-    _check(versions, None)
-
-
-def _check(hooked: Sequence[tuple[Tensor, int]], cause: BaseException | None) -> None:
-    stepped = [p for p, version in hooked if p._version != version]
-    if stepped:
-        raise MultiTaskError(
-            f"a hook of register_post_accumulate_grad_hook changed {len(stepped)} of the optimizer's parameters (the "
-            f"first of shape {tuple(stepped[0].shape)}) during backward, as an optimizer in the backward pass does: "
-            "then only one task's gradient is known, so there can be no surgery. Remove the hook and call step() "
-            "after backward. p.grad is as before, the parameters are as the hook left them."
-        ) from cause
+    finally:
+        stepped = [p for p, version in versions if p._version != version]
+        if stepped:
+            raise MultiTaskError(
+                f"a hook of register_post_accumulate_grad_hook changed {len(stepped)} of the optimizer's parameters "
+                f"(the first of shape {tuple(stepped[0].shape)}) during backward, as an optimizer in the backward pass "
+                "does: then only one task's gradient is known, so there can be no surgery. Remove the hook and call "
+                "step() after backward. p.grad is as before, the parameters are as the hook left them."
+            ) from cause

@@ -98,8 +98,8 @@ def check_scalar(label: str, loss: object) -> Tensor:
         )
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None where "
-            "there is none in this step"
+            f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None if "
+            "the task has no loss in this step"
         )
     if loss.numel() != 1:
         raise ValueError(f"{label} has shape {tuple(loss.shape)}: reduce it to a scalar, e.g. with .mean()")

@@ -1,4 +1,4 @@
-"""Writes the next direction to the memory of the last one, if nobody else can see it. For optimizer/.
+"""Writes the next direction to the memory of the last one, if no other reference to it exists. For optimizer/.
 
 The system maps fresh memory on its first touch: filling 80 MB takes 55 ms, and 7 ms in memory that was used before.
 """

@@ -30,7 +30,7 @@ DENSE = frozenset((Tensor, Parameter))
 class GradientTable(list[list["Tensor | None"]]):
     """m lists of one gradient (or None) per parameter, packed at most once.
 
-    Nobody may write to the tensors while the table is in use.
+    The tensors must not be written to while the table is in use.
     """
 
     def __init__(self, rows: Iterable[list[Tensor | None]]) -> None:

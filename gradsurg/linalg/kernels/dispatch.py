@@ -85,14 +85,7 @@ def path(
     backend = choose("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
-    problem = _problem(
-        device,
-        dtypes,
-        sparse,
-        triton_is_available() if available is None else available,
-        is_interpreted() if interpreted is None else interpreted,
-        misfit,
-    )
+    problem = _problem(device, dtypes, sparse, available, interpreted, misfit)
     if problem and backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
     return "torch" if problem else "triton"
@@ -185,16 +178,17 @@ def _problem(
     device: torch.device,
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]],
     sparse: bool,
-    available: bool,
-    interpreted: bool,
+    available: bool | None,
+    interpreted: bool | None,
     misfit: str | None,
 ) -> str:
-    if not available:
+    if not (triton_is_available() if available is None else available):
         return "Triton is not installed (pip install triton)"
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+    if device.type == "cuda":
+        if problem := unfit(device) if misfit is None else misfit:
+            return problem
+    elif device.type != "cpu" or not (is_interpreted() if interpreted is None else interpreted):
         return f"the gradients are on {device}, not on a CUDA device"
-    if device.type == "cuda" and (problem := unfit(device) if misfit is None else misfit):
-        return problem
     if sparse:
         return "there are sparse gradients"
     for row, out in dtypes:

@@ -140,7 +140,7 @@ def launches_for(sizes: Sequence[int], chunk: int) -> list[tuple[int, int, int]]
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the numbers as a 1-D tensor on the device, uploaded once; nobody may write to it.
+    """Return the numbers as a 1-D tensor on the device, uploaded once; it must not be written to.
 
     torch.tensor(values, device="cuda") copies from memory that is not pinned, and so waits for everything launched.
     """
