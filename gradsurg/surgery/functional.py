@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from gradsurg.errors import choose
 from gradsurg.linalg.elementwise import elementwise_direction
 from gradsurg.linalg.gramian import gramian
-from gradsurg.normalize import Normalizer, resolve_normalizer
+from gradsurg.normalize import Normalizer, Unscaled, resolve_normalizer
 from gradsurg.solvers.problem import Problem
+from gradsurg.solvers.tolerances import ROUNDING_EXACT
 from gradsurg.surgery import Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
 from gradsurg.surgery.margin import Margin
 from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, settled
+from gradsurg.surgery.pipeline_small import MOST, knows, solve
 from gradsurg.surgery.priority import AUXILIARY, parse_levels
 
 __all__ = ["combine", "weights"]
@@ -27,6 +30,7 @@ __all__ = ["combine", "weights"]
 
 # The default margin. `is` tells it from every other margin, whatever its type, in 0.03 µs.
 _NO_MARGIN = 0.0
+_UNSCALED = Unscaled()
 _NOT_DRAWN_FROM = torch.Generator()
 
 
@@ -163,6 +167,10 @@ def _weights_plainly(gramian: Tensor, m: int, surgery: str | Surgery, generator:
         found = torch.frombuffer(array("d", known), dtype=torch.float64)
         return found if dtype is torch.float64 else found.to(dtype)
     surgery = _resolved(surgery)
+    # The cone of few tasks, by the function that solves the default step: 8 tasks take 50 µs, tensor by tensor 110.
+    if m <= MOST and knows(_UNSCALED, surgery) and isfinite(sum(map(sum, rows := gramian.tolist()))):
+        numbers = solve(rows, [1.0] * m, _UNSCALED, surgery.conflict_free, ROUNDING_EXACT)[0]
+        return torch.frombuffer(array("d", numbers), dtype=torch.float64).to(dtype)
     exact = gramian.detach().double()
     problem = Problem(exact, exact.new_ones(m), _names(m), generator=generator)
     found, _ = surgery.weights(problem, {})
