@@ -51,14 +51,13 @@ SWITCHES: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
 
 # Name -> (workload, rounds).
 WORKLOADS: dict[str, tuple[Callable[[], Workload], int]] = {
-    "perceptron, 0.1 M in 40 tensors, m = 2": (lambda: mlp(2), 400),
-    "perceptron, 0.1 M in 40 tensors, m = 4": (lambda: mlp(4), 400),
-    "perceptron, 0.1 M in 40 tensors, m = 8": (lambda: mlp(8), 300),
+    "perceptron, 0.1 M in 40 tensors, m = 2": (lambda: mlp(2), 1000),
+    "perceptron, 0.1 M in 40 tensors, m = 4": (lambda: mlp(4), 1000),
+    "perceptron, 0.1 M in 40 tensors, m = 8": (lambda: mlp(8), 800),
     "transformer, 5 M, m = 2": (lambda: transformer(2), 16),
-    "transformer, 5 M, m = 4": (lambda: transformer(4), 12),
     "transformer, 5 M, m = 8": (lambda: transformer(8), 8),
     "many tensors, 0.4 M in 400, m = 4": (lambda: mlp(4, parameters=400_000, tensors=400), 80),
-    "few large tensors, 20 M in 12, m = 2": (lambda: mlp(2, parameters=20_000_000, tensors=8), 24),
+    "few large tensors, 20 M in 8, m = 2": (lambda: mlp(2, parameters=20_000_000, tensors=8), 24),
     "few large tensors, 20 M in 12, m = 4": (lambda: mlp(4, parameters=20_000_000, tensors=12), 16),
 }
 
@@ -128,17 +127,21 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{conditions()}, 1 thread\n")
     for switch in options.switches or SWITCHES:
-        rows, worst = [], 0.0
+        rows, sure = [], {}
         for name, (workload, rounds) in WORKLOADS.items():
             if options.only not in name:
                 continue
             times = measure(switch, workload, int(rounds * options.rounds))
             costs = times.costs()
-            worst = max(worst, costs[0])
+            sure[name] = min(costs)  # all four figures have to say so
             rows.append([name, f"{1e3 * min(times.on):.2f}", *(f"{100 * x:+.1f} %" for x in costs)])
             print(switch, rows[-1], flush=True)
         titles = ["", "ms with it, least", "off costs, least", "first half", "second half", "median of the rounds"]
-        verdict = f"{switch}: at most {100 * worst:.1f} % of a step, {'stays' if worst >= NEEDED else 'goes'}"
+        best = max(sure, key=sure.__getitem__)
+        verdict = (
+            f"{switch} {'stays' if sure[best] >= NEEDED else 'goes'}: the four figures of one workload are all above "
+            f"{100 * sure[best]:.1f} % at best ({best}), and {100 * NEEDED:.0f} % is asked for"
+        )
         text = f"{switch}, switched on and off in turn\n\n{table(titles, rows)}\n\n{verdict}"
         print(f"\n{text}\n", flush=True)
         if not options.dry:
