@@ -6,8 +6,7 @@ import torch
 import gradsurg
 from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.copies import ParameterCopies, Part
-from gradsurg.guarantee.first_look import first_look
-from gradsurg.guarantee.update import project_update
+from gradsurg.guarantee.update import first_look, project_update
 from gradsurg.linalg.packing import GradientTable
 
 SHAPES = [(40_000,), (3, 5), (7,), (2, 4)]  # the first is not packed

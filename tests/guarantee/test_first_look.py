@@ -1,11 +1,11 @@
-"""A glance is right about who is clear of harm, and silent about everybody else."""
+"""The first look is right about the tasks that are clear of harm, and silent about all others."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsurg.guarantee.first_look import CLEAR, first_look
+from gradsurg.guarantee.update import CLEAR, first_look
 from gradsurg.linalg import reference
 from gradsurg.linalg.packing import GradientTable
 
