@@ -31,7 +31,7 @@ class Averaged:
         self._exchange: Exchange | None = None
         self._quiet = layout.quiet()
         self._results: tuple[Row, ...] = ()
-        self.held_gradients = HeldGradients(parameters)
+        self.held_gradients = HeldGradients(list(parameters))
 
     def __enter__(self) -> Averaged:
         self._quiet.__enter__()

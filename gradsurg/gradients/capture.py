@@ -14,13 +14,13 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
+from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.reachability import Reachability
+from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import ByParameter, Row, TaskRows, added
 from gradsurg.gradients.sentinel import Sentinel
 
 __all__ = ["Capture"]
-
-Held = list[tuple[Tensor, "Tensor | None"]]  # every parameter and what was in its p.grad
 
 
 class Capture:
@@ -40,35 +40,31 @@ class Capture:
         self.rows = TaskRows(row_dtype)
         self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
         self.reach = Reachability()
-        self.opened: object | None = None  # one token per run, while it lasts
         self.fresh = TaskRows(row_dtype)
+        self.recycled = Recycler()
+        self._held: HeldGradients | None = None  # while a run is open
+        self._parameters: list[Tensor] = []  # of that run, until p.grad is written
         self._foreign, self._next_foreign = Row(), Row()
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
         self._sentinel: Sentinel | None = None
-        self._held: Held = []
 
-    def open(self) -> None:
-        """Put p.grad of every parameter aside, so that backward passes start from nothing."""
-        if self.opened is not None:  # the backward pass that opened it died, and nobody told us
-            self.abort()
-        self._was_live = self.is_live()
-        self._held = [(p, p.grad) for p in self.parameters()]
-        self._next_foreign = self._foreign_among(self._held)
+    def open(self, parameters: list[Tensor]) -> None:
+        """Take p.grad of every parameter away, so that backward passes start from nothing."""
+        self._was_live = self.is_live(parameters)
+        self._next_foreign = self._foreign_among(parameters)
+        self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = TaskRows(self.row_dtype)
-        for p, _ in self._held:
-            p.grad = None
-        self.opened = object()
 
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""
-        row = self._lift()
+        row = self.lift()
         if anything_compiled():
             self.fresh.leave_blank(self.reach.sift(name, row))
         self.fresh.add(name, row)
 
     def take_plain(self) -> None:
         """Move what is in p.grad to the gradients that take no part in surgery."""
-        for p, g in self._lift().items():
+        for p, g in self.lift().items():
             other = self._next_foreign.get(p)
             self._next_foreign[p] = g if other is None else added(other, g)
 
@@ -89,11 +85,6 @@ class Capture:
         return list(self.unsent) if self._was_live else []
 
     @property
-    def held(self) -> list[Tensor]:
-        """The parameters whose p.grad is put aside, in the run that is open."""
-        return [p for p, _ in self._held]
-
-    @property
     def foreign(self) -> Row:
         """What others put into p.grad, in the run that is open."""
         return self._next_foreign
@@ -105,7 +96,7 @@ class Capture:
             self.fresh.add(name, row)
         self._next_foreign = foreign
 
-    def commit(self, sent: bool | None = None) -> Held:
+    def commit(self, sent: bool | None = None) -> HeldGradients:
         """Make the fresh rows part of the rows and return what was in p.grad; it is None now.
 
         Args:
@@ -124,24 +115,19 @@ class Capture:
         else:
             self.rows = self.fresh
         held = self._held
+        assert held is not None
         self._close()
         return held
 
-    def abort(self, opened: object = None) -> None:
-        """Drop the fresh rows and give p.grad back as it was; `opened` limits this to the run of that token."""
-        if self.opened is None or (opened is not None and opened is not self.opened):
-            return
-        self.give_back(self._held)
-        self._close()
-
-    def give_back(self, held: Held) -> None:
-        """Set p.grad to what it was."""
-        for p, gradient in held:
-            p.grad = gradient
+    def abort(self) -> None:
+        """Drop the fresh rows and give p.grad back as it was."""
+        if self._held is not None:
+            self._held.restore()
+            self._close()
 
     def write(self, result: Row) -> None:
         """Set p.grad to the result plus what is foreign, for every parameter that has either."""
-        parameters = self.parameters()
+        parameters, self._parameters = self._parameters or self.parameters(), []
         totals = result.at(parameters)
         if self._foreign:
             totals = list(map(_sum_of, totals, self._foreign.at(parameters)))
@@ -154,7 +140,8 @@ class Capture:
 
     def write_pending(self) -> None:
         """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
-        somewhere = [p for p in self.parameters() if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
+        parameters = self._parameters or self.parameters()
+        somewhere = [p for p in parameters if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
         reached = [p for p in somewhere if on_every_rank(p)]
         if somewhere and not reached:
             raise MultiTaskError(
@@ -190,13 +177,13 @@ class Capture:
         """Whether there are rows, alive or not."""
         return bool(len(self.rows) or len(self.unsent))
 
-    def is_live(self) -> bool:
-        """Whether the rows still stand for what is in p.grad."""
+    def is_live(self, parameters: list[Tensor] | None = None) -> bool:
+        """Whether the rows still stand for what is in p.grad of the parameters."""
         if not self.has_rows() or not self._written:
             return False
         if self._sentinel is not None:
             return self._sentinel.fate() != "gone"
-        parameters = self.parameters()
+        parameters = self.parameters() if parameters is None else parameters
         return all(map(_is_untouched, parameters, self._written.at(parameters)))
 
     def still_ours(self, p: Tensor) -> bool:
@@ -208,11 +195,11 @@ class Capture:
         """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
         return self._sentinel is not None and self._sentinel.fate() == "scaled"
 
-    def _foreign_among(self, held: Held) -> Row:
+    def _foreign_among(self, parameters: list[Tensor]) -> Row:
         """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
         if self._was_live and self._sentinel is None:
             return self._foreign.copy()
-        standing = Row((p, g) for p, g in held if g is not None)
+        standing = Row((p, p.grad) for p in parameters if p.grad is not None)
         if self._was_live and self._sentinel is not None:
             standing.pop(self._sentinel.parameter)
             below = self._sentinel.below()
@@ -220,19 +207,13 @@ class Capture:
                 standing[self._sentinel.parameter] = below
         return standing
 
-    def _lift(self) -> Row:
-        lifted = []
-        for p, _ in self._held:
-            gradient = p.grad
-            if gradient is not None:
-                p.grad = None
-                lifted.append((p, gradient))
-        return Row(lifted)
+    def lift(self) -> Row:
+        """Return what backward passes left in p.grad since the run was opened, and leave it empty."""
+        return Row() if self._held is None else self._held.lift()
 
     def _close(self) -> None:
-        if self.opened is not None:
-            self._held, self._next_foreign, self.fresh = [], Row(), TaskRows(self.row_dtype)
-            self.opened = None
+        if self._held is not None:
+            self._held, self._next_foreign, self.fresh = None, Row(), TaskRows(self.row_dtype)
 
 
 def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:

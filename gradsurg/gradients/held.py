@@ -1,4 +1,4 @@
-"""p.grad put aside while backward passes run whose result is added to it, as a plain backward would add its own."""
+"""p.grad, taken away while backward passes run, and given back: as it was, or with their result added."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ __all__ = ["HeldGradients", "deposit"]
 
 
 class HeldGradients:
-    """What stands in p.grad, put aside; `add` gives it back with a result added, `restore` as it was.
+    """What stood in p.grad of some parameters; p.grad is None from now on.
 
-    Unlike Capture it keeps no rows from one backward to the next: micro-batches add up in p.grad alone.
+    Args:
+        parameters: The parameters. The list itself is kept.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
         self._standing = [(p, p.grad) for p in parameters]
         for p, _ in self._standing:
             p.grad = None

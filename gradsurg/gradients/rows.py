@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -167,6 +168,30 @@ class TaskRows:
             twice.update(once.intersection(row.ids()))
             once.update(row.ids())
         return [p for p in parameters if id(p) in twice]
+
+    def split(self, parameters: Sequence[Tensor], declared: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Row]:
+        """Return the shared parameters, and the plain gradients of all others that a task reached.
+
+        Args:
+            parameters: What is trained.
+            declared: Those that count as shared if a task reached them; None is those that at least two tasks reached.
+        """
+        if declared is None:
+            shared = self.shared(parameters)
+        else:
+            members = set(map(id, declared))
+            shared = [p for p in parameters if id(p) in members and self.of(p)]
+        members = set(map(id, shared))
+        own = Row()
+        for p in parameters:
+            if id(p) not in members and (gradients := self.of(p)):
+                own[p] = functools.reduce(added, gradients)
+        own.update(self.untouched())
+        return shared, own
+
+    def untouched(self) -> Row:
+        """Return the zeros that compiled code returned for parameters that no task reached."""
+        return Row() if self.blank is None else Row((p, zeros) for p, zeros in self.blank.items() if not self.of(p))
 
     def table(self, parameters: Sequence[Tensor]) -> GradientTable:
         """Return m lists of one gradient (or None) per parameter."""

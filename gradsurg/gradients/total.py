@@ -9,46 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.compile import graph_is_kept, in_compiled_autograd, outside_compilation
+from gradsurg.gradients.compile import in_compiled_autograd, outside_compilation
 
-__all__ = ["Finish", "Total", "at_end_of_backward", "at_once", "pass_in_progress"]
-
-Finish = Callable[[Callable[[], None], Callable[[], None]], None]  # at_end_of_backward or at_once
+__all__ = ["Total", "at_end_of_backward", "pass_in_progress"]
 
 
 class Total(torch.autograd.Function):
     """The node behind total(losses): its backward runs the tasks' own backward passes, one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: Callable[[Tensor, bool], None], value: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, anchor: Tensor, run: Callable[[Tensor], None], value: Tensor) -> Tensor:  # noqa: D102
         ctx.run = run
-        ctx.run_tasks = outside_compilation(_run_tasks)  # found here, where torch.compile does not look
         ctx.set_materialize_grads(False)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:  # noqa: D102
         if gradient is not None:
-            ctx.run_tasks(ctx, gradient)
+            ctx.run(gradient)
         return None, None, None
-
-
-def _run_tasks(ctx: Any, gradient: Tensor) -> None:
-    if torch.is_grad_enabled():
-        raise MultiTaskError(
-            "create_graph=True cannot pass through total(losses): surgery is not differentiable. Call "
-            "backward() on it without create_graph."
-        )
-    if ctx.run is None:
-        raise MultiTaskError(
-            "backward() ran through this total(losses) a second time: build it anew from this step's losses, or "
-            "pass retain_graph=True the first time."
-        )
-    keep = graph_is_kept()
-    ctx.run(gradient, keep)
-    if not keep:
-        ctx.run = None
 
 
 class _AtEnd:
@@ -82,11 +61,6 @@ def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], Non
         callback()
     else:
         queue(_AtEnd(functools.partial(outside_compilation(_call), callback), abandoned))
-
-
-def at_once(callback: Callable[[], None], _: Callable[[], None]) -> None:
-    """Run `callback` now: there is no enclosing backward pass."""
-    callback()
 
 
 def pass_in_progress() -> int:

@@ -131,7 +131,7 @@ class History:
     def _after_step(self, optimizer: MultiTaskOptimizer) -> None:
         engine = optimizer._gradsurg
         latest = engine.latest
-        if engine.stepped or latest is None or latest is self._last:
+        if engine.step.stepped or latest is None or latest is self._last:
             return  # another optimizer has yet to use the same rows, or no surgery was done in this step
         if latest.step % self.every == 0:
             self.record(engine.report)

@@ -1,11 +1,10 @@
-"""How gradients come in: through losses, a block of ordinary backward calls, or rows that were computed elsewhere."""
+"""Gradients come in: from losses, from a block of ordinary backward calls, or as rows that were computed elsewhere."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,215 +12,144 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.gradients.compile import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.gradients.hooks import hooked_among, refusing_steps_in_backward
-from gradsurg.gradients.losses import Compute, check_row, detached, seed_of, task_name
-from gradsurg.gradients.total import Finish, at_once, pass_in_progress
-from gradsurg.optimizer.cheap.batched import run_batched
-from gradsurg.optimizer.cheap.features import run_on_features
-from gradsurg.optimizer.cheap.reuse import reusable, run_reused
-from gradsurg.optimizer.engine import refuse_nesting, refuse_scaled_sentinel
+from gradsurg.gradients.losses import Compute, check_row, check_scalar, detached, seed_of, task_name
+from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.run import Run
 from gradsurg.surgery.priority import check_names
 
-if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Engine
-from gradsurg.gradients.losses import check_scalar
-
-__all__ = ["evaluate", "explain", "refuse_cheap", "run_backward", "set_rows", "task_block"]
+__all__ = ["OneByOne", "run_backward", "set_rows", "task_block"]
 
 
-Task = Tensor | Compute | None
-
-
-def run_backward(
-    engine: Engine,
-    losses: Mapping[str, Task],
-    plain: Tensor | None = None,
-    features: list[Tensor] | None = None,
-    gradient: Tensor | None = None,
-    retain_graph: bool = False,
-    finish: Finish | None = None,
-) -> None:
-    """Let gradients in by the way that the options and the step call for; arguments as for `_run`."""
-    refuse_nesting(engine, "total() or backward()")
-    if engine.bringing:
-        raise MultiTaskError(
-            "a loss that total() or backward() was given holds a total(losses) of the same optimizer: hand over the "
-            "losses that it was made of"
-        )
-    engine.bringing = True
-    try:
-        _run_backward(engine, losses, plain, features, gradient, retain_graph, finish)
-    finally:
-        engine.bringing = False
-
-
-def _run_backward(
-    engine: Engine,
-    losses: Mapping[str, Task],
-    plain: Tensor | None,
-    features: list[Tensor] | None,
-    gradient: Tensor | None,
-    retain_graph: bool,
-    finish: Finish | None,
-) -> None:
-    tensors = {name: loss for name, loss in losses.items() if isinstance(loss, Tensor)}
-    if features is not None:
-        run_on_features(engine, tensors, features, plain, gradient, retain_graph, finish)
-        return
-    present = {name: loss for name, loss in tensors.items() if loss.requires_grad}
-    reuse = reusable(engine, present)
-    if reuse is None or not run_reused(engine, present, reuse, plain, gradient, retain_graph, finish):
-        _run(engine, losses, plain, gradient, retain_graph, finish)
-
-
-def _run(
-    engine: Engine,
-    losses: Mapping[str, Task],
-    plain: Tensor | None = None,
-    gradient: Tensor | None = None,
-    retain_graph: bool = False,
-    finish: Finish | None = None,
-) -> None:
-    """Run the tasks' backward passes into fresh rows, then surgery; on any error p.grad is as before.
+def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> None:
+    """Run the tasks' backward passes and the surgery, in the way that wrap() chose; on any error p.grad is as before.
 
     Args:
         engine: Whose rows they become.
-        losses: Name -> loss, or a function that computes it; those that are None or do not require grad are absent.
-        plain: A loss that takes no part in surgery.
-        gradient: What to scale every loss by, as autograd hands it to a scaled total.
-        retain_graph: Keep the graph for another run.
-        finish: Called with (what to do when the enclosing backward pass is complete, what to do if it dies).
+        run: What the user handed in.
+        gradient: What to scale every loss by, as autograd hands it to a scaled total; None is 1.
     """
-    engine.lay_out()
-    refuse_scaled_sentinel(engine)
-    engine.introduce(losses)
-    given = {
-        name: task
-        for name, task in losses.items()
-        if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
-    }
-    due = engine.rotation.choose(engine.turns(list(given)), gradient)
-    passes: list[tuple[str | None, Tensor | Compute]] = [(name, given[name]) for name in due if name in given]
-    if plain is not None and plain.requires_grad:
-        passes.append((None, plain))
-    known = {name: detached(loss) for name, loss in losses.items() if isinstance(loss, Tensor)}
-    engine.unrun = 0
-    joining = engine.capture.opened is not None and engine.outer_pass == pass_in_progress()
-    if joining:  # a second total in one backward pass, while the first waits for its end
-        engine.capture.take_plain()
-    else:
-        engine.abort()  # of a backward pass that died, where nobody told us
-        engine.capture.open()
-        engine.outer_pass = pass_in_progress()
-    engine.joined = joining
-    try:
-        if not joining:
-            engine.session.start([which for which, _ in passes if which is not None], engine.deferring > 0)
-            if engine.batched.works is not False and _run_batched(engine, passes, gradient, retain_graph):
-                passes = [(which, task) for which, task in passes if which is None]
-        retained = retain_graph or sum(isinstance(task, Tensor) for _, task in passes) > 1
-        watch = Watch([task for _, task in passes if isinstance(task, Tensor)] if retained else [])
-        hooked = hooked_among(engine.capture.held)
-        for i, (which, task) in enumerate(passes):
-            if not isinstance(task, Tensor):
-                known.update(_run_function(engine, str(which), task, retain_graph))
-            else:
-                keep = retain_graph or any(isinstance(later, Tensor) for _, later in passes[i + 1 :])
-                with engine.session.layout.quiet(), advise(), refusing_steps_in_backward(hooked):
-                    torch.autograd.backward(task, seed_of(gradient, task), retain_graph=keep)
-                if keep:
-                    watch.check(task, "plain=" if which is None else repr(which))
-                if which is None:
-                    engine.capture.take_plain()
+    engine.refuse_nesting("total() or backward()")
+    run.begin(gradient)
+    with engine.doing("total"):
+        engine.lay_out()
+        engine.learn(run.losses)
+        (run.way or engine.passes.run)(engine, run)
+    run.end()
+
+
+class OneByOne:
+    """One ordinary backward pass per task, in the order of the losses."""
+
+    def fresh(self) -> OneByOne:
+        """Return the same way without memory."""
+        return type(self)()
+
+    def run(self, engine: Engine, run: Run) -> None:
+        """Fill one row per task; the surgery follows when the enclosing backward pass is complete."""
+        passes = engine.open_or_join(run)
+        with undoing(engine, run):
+            if not run.joins:
+                engine.session.start([name for name, _ in passes if name is not None], engine.deferring > 0)
+                passes = self.together(engine, run, passes)
+            tensors = [task for _, task in passes if isinstance(task, Tensor)]
+            watch = Watch(tensors if run.retain_graph or len(tensors) > 1 else [])
+            left = len(tensors)
+            for name, task in passes:
+                if isinstance(task, Tensor):
+                    left -= 1
+                    # Another loss may need what this loss's graph shares with it.
+                    keep = run.retain_graph or left > 0
+                    torch.autograd.backward(task, seed_of(run.gradient, task), retain_graph=keep)
+                    if keep:
+                        watch.check(task, "plain=" if name is None else repr(name))
                 else:
-                    engine.capture.take(which)
-            if which is not None and not joining:
-                engine.session.captured(which)
-        if not known and plain is None and not engine.session.layout.several:
-            raise ValueError(f"no function of {list(losses)} returned a loss that requires grad")
+                    run.known.update(_run_function(engine, run, str(name), task))
+                engine.take(run, name)
+            if not run.known and run.plain is None and not engine.session.layout.several:
+                raise ValueError(f"no function of {list(run.losses)} returned a loss that requires grad")
+        engine.step.losses = run.known
+        if not run.joins:
+            run.when_done(engine.finish, functools.partial(engine.abort, None, run))
+
+    def together(
+        self, engine: Engine, run: Run, passes: list[tuple[str | None, Tensor | Compute]]
+    ) -> list[tuple[str | None, Tensor | Compute]]:
+        """Run as many of the passes as can be run as one; return the others, here all."""
+        return passes
+
+    def end_step(self, engine: Engine) -> None:
+        """Do nothing: passes of one step do not depend on the last."""
+
+
+@contextmanager
+def undoing(engine: Engine, run: Run) -> Iterator[None]:
+    """One guard around all backward passes of a run: on any error the run is dropped, and p.grad is as before."""
+    try:
+        with (
+            engine.session.layout.quiet(),
+            advise(),
+            refusing_steps_in_backward(hooked_among(run.parameters)),
+        ):
+            yield
     except BaseException as error:
         engine.abort(error)
         raise
-    engine.losses = known
-    if not joining:
-        (finish or at_once)(engine.finish, functools.partial(engine.abort, None, engine.capture.opened))
 
 
-def _run_batched(
-    engine: Engine, passes: Sequence[tuple[str | None, Tensor | Compute]], gradient: Tensor | None, retain_graph: bool
-) -> bool:
-    """Run the passes of all tasks as one where that can be done, and say whether it was."""
-    losses = {which: task for which, task in passes if which is not None and isinstance(task, Tensor)}
-    tasks = sum(which is not None for which, _ in passes)
-    if len(losses) < tasks:
-        engine.batched.give_up("functions are computed and run one by one")
-        return False
-    return run_batched(engine, losses, gradient, retain_graph or len(passes) > tasks)
-
-
-def _run_function(engine: Engine, name: str, compute: Compute, retain_graph: bool) -> dict[str, Tensor]:
-    """Compute a task's loss and run its backward pass; return the loss by name, or nothing where it is absent."""
-    opened, engine.computing = engine.capture.opened, name
-    try:
-        with engine.session.layout.quiet():
-            loss = evaluate(name, compute)
-    finally:
-        engine.computing = None
-    if engine.capture.opened is not opened:
+def _run_function(engine: Engine, run: Run, name: str, compute: Compute) -> dict[str, Tensor]:
+    """Compute a task's loss and run its backward pass; return the loss by name, or nothing if it is absent."""
+    opened = engine.run
+    with engine.doing("function", name), torch.enable_grad():
+        found = compute()
+    loss = None if found is None else check_scalar(f"losses[{name!r}]()", found)
+    if engine.run is not opened:
         raise MultiTaskError(f"the function of {name!r} called zero_grad() or step(): it must only compute a loss")
-    if loss is None:
+    if loss is None or not loss.requires_grad:
         return {}
     try:
-        with engine.session.layout.quiet():
-            torch.autograd.backward(loss, retain_graph=retain_graph)
+        torch.autograd.backward(loss, retain_graph=run.retain_graph)
     except RuntimeError as error:
-        raise explain(name, error) from error
-    engine.capture.take(name)
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise MultiTaskError(
+            f"the function of {name!r} reads tensors that another function's backward pass went through already: "
+            "compute them anew inside of each function, or pass retain_graph=True to keep what they share"
+        ) from error
     return {name: detached(loss)}
 
 
 @contextmanager
 def task_block(engine: Engine, name: str) -> Iterator[None]:
     """Send what happens to p.grad inside this block to one task's row."""
-    refuse_nesting(engine, "task()")
-    refuse_cheap(engine, "task()")
+    engine.refuse_nesting("task()")
+    _refuse_cheap(engine, "task()")
     engine.lay_out()
-    refuse_scaled_sentinel(engine)
+    engine.refuse_scaled_sentinel()
     name = task_name("task()", name)
     declared = engine.options.tasks
     if declared is not None and name not in declared:
         raise unknown_name("task()", name, declared)
-    engine.abort()
-    engine.capture.open()
-    engine.in_task = True
+    run = Run()
+    engine.open(run)
     # Until something is compiled, only a task's first block is watched: there the first compilation may happen.
-    watched = engine.parameters() if anything_compiled() or name not in engine.met else []
-    engine.met.add(name)
-    try:
-        with (
-            engine.session.layout.quiet(),
-            advise(),
-            noticing_kept_graphs(watched),
-            refusing_steps_in_backward(hooked_among(engine.parameters())),
-        ):
-            yield
-    except BaseException as error:
-        engine.abort(error)
-        raise
-    finally:
-        engine.in_task = False
+    key = f"task {name}"
+    watched = run.parameters if anything_compiled() or key not in engine.told else []
+    engine.told.add(key)
+    with engine.doing("task", name), undoing(engine, run), noticing_kept_graphs(watched):
+        yield
     engine.learn([name])
     engine.capture.take(name)
-    waiting = declared is not None and not {*engine.entered, name}.issuperset(declared)
+    waiting = declared is not None and not {*engine.step.entered, name}.issuperset(declared)
     engine.finish(defer=waiting or engine.deferring > 0)
-    if engine.pending:
-        engine.entered.add(name)
+    if engine.step.pending:
+        engine.step.entered.add(name)
 
 
 def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Take rows that were computed elsewhere."""
-    refuse_nesting(engine, "set_gradients()")
-    refuse_cheap(engine, "set_gradients()")
-    refuse_scaled_sentinel(engine)
+    engine.refuse_nesting("set_gradients()")
+    _refuse_cheap(engine, "set_gradients()")
+    engine.refuse_scaled_sentinel()
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
     gradients = {task_name("gradients", name): tensors for name, tensors in gradients.items()}
@@ -229,16 +157,17 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
         check_names((tuple(gradients),), engine.options.tasks, "gradients")
     parameters = engine.parameters() if engine.options.shared is None else list(engine.options.shared)
     rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
-    engine.introduce(rows)
+    engine.check_names(rows)
     engine.lay_out()
-    engine.capture.open()
+    engine.learn(rows)
+    engine.open(Run())
     for name, row in rows.items():
         engine.capture.give(name, row)
-    engine.losses = {}
+    engine.step.losses = {}
     engine.finish()
 
 
-def refuse_cheap(engine: Engine, what: str) -> None:
+def _refuse_cheap(engine: Engine, what: str) -> None:
     """Refuse rows from outside in the modes that save backward passes: these choose which ones run."""
     for option, value, off in (
         ("refresh_every", engine.options.refresh_every, 1),
@@ -249,25 +178,3 @@ def refuse_cheap(engine: Engine, what: str) -> None:
                 f"{what} brings gradients that are computed already, so {option}={value} could save nothing: use "
                 f"total() or backward(), or wrap without {option}="
             )
-
-
-def evaluate(name: str, compute: Compute) -> Tensor | None:
-    """Return the loss that a function computes now; None where the task is absent from this step.
-
-    Raises:
-        ValueError: What it returns is no real scalar tensor.
-    """
-    with torch.enable_grad():
-        loss = compute()
-    loss = None if loss is None else check_scalar(f"losses[{name!r}]()", loss)
-    return loss if loss is not None and loss.requires_grad else None
-
-
-def explain(name: str, error: RuntimeError) -> BaseException:
-    """Return what to raise where a function's backward pass found its graph used up."""
-    if "backward through the graph a second time" not in str(error):
-        return error
-    return MultiTaskError(
-        f"the function of {name!r} reads tensors that another function's backward pass went through already: compute "
-        "them anew inside of each function, or pass retain_graph=True to keep what they share"
-    )

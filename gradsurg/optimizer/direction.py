@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.layout import ALONE
-from gradsurg.gradients.rows import Row, added
+from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.combine import combine
@@ -32,21 +31,14 @@ __all__ = ["compute_direction"]
 def compute_direction(inputs: StepInputs) -> StepResult:
     """Turn rows into gradients: surgery on what tasks share, everybody's own gradient elsewhere."""
     rows = inputs.rows
-    shared = _shared(inputs)
-    members = set(map(id, shared))
-    own = Row(
-        (p, functools.reduce(added, gradients))
-        for p in inputs.parameters
-        if id(p) not in members and (gradients := rows.of(p))
-    )
-    if rows.blank is not None:
-        own.update(Row((p, zeros) for p, zeros in rows.blank.items() if not rows.of(p)))
-    if not shared:
-        return StepResult(own, unmeasured(inputs))
-    if len(rows) == 1:  # nobody to protect it from: bit for bit the plain optimizer
+    if len(rows) == 1:  # no other task to protect from it: to the bit what the plain optimizer gets
         (name,) = rows
         preference = inputs.options.preferences.get(name, 1.0)
-        own.update(Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items()))
+        own = Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items())
+        own.update(rows.untouched())
+        return StepResult(own, unmeasured(inputs))
+    shared, own = rows.split(inputs.parameters, inputs.options.shared)
+    if not shared:
         return StepResult(own, unmeasured(inputs))
     blocks = _blocks(inputs, shared)
     if _path(inputs, shared) == "triton":
@@ -90,10 +82,10 @@ def _compute_on_host(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResu
     for block, table, weights, cancelled in zip(
         blocks, tables, direction.weights.tolist(), direction.cancellation.tolist(), strict=True
     ):
-        u = combine(table, weights, block, exact=cancelled > CANCELLATION_SUM, into=inputs.spare.take(block))
+        u = combine(table, weights, block, exact=cancelled > CANCELLATION_SUM, into=inputs.recycled.take(block))
         gradients.update(Row(zip(block, u, strict=True)))
     if not inputs.layout.several:  # else these are slices, of which nobody has a use
-        inputs.spare.keep(gradients.items())
+        inputs.recycled.keep(gradients.items())
     report = later(inputs, blocks, problem, direction)
     if not finite:
         return StepResult(gradients, report)
@@ -171,16 +163,6 @@ def _elementwise(
     )
     constraint = UpdateConstraint(inputs.rows, blocks, problem.gramian, allowed, inputs.layout, pipeline.margin)
     return StepResult(gradients, report, constraint, state)
-
-
-def _shared(inputs: StepInputs) -> list[Tensor]:
-    rows, declared = inputs.rows, inputs.options.shared
-    if declared is not None:
-        members = set(map(id, declared))
-        return [p for p in inputs.parameters if id(p) in members and rows.of(p)]
-    if len(rows) == 1:
-        return [p for p in inputs.parameters if rows.of(p)]
-    return rows.shared(inputs.parameters)
 
 
 def _blocks(inputs: StepInputs, shared: list[Tensor]) -> list[list[Tensor]]:

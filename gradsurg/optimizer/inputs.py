@@ -36,7 +36,7 @@ class StepInputs:
         skipped: Tasks left out of this step because of NaN or infinity.
         names: id of a parameter -> what the report calls it, for granularity="tensor".
         layout: What of rows and parameters this rank holds.
-        spare: Memory of the last direction.
+        recycled: Memory of the last direction.
     """
 
     rows: TaskRows
@@ -49,7 +49,7 @@ class StepInputs:
     skipped: tuple[str, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     layout: Layout = ALONE
-    spare: Recycler = field(default_factory=Recycler)
+    recycled: Recycler = field(default_factory=Recycler)
 
 
 @dataclass(frozen=True)

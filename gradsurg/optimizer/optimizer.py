@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.distributed.detect import several_ranks
+from gradsurg.gradients.compile import outside_compilation
 from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
-from gradsurg.gradients.total import Total, at_end_of_backward
+from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
-from gradsurg.optimizer.cheap.features import check_features
+from gradsurg.optimizer.cheap.features import check_features, run_on_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import Report
+from gradsurg.optimizer.run import Run
 
 __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
 
@@ -71,13 +73,14 @@ class MultiTaskOptimizer(Optimizer):
         if not torch.is_grad_enabled() or not (trainable or others):
             return value.clone()
         given = None if features is None else check_features(features, engine.options)
-        engine.introduce(parsed)
-        engine.lay_out()
-        engine.unrun += 1
+        engine.check_names(parsed)
+        engine.step.unrun += 1
+        run = Run(parsed, plain, given, None if given is None else run_on_features, nested=True)
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
-        run = functools.partial(_run_nested, engine, parsed, plain, given)
-        return cast(Tensor, Total.apply(anchor, run, value))  # type: ignore[no-untyped-call]
+        # Found here, because torch.compile does not look here.
+        start = functools.partial(outside_compilation(run_backward), engine, run)
+        return cast(Tensor, Total.apply(anchor, start, value))  # type: ignore[no-untyped-call]
 
     def backward(
         self,
@@ -122,7 +125,9 @@ class MultiTaskOptimizer(Optimizer):
         trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
         if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
-        run_backward(engine, parsed, plain, given, retain_graph=retain_graph)
+        engine.check_names(parsed)
+        way = None if given is None else run_on_features
+        run_backward(engine, Run(parsed, plain, given, way, retain_graph=retain_graph))
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:
@@ -212,7 +217,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and rows alike; see torch.optim.Optimizer.zero_grad."""
-        if not self._gradsurg.stepped:  # else other optimizers have yet to step, and be judged by the same rows
+        if not self._gradsurg.step.stepped:  # else other optimizers have yet to step, and be judged by the same rows
             self._gradsurg.forget()
         super().zero_grad(set_to_none=set_to_none)
 
@@ -268,17 +273,6 @@ def report(optimizer: Any) -> Report | None:
     Example: see `gradsurg.total`.
     """
     return find_wrapped(optimizer).report
-
-
-def _run_nested(
-    engine: Engine,
-    losses: dict[str, Tensor | None],
-    plain: Tensor | None,
-    features: list[Tensor] | None,
-    gradient: Tensor,
-    keep: bool,
-) -> None:
-    run_backward(engine, losses, plain, features, gradient, retain_graph=keep, finish=at_end_of_backward)
 
 
 def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:

@@ -1,51 +1,51 @@
-"""The optimizer's own step: what comes before it, what it is judged by after, and what is put back where it fails."""
+"""The optimizer's own step: what comes before it, what its update is held to, and what is put back if it fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from gradsurg.errors import MultiTaskError
+from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.param_groups import trained
+from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.guarantee.copies import ParameterCopies, Snapshot
+from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.report import DeferredReport, Report
 
-if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Engine
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-from gradsurg.errors import warn
-
-__all__ = [
-    "after_step",
-    "before_step",
-    "take_back",
-    "warn_of_foreign_gradients",
-    "warn_of_no_losses",
-    "warn_of_unknown_names",
-    "warn_of_unrun_totals",
-    "watch",
-]
+__all__ = ["Attempt", "after_step", "before_step", "take_back", "watch"]
 
 
-def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCopies:
-    """Finish what is pending and return copies of the parameters, by which the step is judged or undone."""
-    if engine.in_task:
+@dataclass(eq=False)
+class Attempt:
+    """One call of step(), until it has worked or was undone.
+
+    Attributes:
+        copies: The parameters before it, by which it is judged or undone; none if neither is asked for.
+        snapshot: With atomic=True, all that it may write.
+        first: After the first evaluation of a closure: by what the whole step is judged, and the report of it.
+    """
+
+    copies: ParameterCopies
+    snapshot: Snapshot | None = None
+    first: tuple[UpdateConstraint | None, Report | DeferredReport | None] | None = None
+
+
+def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
+    """Finish what is pending and copy what the step is judged by, or undone with."""
+    if engine.busy is not None and engine.busy[0] == "task":
         raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
-    engine.abort()  # of a backward pass that died, where nobody told us
+    engine.abort()  # a run whose backward pass died without telling us
     engine.finish_pending()
     if not closure:
-        warn_of_unrun_totals(engine)
-    warn_of_unknown_names(engine)
-    engine.first = None
-    before = _copies(engine, optimizer, closure)
-    engine.snapshot = Snapshot(optimizer, before.row) if engine.options.atomic else None
-    return before
+        _warn_of_unrun_totals(engine)
+    _warn_of_unknown_names(engine)
+    copies = _copies(engine, optimizer, closure)
+    return Attempt(copies, Snapshot(optimizer, copies.row) if engine.options.atomic else None)
 
 
 def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCopies:
@@ -53,47 +53,45 @@ def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCop
         return ParameterCopies()
     if closure:  # which parameters are shared is known only once the closure has run
         return ParameterCopies(trained(optimizer))
-    if engine.constraint is None:
+    if engine.step.constraint is None:
         return ParameterCopies()
     mine = trained(optimizer)
-    judged = engine.constraint.among(mine)
+    judged = engine.step.constraint.among(mine)
     if not any(map(engine.capture.still_ours, judged)):
-        warn_of_foreign_gradients(judged)
+        _warn_of_foreign_gradients(judged)
         return ParameterCopies()
-    return ParameterCopies([p for p in mine if p.grad is not None], engine.constraint.packs())
+    return ParameterCopies([p for p in mine if p.grad is not None], engine.step.constraint.packs())
 
 
-def watch(engine: Engine, closure: Callable[[], Any]) -> Callable[[], Any]:
+def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Callable[[], Any]:
     """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
 
     def watched() -> Any:
-        if engine.first is not None:  # an optimizer that evaluates again: this evaluation gets rows of its own
+        if attempt.first is not None:  # an optimizer that evaluates again: this evaluation gets rows of its own
             engine.capture.part_with_rows()
         value = closure()
         engine.finish_pending()
-        if engine.first is None:
-            engine.first = (engine.constraint, engine.latest)
+        if attempt.first is None:
+            attempt.first = (engine.step.constraint, engine.latest)
         return value
 
     return watched
 
 
-def after_step(engine: Engine, optimizer: Optimizer, before: ParameterCopies) -> None:
+def after_step(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
     """Project the movement, then let the rows go."""
-    engine.snapshot = None
     if _only_builds_state(engine, optimizer):
         return
-    warn_of_unrun_totals(engine)
-    warn_of_no_losses(engine)
-    if engine.first is not None:
-        engine.constraint, engine.latest = engine.first
-        engine.first = None
-    if len(before) and engine.constraint is not None:
-        movement = engine.constraint.enforce(optimizer, before)
+    _warn_of_unrun_totals(engine)
+    _warn_of_no_losses(engine)
+    if attempt.first is not None:
+        engine.step.constraint, engine.latest = attempt.first
+    if len(attempt.copies) and engine.step.constraint is not None:
+        movement = engine.step.constraint.enforce(optimizer, attempt.copies)
         if engine.latest is not None and movement is not None:
             engine.latest = engine.latest.with_movement(movement)
-    engine.stepped.add(id(optimizer))
-    if all(id(other) in engine.stepped for other in engine.optimizers):
+    engine.step.stepped.add(id(optimizer))
+    if all(id(other) in engine.step.stepped for other in engine.optimizers):
         _end_of_step(engine)
 
 
@@ -101,7 +99,7 @@ def _only_builds_state(engine: Engine, optimizer: Optimizer) -> bool:
     """Tell whether a step had no task and no learning rate above 0.
 
     torch.distributed.checkpoint makes such a step to have an optimizer's state built, with plain SGD at every
-    checkpoint. Were it counted, a run that is saved would draw other random numbers than one that is not.
+    checkpoint. If it were counted, a run that is saved would draw other random numbers than one that is not.
     """
     if engine.latest is not None and engine.latest.step == engine.checkpoint.step:
         return False
@@ -109,47 +107,45 @@ def _only_builds_state(engine: Engine, optimizer: Optimizer) -> bool:
 
 
 def _is_zero(rate: object) -> bool:
-    # Where the rate was a tensor it puts one on the CPU; one on a device is not read, which would wait for it.
+    # A rate on a device is not read, because reading it would wait for the device.
     if isinstance(rate, torch.Tensor):
         return rate.device.type == "cpu" and not rate.any()
     return rate == 0
 
 
-def take_back(engine: Engine, optimizer: Optimizer, before: ParameterCopies) -> None:
-    """Undo what a failed step did to that of which there is a copy; rows stay for another try."""
-    if engine.snapshot is not None:
-        engine.snapshot.restore()
-        engine.snapshot = engine.first = None
+def take_back(optimizer: Optimizer, attempt: Attempt) -> None:
+    """Undo what a failed step did to everything of which there is a copy; rows stay for another try."""
+    if attempt.snapshot is not None:
+        attempt.snapshot.restore()
         return
     with torch.no_grad():
-        for p, old in before.row.items():
+        for p, old in attempt.copies.row.items():
             p.copy_(old)
-    if engine.first is not None and isinstance(optimizer, LBFGS):
-        # It was in the middle of a line search, and its state half way to the next: torch's own cannot go on.
+    if attempt.first is not None and isinstance(optimizer, LBFGS):
+        # It was in the middle of a line search, with its state half way to the next: torch's own cannot go on.
         optimizer.state.clear()
-    engine.first = None
 
 
 def _end_of_step(engine: Engine) -> None:
-    if engine.options.refresh_every > 1:
-        engine.refresh.end_step(engine.report if engine.constraint is not None else None)
-    engine.rotation.end_step(engine.constraint)
-    engine.checkpoint.end_step(engine.next_state)
-    engine.stepped.clear()
+    engine.passes.end_step(engine)
+    if engine.options.rotate is not None:
+        engine.rotation.end_step(engine.step.constraint)
+    engine.checkpoint.end_step(engine.step.next_state)
+    engine.step.stepped.clear()
     engine.forget()
 
 
-def warn_of_unrun_totals(engine: Engine) -> None:
+def _warn_of_unrun_totals(engine: Engine) -> None:
     """Say, each time, that a total of this step never ran."""
-    if engine.unrun:
-        engine.unrun = 0
+    if engine.step.unrun:
+        engine.step.unrun = 0
         warn(
             "total(losses) was built but its backward() never ran, or ran with inputs=, which leaves it out: this "
             "step has nothing of its tasks. Call optimizer.total(losses).backward()."
         )
 
 
-def warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
+def _warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
     """Say, each time, that p.grad is no longer what the surgery wrote, so that the step cannot be judged by it."""
     if any(p.grad is not None for p in judged):
         warn(
@@ -159,24 +155,24 @@ def warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
         )
 
 
-def warn_of_no_losses(engine: Engine) -> None:
+def _warn_of_no_losses(engine: Engine) -> None:
     """Say once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
-    if engine.latest is not None or engine.warned_of_no_losses or engine.checkpoint.tasks:
+    if engine.latest is not None or "no losses" in engine.told or engine.checkpoint.tasks:
         return
     if any(p.grad is not None for p in engine.parameters()):
-        engine.warned_of_no_losses = True
+        engine.told.add("no losses")
         warn(
             "this optimizer is wrapped, but has been given no task's loss yet: it steps on the gradients of a plain "
             "backward(), without surgery or guarantee. Call optimizer.total(losses).backward() with the losses apart."
         )
 
 
-def warn_of_unknown_names(engine: Engine) -> None:
+def _warn_of_unknown_names(engine: Engine) -> None:
     """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
-    if engine.warned_of_names or not engine.checkpoint.tasks:
+    if "names" in engine.told or not engine.checkpoint.tasks:
         return
     try:
-        engine.introduce(())
+        engine.check_names(())
     except ValueError as error:
-        engine.warned_of_names = True
+        engine.told.add("names")
         warn(str(error))

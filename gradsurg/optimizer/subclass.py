@@ -134,15 +134,15 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
     Arguments beyond the closure are the optimizer's own.
     """
     engine = self._gradsurg
-    before = before_step(engine, self, closure is not None)
-    watched = None if closure is None else watch(engine, closure)
+    attempt = before_step(engine, self, closure is not None)
+    watched = None if closure is None else watch(engine, closure, attempt)
     arguments = () if watched is None and not more else (watched, *more)
     try:
         result = _inner_step(inner_class(self))(self, *arguments, **named)
     except BaseException:
-        take_back(engine, self, before)
+        take_back(self, attempt)
         raise
-    after_step(engine, self, before)
+    after_step(engine, self, attempt)
     return result
 
 
@@ -152,7 +152,8 @@ def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
 
 
 def _copy(self: MultiTaskOptimizer) -> MultiTaskOptimizer:
-    copied = _rebuild(inner_class(self), Engine(self._gradsurg.options))  # rows are never shared with a copy
+    # Rows are never shared with a copy.
+    copied = _rebuild(inner_class(self), Engine(self._gradsurg.options, self._gradsurg.passes.fresh()))
     copied.__setstate__(self.__getstate__())
     return copied
 

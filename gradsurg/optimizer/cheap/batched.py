@@ -8,25 +8,26 @@ goes through the rest in one batched pass. The rows are those of m passes up to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.errors import MultiTaskError
+from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import in_compiled_autograd
 from gradsurg.gradients.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
 from gradsurg.gradients.held import deposit
 from gradsurg.gradients.hooks import hooked_among
-from gradsurg.gradients.losses import seed_of
+from gradsurg.gradients.losses import Compute, seed_of
 from gradsurg.gradients.rows import Row
+from gradsurg.optimizer.backward import OneByOne
+from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.run import Run
 
-if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Engine
+__all__ = ["Batched"]
 
-__all__ = ["run_batched"]
+Pass = tuple["str | None", "Tensor | Compute"]
 
 
 Sent = tuple["Tensor | None", ...]
@@ -39,53 +40,76 @@ OBSTACLES = {
 }
 
 
-def run_batched(engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
-    """Fill the fresh rows of all these tasks; False where they have to run one by one, and nothing has happened.
+class Batched(OneByOne):
+    """All tasks' passes as one; `works` is None until the first one has been tried."""
 
-    Args:
-        engine: Whose rows they become.
-        losses: Name -> loss that requires grad.
-        gradient: What to scale every loss by, as autograd hands it to a scaled total.
-        keep: Keep the graph for another run.
+    def __init__(self) -> None:
+        self.works: bool | None = None
 
-    Raises:
-        MultiTaskError: The pass failed where earlier steps' went through, so that the graph is used up.
-    """
-    state = engine.batched
-    if state.works is False or len(losses) < 2:
-        return False
-    parameters = engine.capture.held
-    seeds = [seed_of(gradient, loss) for loss in losses.values()]
-    graph = map_of(list(losses.values()))
-    obstacle = _obstacle(engine.session.layout, parameters, graph)
-    if obstacle is not None:
-        state.give_up(obstacle)
-        return False
-    tried = state.works is None
-    try:
-        # Kept the first time: where the batched pass fails, the graph is still there for passes one by one.
-        rows = _rows(list(losses.values()), seeds, graph, keep or tried)
-        if any(p.grad is not None for p in parameters):
-            raise MultiTaskError("a backward pass within the backward pass wrote to p.grad")
-    except Exception as error:
-        if not tried:
-            raise MultiTaskError(
-                f"batched=True: the pass over all tasks failed where earlier ones went through ({_first_line(error)}). "
-                "p.grad is as before. Leave out batched= to run the tasks one by one."
-            ) from error
-        for p in parameters:
-            p.grad = None
-        state.give_up(_first_line(error))
-        return False
-    state.works = True
-    ours = set(map(id, parameters))
-    for name, row in zip(losses, rows, strict=True):
-        if not ours.issuperset(row.ids()):
-            for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
-                deposit(leaf, g)
-                row.pop(leaf)
-        engine.capture.give(name, row)
-    return True
+    def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:  # noqa: D102
+        losses = {name: task for name, task in passes if name is not None and isinstance(task, Tensor)}
+        tasks = sum(name is not None for name, _ in passes)
+        if len(losses) < tasks:
+            self.give_up("functions are computed and run one by one")
+        elif self.fill(engine, losses, run.gradient, run.retain_graph or len(passes) > tasks):
+            return [(name, task) for name, task in passes if name is None]
+        return passes
+
+    def fill(self, engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
+        """Fill the fresh rows of these tasks; return False if they have to run one by one and nothing has happened.
+
+        Args:
+            engine: Whose rows they become.
+            losses: Name -> loss that requires grad.
+            gradient: What to scale every loss by, as autograd hands it to a scaled total.
+            keep: Keep the graph for another run.
+
+        Raises:
+            MultiTaskError: The pass failed although earlier steps' went through, so the graph is used up.
+        """
+        if self.works is False or len(losses) < 2:
+            return False
+        parameters = engine.parameters() if engine.run is None else engine.run.parameters
+        seeds = [seed_of(gradient, loss) for loss in losses.values()]
+        graph = map_of(list(losses.values()))
+        obstacle = _obstacle(engine.session.layout, parameters, graph)
+        if obstacle is not None:
+            self.give_up(obstacle)
+            return False
+        tried = self.works is None
+        try:
+            # The graph is kept the first time: if the batched pass fails, passes one by one still need it.
+            rows = _rows(list(losses.values()), seeds, graph, keep or tried)
+            if any(p.grad is not None for p in parameters):
+                raise MultiTaskError("a backward pass within the backward pass wrote to p.grad")
+        except Exception as error:
+            if not tried:
+                raise MultiTaskError(
+                    f"batched=True: the pass over all tasks failed where earlier ones went through "
+                    f"({_first_line(error)}). p.grad is as before. Leave out batched= to run the tasks one by one."
+                ) from error
+            engine.capture.lift()
+            self.give_up(_first_line(error))
+            return False
+        self.works = True
+        ours = set(map(id, parameters))
+        for name, row in zip(losses, rows, strict=True):
+            if not ours.issuperset(row.ids()):
+                for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
+                    deposit(leaf, g)
+                    row.pop(leaf)
+            engine.capture.give(name, row)
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Run passes one by one from now on, and say why."""
+        if self.works is False:
+            return
+        self.works = False
+        warn(
+            f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
+            "batched= to ask for that."
+        )
 
 
 def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str | None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,16 +22,14 @@ from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
 from gradsurg.gradients.held import HeldGradients
-from gradsurg.gradients.losses import seed_of
+from gradsurg.gradients.losses import detached, seed_of
 from gradsurg.gradients.rows import Row, TaskRows, added
-from gradsurg.gradients.total import Finish, at_once
 from gradsurg.optimizer.direction import compute_direction
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import Report, settled
-
-if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.run import Run
 
 __all__ = ["check_features", "run_on_features"]
 
@@ -64,27 +61,20 @@ def check_features(features: Tensor | Sequence[Tensor], options: Options) -> lis
     return list(given)
 
 
-def run_on_features(
-    engine: Engine,
-    losses: Mapping[str, Tensor | None],
-    features: list[Tensor],
-    plain: Tensor | None = None,
-    gradient: Tensor | None = None,
-    retain_graph: bool = False,
-    finish: Finish | None = None,
-) -> None:
+def run_on_features(engine: Engine, run: Run) -> None:
     """Run the heads' backward passes, surgery on the features, one pass before them; add the result to p.grad.
 
     On any error p.grad is as before. Micro-batches have features of their own, so each has its own surgery, and the
     results add up in p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
     """
     engine.settle()
-    engine.introduce(losses)
     _warn_of_update(engine)
+    losses, plain, gradient, features = run.tensors, run.plain, run.gradient, run.features
+    assert features is not None
     options, layout = _options(engine.options, features), engine.session.layout
     spread = layout.of_features()
-    known = {name: loss.detach().reshape(()) for name, loss in losses.items() if loss is not None}
-    present = {name: loss for name, loss in losses.items() if loss is not None and loss.requires_grad}
+    known = {name: detached(loss) for name, loss in losses.items()}
+    present = {name: loss for name, loss in losses.items() if loss.requires_grad}
     with Averaged(engine.parameters(), layout) as averaged:
         held_gradients = averaged.held_gradients
         with _on_all_ranks(layout, known) as done:
@@ -108,13 +98,13 @@ def run_on_features(
                 options=options,
                 step=engine.checkpoint.step,
                 state=engine.checkpoint.state,
-                skipped=engine.skipped,
+                skipped=engine.step.skipped,
                 layout=spread,
             )
         )
         reached = list(outcome.gradients.items())
         if reached:
-            torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=retain_graph)
+            torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=run.retain_graph)
         report = settled(outcome.report)
         result = _joined(held_gradients.lift(), own, rows, _weights(report, options))
         averaged.add(penalty, result)
@@ -124,7 +114,7 @@ def run_on_features(
         engine.checkpoint.learn(report.tasks if layout.several else ())
         engine.record(replace(report, level="features"), outcome.state)
 
-    (finish or at_once)(end, averaged.drop)
+    run.when_done(end, averaged.drop)
 
 
 @contextmanager
@@ -235,9 +225,9 @@ def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, flo
 
 
 def _warn_of_update(engine: Engine) -> None:
-    if engine.options.guarantee != "update" or not engine.options.guarantee_asked or engine.told_of_features:
+    if engine.options.guarantee != "update" or not engine.options.guarantee_asked or "features" in engine.told:
         return
-    engine.told_of_features = True
+    engine.told.add("features")
     warn(
         "guarantee='update' was asked for, and a step with features= cannot hold the update to it: that takes each "
         "task's gradient of every parameter. It is held of the direction in the features instead; the report says so."

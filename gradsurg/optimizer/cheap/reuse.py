@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,15 +19,14 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import Watch, advise
 from gradsurg.gradients.dtensor import local_of
 from gradsurg.gradients.graph import Border, Map, leaf_of, map_of
-from gradsurg.gradients.losses import seed_of
+from gradsurg.gradients.losses import detached, seed_of
 from gradsurg.gradients.rows import Row, is_finite
-from gradsurg.gradients.total import Finish, at_once
+from gradsurg.optimizer.backward import OneByOne
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.recording import of_reused_weights
+from gradsurg.optimizer.run import Run
 
-if TYPE_CHECKING:
-    from gradsurg.optimizer.engine import Engine
-
-__all__ = ["Reuse", "reusable", "run_reused"]
+__all__ = ["Reused"]
 
 
 KEY = "refresh"
@@ -50,71 +48,96 @@ class Reuse:
     graph: Map
 
 
-def reusable(engine: Engine, losses: Mapping[str, Tensor]) -> Reuse | None:
-    """Return what this step may go by, or None where it, on any rank, has to find new weights.
+class Reused:
+    """The weights of an earlier step, in all steps but every k-th.
 
-    Over several ranks, all need the very tasks that the weights are of: a rank that lacks one could not tell what is
-    shared.
+    The weights and their age are kept in the checkpoint, so that a resumed run goes on as if uninterrupted.
+
+    Args:
+        every: k.
+        full: How the passes of a full step run.
     """
-    if engine.refresh.every == 1:
-        return None
-    engine.lay_out()
-    engine.introduce(losses)
-    weights = None if engine.capture.is_live() else engine.refresh.weights(losses)
-    reuse = None
-    if weights is not None:
-        graph = map_of(list(losses.values()), engine.options.shared or ())
-        _check_can_tell(graph, engine)
-        reuse = Reuse(weights, graph) if _knows_compiled(graph, engine, losses) else None
-    return reuse if engine.session.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
 
+    def __init__(self, every: int, full: OneByOne) -> None:
+        self.every, self.full = every, full
+        self._reused = False  # whether this step used the weights of an earlier one
 
-def run_reused(
-    engine: Engine,
-    losses: Mapping[str, Tensor],
-    reuse: Reuse,
-    plain: Tensor | None = None,
-    gradient: Tensor | None = None,
-    retain_graph: bool = False,
-    finish: Finish | None = None,
-) -> bool:
-    """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
+    def fresh(self) -> Reused:
+        """Return the same way without memory."""
+        return Reused(self.every, self.full.fresh())
 
-    Under DDP all of p.grad is averaged when the enclosing backward pass is complete, as DDP itself would do.
+    def run(self, engine: Engine, run: Run) -> None:
+        """Run one pass of the weighted sum, or a full step if its weights have to be found anew."""
+        losses = {name: loss for name, loss in run.tensors.items() if loss.requires_grad}
+        reuse = self._reusable(engine, losses)
+        if reuse is None or not self._run_weighted(engine, run, losses, reuse):
+            self.full.run(engine, run)
 
-    Returns:
-        Whether that was enough. False where the result is not finite and `nonfinite` wants to know by whose fault:
-        p.grad and the graph are then as before.
-    """
-    engine.settle()
-    layout = engine.session.layout
-    watchful = engine.options.nonfinite != "propagate"
-    with Averaged(engine.parameters(), layout).begin() as averaged:
-        held_gradients = averaged.held_gradients
-        penalty = Row()
-        if plain is not None and plain.requires_grad:
-            watch = Watch([plain, *losses.values()])
+    def end_step(self, engine: Engine) -> None:
+        """Keep the weights of a full step, or count that they were used once more."""
+        fresh = engine.report if engine.step.constraint is not None else None
+        if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
+            weights = dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True))
+            engine.checkpoint.keep(KEY, weights=weights, age=1)
+        elif self._reused:
+            kept = engine.checkpoint.recall(KEY)
+            engine.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
+        self._reused = False
+
+    def _reusable(self, engine: Engine, losses: Mapping[str, Tensor]) -> Reuse | None:
+        """Return what this step may go by, or None if it, on any rank, has to find new weights.
+
+        Over several ranks, all need the very tasks that the weights are of: a rank that lacks one could not tell what
+        is shared.
+        """
+        reuse = None
+        kept = engine.checkpoint.recall(KEY)
+        alike = bool(kept) and kept["age"] < self.every and kept["weights"].keys() == set(losses)
+        if alike and not engine.capture.is_live():
+            graph = map_of(list(losses.values()), engine.options.shared or ())
+            _check_can_tell(graph, engine)
+            if _knows_compiled(graph, engine, losses):
+                reuse = Reuse(dict(kept["weights"]), graph)
+        return reuse if engine.session.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
+
+    def _run_weighted(self, engine: Engine, run: Run, losses: Mapping[str, Tensor], reuse: Reuse) -> bool:
+        """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
+
+        Under DDP all of p.grad is averaged when the enclosing backward pass is complete, as DDP itself would do.
+
+        Returns:
+            Whether that was enough. False if the result is not finite and `nonfinite` asks which task it was: p.grad
+            and the graph are then as before.
+        """
+        engine.settle()
+        layout, plain, gradient = engine.session.layout, run.plain, run.gradient
+        watchful = engine.options.nonfinite != "propagate"
+        with Averaged(engine.parameters(), layout).begin() as averaged:
+            held = averaged.held_gradients
+            penalty = Row()
+            if plain is not None and plain.requires_grad:
+                watch = Watch([plain, *losses.values()])
+                with advise():
+                    torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
+                watch.check(plain, "plain=")
+                penalty = held.lift()
             with advise():
-                torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
-            watch.check(plain, "plain=")
-            penalty = held_gradients.lift()
-        with advise():
-            _weighted_backward(losses, reuse.weights, gradient, reuse.graph, retain_graph or watchful)
-        result = held_gradients.lift()
-        broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
-        if watchful and layout.on_any_rank([KEY], broken):
-            averaged.drop()
-            return False
-        averaged.add(penalty, result)
-    detached = {name: loss.detach().reshape(()) for name, loss in losses.items()}
+                _weighted_backward(losses, reuse.weights, gradient, reuse.graph, run.retain_graph or watchful)
+            result = held.lift()
+            broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
+            if watchful and layout.on_any_rank([KEY], broken):
+                averaged.drop()
+                return False
+            averaged.add(penalty, result)
+        known = {name: detached(loss) for name, loss in losses.items()}
 
-    def end() -> None:
-        averaged.complete()
-        engine.refresh.note_reuse()
-        engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(detached), reuse.weights), None)
+        def end() -> None:
+            averaged.complete()
+            self._reused = True
+            engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(known), reuse.weights), None)
 
-    (finish or at_once)(end, averaged.drop)
-    return True
+        run.when_done(end, averaged.drop)
+        return True
 
 
 def _weighted_backward(

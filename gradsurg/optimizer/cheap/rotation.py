@@ -8,9 +8,9 @@ this step itself, so what is promised holds for them to the letter, and for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,11 @@ from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.optimizer.checkpoint import Checkpoint
 from gradsurg.optimizer.report import DeferredReport, Report, settled
 
-if TYPE_CHECKING:
-    pass
-
-from gradsurg.errors import warn
-
-__all__ = ["Batched", "Refresh", "Rotation"]
+__all__ = ["Rotation"]
 
 
 # Keys of the checkpoint's entry.
-KEY, ROWS, REFRESH = "rotate", "rows", "refresh"
+KEY, ROWS = "rotate", "rows"
 
 
 DECAY = 0.9  # of the averages, as β_1 in the paper; the first n gradients of a task weigh (1 - β) / (1 - β^n)
@@ -189,53 +184,3 @@ class Rotation:
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-class Refresh:
-    """Which weights a step may reuse; kept in the checkpoint, so that a resumed run goes on as if uninterrupted."""
-
-    def __init__(self, every: int, checkpoint: Checkpoint) -> None:
-        self.every = every
-        self.checkpoint = checkpoint
-        self._reused = False
-
-    def weights(self, names: Iterable[str]) -> dict[str, float] | None:
-        """Return the weights for exactly these tasks, or None where this step has to find new ones."""
-        if self.every == 1:
-            return None
-        kept = self.checkpoint.recall(REFRESH)
-        if not kept or kept["age"] >= self.every or kept["weights"].keys() != set(names):
-            return None
-        return dict(kept["weights"])
-
-    def note_reuse(self) -> None:
-        """Note that this step used the weights of an earlier one."""
-        self._reused = True
-
-    def end_step(self, fresh: Report | None) -> None:
-        """Count a step; `fresh` is the report of a surgery in it, None where there was none."""
-        if self.every == 1:
-            return
-        if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
-            self.checkpoint.keep(REFRESH, weights=dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True)), age=1)
-        elif self._reused:
-            kept = self.checkpoint.recall(REFRESH)
-            self.checkpoint.keep(REFRESH, weights=kept["weights"], age=kept["age"] + 1)
-        self._reused = False
-
-
-class Batched:
-    """Whether passes may be batched: `works` is None until the first one has been tried."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.works: bool | None = None if wanted else False
-
-    def give_up(self, reason: str) -> None:
-        """Run passes one by one from now on, and say why."""
-        if self.works is False:
-            return
-        self.works = False
-        warn(
-            f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
-            "batched= to ask for that."
-        )

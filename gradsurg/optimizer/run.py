@@ -1,0 +1,126 @@
+"""The two objects that a wrapped optimizer drops: Run after one backward, Step after one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.compile import graph_is_kept
+from gradsurg.gradients.losses import Compute
+from gradsurg.gradients.total import at_end_of_backward
+from gradsurg.guarantee.constraint import UpdateConstraint
+
+__all__ = ["Run", "Step", "Task"]
+
+Task = Tensor | Compute | None
+
+
+@dataclass(eq=False)
+class Run:
+    """One backward call of the user: its losses, and what is known of it until the surgery is done.
+
+    Attributes:
+        losses: Task name -> loss, or a function that computes it, or None for a task that is absent.
+        plain: A loss that takes no part in surgery.
+        features: What total(losses, features=...) was given.
+        way: Runs the passes instead of what wrap() chose; takes the engine and this.
+        nested: Whether it runs inside another backward pass, as total(losses).backward() does.
+        retain_graph: Whether the graphs are kept for another run.
+        gradient: What autograd scales every loss by; None is 1.
+        parameters: What the optimizers train, listed once per run.
+        known: Task name -> detached loss.
+        outer_pass: The number of the backward pass that it is part of; see gradients/total.py.
+        joins: Whether it adds rows to a run that another total opened in the same backward pass.
+        joined: Whether another total did so to this one.
+    """
+
+    losses: Mapping[str, Task] = field(default_factory=dict)
+    plain: Tensor | None = None
+    features: list[Tensor] | None = None
+    way: Callable[[Any, Run], None] | None = None
+    nested: bool = False
+    retain_graph: bool = False
+    gradient: Tensor | None = None
+    parameters: list[Tensor] = field(default_factory=list)
+    known: dict[str, Tensor] = field(default_factory=dict)
+    outer_pass: int = -1
+    joins: bool = False
+    joined: bool = False
+    _used: bool = False
+
+    def begin(self, gradient: Tensor | None) -> None:
+        """Take the gradient that autograd handed to the total; None for optimizer.backward(losses).
+
+        Raises:
+            MultiTaskError: The backward pass is to be differentiated again, or ran through this total before.
+        """
+        self.gradient = gradient
+        if not self.nested:
+            return
+        if torch.is_grad_enabled():
+            raise MultiTaskError(
+                "create_graph=True cannot pass through total(losses): surgery is not differentiable. Call "
+                "backward() on it without create_graph."
+            )
+        if self._used:
+            raise MultiTaskError(
+                "backward() ran through this total(losses) a second time: build it anew from this step's losses, or "
+                "pass retain_graph=True the first time."
+            )
+        self.retain_graph = graph_is_kept()
+
+    def end(self) -> None:
+        """Let the losses go, and their graphs with them, unless another run may come."""
+        if self.nested and not self.retain_graph:
+            self.losses, self.plain, self.features, self._used = {}, None, None, True
+
+    def when_done(self, finish: Callable[[], None], abandoned: Callable[[], None]) -> None:
+        """Call `finish` when the enclosing backward pass is complete, or now; `abandoned` if that pass dies first."""
+        if self.nested:
+            at_end_of_backward(finish, abandoned)
+        else:
+            finish()
+
+    @property
+    def present(self) -> dict[str, Tensor | Compute]:
+        """The tasks that take part: those with a function, or a loss that requires grad."""
+        return {
+            name: task
+            for name, task in self.losses.items()
+            if task is not None and (not isinstance(task, Tensor) or task.requires_grad)
+        }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The losses that are there already."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, Tensor)}
+
+
+@dataclass(eq=False)
+class Step:
+    """What waits for the optimizer's next step; that step drops it, and so does zero_grad().
+
+    Attributes:
+        losses: Task name -> detached loss of the last run.
+        skipped: Tasks that nonfinite="skip_task" left out.
+        pending: Whether there are rows that no surgery has seen.
+        entered: Of the declared tasks, those that left task() since the last surgery.
+        constraint: What the update must respect; None if there is no task to protect.
+        next_state: What normaliser and surgery will remember after the step.
+        stepped: id of each optimizer, of several, that used this surgery.
+        unrun: Number of totals that were built and whose backward never ran.
+    """
+
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    pending: bool = False
+    entered: set[str] = field(default_factory=set)
+    constraint: UpdateConstraint | None = None
+    next_state: Mapping[str, Any] | None = None
+    stepped: set[int] = field(default_factory=set)
+    unrun: int = 0
