@@ -58,7 +58,7 @@ class Pair:
 
     @property
     def waiting(self):
-        return self.optimizer._gradsurg.pending
+        return self.optimizer._gradsurg.step.pending
 
     def losses(self, model, names):
         every = model.losses(self.batch, dtype=torch.float64)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import gradsurg
 from gradsurg import MultiTaskError
-from gradsurg.optimizer.schedule import DECAY
+from gradsurg.optimizer.cheap.rotation import DECAY
 from tests.networks import build, data, equal_weights, same, trained
 
 TASKS = ("left", "right", "whole")
