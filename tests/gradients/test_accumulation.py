@@ -95,7 +95,7 @@ def test_accumulation_equals_one_big_batch(way, deferred, k):
         if deferred and i < k - 1:
             with optimizer.accumulate():
                 run_backward(way, optimizer, model.losses(i), 1 / k)
-            assert optimizer._gradsurg.pending
+            assert optimizer._gradsurg.step.pending
         else:
             run_backward(way, optimizer, model.losses(i), 1 / k)
     batches = [other.losses(i) for i in range(k)]

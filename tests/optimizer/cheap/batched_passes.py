@@ -11,7 +11,7 @@ def wrapped(model, **options):
 
 
 def was_batched(optimizer):
-    return optimizer._gradsurg.batched.works is True
+    return optimizer._gradsurg.passes.works is True
 
 
 def agree(got, want, tolerance=2e-6):

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurg
-from gradsurg.optimizer.cheap.batched import run_batched
 from tests.networks import MODELS, build, data, reference_rows, rows_of, run_backward, same, trained, twins
 from tests.optimizer.cheap.batched_passes import agree, trains_alike, was_batched, wrapped
 
@@ -192,5 +191,5 @@ def test_one_task_is_one_ordinary_pass():
     model = build()
     optimizer = wrapped(model)
     optimizer.total({"left": model.losses(0)["left"]}).backward()
-    assert optimizer._gradsurg.batched.works is None  # nothing tried yet
-    assert run_batched(optimizer._gradsurg, {}, None, False) is False
+    assert optimizer._gradsurg.passes.works is None  # nothing tried yet
+    assert optimizer._gradsurg.passes.fill(optimizer._gradsurg, {}, None, False) is False

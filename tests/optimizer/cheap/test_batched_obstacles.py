@@ -12,7 +12,7 @@ import gradsurg
 from gradsurg import MultiTaskError
 from gradsurg.distributed.layout import Layout
 from gradsurg.optimizer.cheap.batched import OBSTACLES as OBSTACLES_BY_KIND
-from gradsurg.optimizer.cheap.batched import run_batched
+from gradsurg.optimizer.run import Run
 from tests.networks import Snapshot, build, data, reference_rows, rows_of, same, trained, twins
 from tests.optimizer.cheap.batched_passes import was_batched, wrapped
 
@@ -134,10 +134,10 @@ def test_several_ranks_run_one_by_one():
     model = build()
     optimizer = wrapped(model)
     engine, losses = optimizer._gradsurg, model.losses(0)
-    engine.capture.open()
+    engine.open(Run())
     engine.session.layout = Layout()  # as it is set by lay_out(), before any pass
     with pytest.warns(UserWarning, match="several ranks"):
-        assert run_batched(engine, losses, None, False) is False
+        assert engine.passes.fill(engine, losses, None, False) is False
     engine.abort()
     assert all(p.grad is None for p in trained(model))
 
