@@ -308,7 +308,8 @@ class Engine:
     def forget(self) -> None:
         """Drop rows and everything that belongs to them; the last report stays."""
         self.capture.clear()
-        self.rotation.forget()
+        if self.options.rotate is not None:
+            self.rotation.forget()
         self.run, self.step = None, Step(stepped=self.step.stepped, unrun=self.step.unrun)
 
 

@@ -75,6 +75,7 @@ class MultiTaskOptimizer(Optimizer):
         given = None if features is None else check_features(features, engine.options)
         engine.check_names(parsed)
         engine.step.unrun += 1
+        engine.told.add("no losses")
         run = Run(parsed, plain, given, None if given is None else run_on_features, nested=True)
         # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
