@@ -8,8 +8,7 @@ from types import TracebackType
 from torch import Tensor
 
 from gradsurg.distributed.layout import Exchange, Layout, tell_others
-from gradsurg.gradients.held import HeldGradients
-from gradsurg.gradients.rows import Row, added
+from gradsurg.gradients.rows import HeldGradients, Row, added
 
 __all__ = ["Averaged"]
 

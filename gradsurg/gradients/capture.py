@@ -6,6 +6,7 @@ reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
-from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
-from gradsurg.gradients.rows import ByParameter, Row, TaskRows, added
+from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, added
 from gradsurg.gradients.sentinel import Sentinel
 
 __all__ = ["Capture"]
@@ -58,7 +58,8 @@ class Capture:
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""
         row = self.lift()
-        if anything_compiled():
+        # The module is imported by the first compilation; asked here, because this runs once per task.
+        if "torch._functorch.aot_autograd" in sys.modules and anything_compiled():
             self.fresh.leave_blank(self.reach.sift(name, row))
         self.fresh.add(name, row)
 
@@ -135,7 +136,7 @@ class Capture:
         for p, total in zip(parameters, totals, strict=True):
             p.grad = total
             if total is not None:
-                written.append((p, (total, version_of(total))))
+                written.append((p, (total, total._version if type(total) is Tensor else version_of(total))))
         self._written, self._sentinel = ByParameter(written), None
 
     def write_pending(self) -> None:

@@ -118,6 +118,11 @@ class Watch:
                 if node not in self._sums:
                     self._sums[node] = _checksums(node)
 
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to watch."""
+        return bool(self._nodes)
+
     def check(self, loss: Tensor, label: str) -> None:
         """Compare after the backward pass of a loss whose graph was kept.
 

@@ -15,6 +15,7 @@ from gradsurg.gradients.rows import TaskRows
 from gradsurg.guarantee.copies import ParameterCopies, Part
 from gradsurg.guarantee.movement import DeferredMovement, Movement, joined
 from gradsurg.guarantee.update import project_update
+from gradsurg.linalg.measure import Measure
 from gradsurg.linalg.packing import GradientTable, PackedRows
 from gradsurg.solvers.tolerances import ROUNDING_QUICK
 from gradsurg.surgery.margin import Margin, attainable
@@ -67,7 +68,7 @@ class UpdateConstraint:
                 continue
             all_mine = len(mine) == len(partition)
             table = self.tables[k] if self.tables is not None and all_mine else self.rows.table(mine)
-            measure = self.layout.measure(mine)
+            measure = Measure() if self.layout is ALONE else self.layout.measure(mine)
             if not all_mine:  # several optimizers share the rows: each is held to its own part
                 G = measure.gramian(table, exact=True)
             old: Sequence[Tensor] = Part(before, mine)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from gradsurg.distributed.layout import ALONE
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.gradients.compile import Watch, advise, anything_compiled, noticing_kept_graphs
 from gradsurg.gradients.hooks import hooked_among, refusing_steps_in_backward
@@ -49,7 +50,8 @@ class OneByOne:
         passes = engine.open_or_join(run)
         with undoing(engine, run):
             if not run.joins:
-                engine.session.start([name for name, _ in passes if name is not None], engine.deferring > 0)
+                if engine.session.layout is not ALONE:
+                    engine.session.start([name for name, _ in passes if name is not None], engine.deferring > 0)
                 passes = self.together(engine, run, passes)
             tensors = [task for _, task in passes if isinstance(task, Tensor)]
             watch = Watch(tensors if run.retain_graph or len(tensors) > 1 else [])
@@ -60,11 +62,16 @@ class OneByOne:
                     # Another loss may need what this loss's graph shares with it.
                     keep = run.retain_graph or left > 0
                     torch.autograd.backward(task, seed_of(run.gradient, task), retain_graph=keep)
-                    if keep:
+                    if keep and watch.active:
                         watch.check(task, "plain=" if name is None else repr(name))
                 else:
                     run.known.update(_run_function(engine, run, str(name), task))
-                engine.take(run, name)
+                if name is None:
+                    engine.capture.take_plain()
+                else:
+                    engine.capture.take(name)
+                    if engine.session.layout is not ALONE and not run.joins:
+                        engine.session.captured(name)
             if not run.known and run.plain is None and not engine.session.layout.several:
                 raise ValueError(f"no function of {list(run.losses)} returned a loss that requires grad")
         engine.step.losses = run.known
@@ -84,9 +91,10 @@ class OneByOne:
 @contextmanager
 def undoing(engine: Engine, run: Run) -> Iterator[None]:
     """One guard around all backward passes of a run: on any error the run is dropped, and p.grad is as before."""
+    layout = engine.session.layout
     try:
         with (
-            engine.session.layout.quiet(),
+            nullcontext() if layout is ALONE else layout.quiet(),
             advise(),
             refusing_steps_in_backward(hooked_among(run.parameters)),
         ):

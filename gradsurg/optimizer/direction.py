@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.combine import combine
 from gradsurg.linalg.elementwise import elementwise_direction
 from gradsurg.linalg.gramian import gramian
-from gradsurg.linalg.kernels.dispatch import is_interpreted, path_of
+from gradsurg.linalg.kernels.dispatch import path_of
 from gradsurg.optimizer.inputs import StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import block_names, later, report_of, unmeasured
 from gradsurg.solvers.problem import Problem
@@ -53,7 +54,7 @@ def compute_direction(inputs: StepInputs) -> StepResult:
 
 def _path(inputs: StepInputs, shared: list[Tensor]) -> str:
     options = inputs.options
-    if options.backend != "triton" and shared[0].device.type == "cpu" and not is_interpreted():
+    if options.backend != "triton" and shared[0].device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
         return "torch"  # before anything is asked of every gradient
     surgery = options.pipeline.surgery
     if isinstance(surgery, ElementwiseSurgery) or options.pipeline.margin:
@@ -97,6 +98,8 @@ def _compute_on_host(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResu
 
 def _gramians(inputs: StepInputs, blocks: list[list[Tensor]], tables: Sequence[Rows], *, exact: bool = False) -> Tensor:
     """Return one Gramian a block, over all ranks, in one message."""
+    if inputs.layout is ALONE:
+        return torch.stack([gramian(rows, exact=exact) for rows in tables])
     measures = map(inputs.layout.measure, blocks)
     here = [gramian(measure.counted(rows), exact=exact) for measure, rows in zip(measures, tables, strict=True)]
     return inputs.layout.total(torch.stack(here) if len(here) > 1 else here[0].unsqueeze(0))

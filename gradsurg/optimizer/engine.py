@@ -10,17 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.distributed.detect import Ranks
+from gradsurg.distributed.layout import ALONE
 from gradsurg.distributed.session import Session
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.capture import Capture
-from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.losses import Compute, detached
 from gradsurg.gradients.param_groups import parameter_names, trained
-from gradsurg.gradients.rows import TaskRows
+from gradsurg.gradients.rows import HeldGradients, TaskRows
 from gradsurg.gradients.total import pass_in_progress
 from gradsurg.optimizer.cheap.rotation import Rotation
 from gradsurg.optimizer.checkpoint import Checkpoint
@@ -121,6 +122,8 @@ class Engine:
 
     def lay_out(self) -> None:
         """Find out how the parameters are spread over ranks; see Session."""
+        if self.session.layout is ALONE and not several_processes():
+            return
         self.session.lay_out(self.parameters)
         if self.options.rotate is not None and not self.session.layout.whole_rows:
             raise MultiTaskError(
@@ -132,7 +135,7 @@ class Engine:
     def check_names(self, names: Iterable[str]) -> None:
         """Check the task names in the options against those declared, seen or given: a typo must not pass silently."""
         pipeline, preferences = self.options.pipeline, self.options.preferences
-        if pipeline.levels or preferences or pipeline.margin:
+        if self.options.names_tasks:
             known = {*self.checkpoint.tasks, *(self.options.tasks or ()), *names}
             check_names(pipeline.levels, known)
             check_names((tuple(preferences),), known, "preferences")
@@ -184,15 +187,6 @@ class Engine:
             self.open(run)
         return passes
 
-    def take(self, run: Run, name: str | None) -> None:
-        """Make what a backward pass left in p.grad a task's row; of a loss without a name, what surgery leaves out."""
-        if name is None:
-            self.capture.take_plain()
-            return
-        self.capture.take(name)
-        if self.session.layout.several and not run.joins:
-            self.session.captured(name)
-
     def finish(self, defer: bool | None = None) -> None:
         """Do the surgery on the rows of the open run, unless it has to wait; on any error p.grad is as before."""
         if self.run is None:  # something else came in between and settled it
@@ -205,7 +199,8 @@ class Engine:
             return
         try:
             result = compute_direction(self._inputs(rows, parameters))
-            self.capture.write(self.session.layout.whole(result.gradients))
+            gradients = result.gradients
+            self.capture.write(gradients if self.session.layout is ALONE else self.session.layout.whole(gradients))
         except BaseException:
             # The fresh rows are part of the others by now; what those amounted to stands in p.grad.
             self.forget()
@@ -248,9 +243,10 @@ class Engine:
 
     def abort(self, error: BaseException | None = None, run: Run | None = None) -> None:
         """Give p.grad back as it was, and tell other ranks; `run` limits this to that run."""
-        if run is None or run is self.run:
+        if self.run is not None and (run is None or run is self.run):
             self.capture.abort()
-            self.session.fail(error)
+            if self.session.layout is not ALONE:
+                self.session.fail(error)
             self.run = None
 
     def screen(self, *parts: TaskRows) -> None:
@@ -311,6 +307,11 @@ class Engine:
         if self.options.rotate is not None:
             self.rotation.forget()
         self.run, self.step = None, Step(stepped=self.step.stepped, unrun=self.step.unrun)
+
+
+def several_processes() -> bool:
+    """Tell whether torch.distributed runs; of its ranks there may still be but one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _place_in(names: list[str]) -> Any:

@@ -18,7 +18,7 @@ from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features, run_on_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
-from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.engine import Engine, several_processes
 from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.run import Run
 
@@ -65,7 +65,9 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         engine = self._gradsurg
-        others = several_ranks()  # this one may have no task in a step, and takes part in what the others have
+        others = (
+            several_processes() and several_ranks()
+        )  # this one may have no task in a step, and takes part in what the others have
         parsed = parse_losses(losses, engine.options.tasks, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
         value = value_of(parsed, engine.options.preferences, plain, lambda: engine.parameters()[0].device)
@@ -119,7 +121,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         engine = self._gradsurg
         functions = features is None and engine.options.refresh_every == 1
-        others = several_ranks()
+        others = several_processes() and several_ranks()
         parsed = parse_losses(losses, engine.options.tasks, functions=functions, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
         given = None if features is None else check_features(features, engine.options)

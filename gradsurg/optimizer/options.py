@@ -53,6 +53,7 @@ class Options:
     rotate: int | None
     batched: bool
     guarantee_asked: bool
+    names_tasks: bool  # whether any option names tasks, and so may name one that does not exist
 
 
 def naming_the_nearest_option(function: F) -> F:
@@ -137,6 +138,7 @@ def check_options(
         rotate=None if rotate is None else _count("rotate", rotate),
         batched=batched,
         guarantee_asked=asked,
+        names_tasks=bool(levels or checked or margins),
     )
     _check_cheap(options)
     return options

@@ -101,9 +101,9 @@ def _only_builds_state(engine: Engine, optimizer: Optimizer) -> bool:
     torch.distributed.checkpoint makes such a step to have an optimizer's state built, with plain SGD at every
     checkpoint. If it were counted, a run that is saved would draw other random numbers than one that is not.
     """
-    if engine.latest is not None and engine.latest.step == engine.checkpoint.step:
+    if not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
         return False
-    return all(_is_zero(group.get("lr")) for group in optimizer.param_groups)
+    return engine.latest is None or engine.latest.step != engine.checkpoint.step
 
 
 def _is_zero(rate: object) -> bool:
@@ -169,7 +169,7 @@ def _warn_of_no_losses(engine: Engine) -> None:
 
 def _warn_of_unknown_names(engine: Engine) -> None:
     """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
-    if "names" in engine.told or not engine.checkpoint.tasks:
+    if "names" in engine.told or not engine.options.names_tasks or not engine.checkpoint.tasks:
         return
     try:
         engine.check_names(())

@@ -86,6 +86,8 @@ class Pipeline:
 
     def protected(self, problem: Problem) -> Tensor | None:
         """Return which tasks a guarantee protects, bool of shape (m,), or None for all."""
+        if self.levels is None:
+            return None
         levels = levels_of(problem.tasks, self.levels)
         return protected(len(problem.tasks), levels, self.auxiliary, problem.gramian.device)
 

@@ -17,10 +17,9 @@ from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import in_compiled_autograd
 from gradsurg.gradients.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
-from gradsurg.gradients.held import deposit
 from gradsurg.gradients.hooks import hooked_among
 from gradsurg.gradients.losses import Compute, seed_of
-from gradsurg.gradients.rows import Row
+from gradsurg.gradients.rows import Row, deposit
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.run import Run

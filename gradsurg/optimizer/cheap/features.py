@@ -21,9 +21,8 @@ from gradsurg.distributed.layout import Layout
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
-from gradsurg.gradients.held import HeldGradients
 from gradsurg.gradients.losses import detached, seed_of
-from gradsurg.gradients.rows import Row, TaskRows, added
+from gradsurg.gradients.rows import HeldGradients, Row, TaskRows, added
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.inputs import StepInputs
