@@ -31,6 +31,8 @@ def shapes_of_resnet50() -> list[tuple[int, ...]]:
 
 def measure_peers(bench: Bench) -> None:
     """The whole surgery on gradients that are there already, ours and others': from m lists of tensors to p.grad."""
+    from gradsurg.linalg.combine import combine as combine_on_host
+    from gradsurg.linalg.gramian import gramian as gramian_on_host
     from gradsurg.linalg.kernels import combine, cone, gramian
 
     shapes = [(3, 2), (5,)] if bench.rehearse else shapes_of_resnet50()
@@ -48,9 +50,9 @@ def measure_peers(bench: Bench) -> None:
             return J @ J.T
 
         def torch_path(rows: list[list[Tensor]] = rows, parameters: list[nn.Parameter] = parameters) -> None:
-            G = gramian(rows).cpu()
+            G = gramian_on_host(rows).cpu()
             weights = 1 + HOST.nonnegative(G, G.sum(-1))
-            combine(rows, weights.tolist(), parameters)
+            combine_on_host(rows, weights.tolist(), parameters)
 
         contestants: dict[str, Callable[[], object]] = {
             "gradsurg cone": ours,

@@ -8,7 +8,8 @@ from types import TracebackType
 from torch import Tensor
 
 from gradsurg.distributed.layout import Exchange, Layout, tell_others
-from gradsurg.gradients.rows import HeldGradients, Row, added
+from gradsurg.gradients.rows import HeldGradients, Row
+from gradsurg.linalg.sparse import added
 
 __all__ = ["Averaged"]
 
@@ -65,7 +66,7 @@ class Averaged:
             return
         together = self.held_gradients.standing()
         for p, gradient in (pair for row in (*self._results, self.held_gradients.lift()) for pair in row.items()):
-            together[p] = added(together[p], gradient) if p in together else gradient
+            together[p] = added(together.get(p), gradient)
         try:
             delivery = self._exchange.finish(together, {})
         except BaseException as error:

@@ -17,8 +17,9 @@ from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
-from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, added
+from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows
 from gradsurg.gradients.sentinel import Sentinel
+from gradsurg.linalg.sparse import added
 
 __all__ = ["Capture"]
 
@@ -66,8 +67,7 @@ class Capture:
     def take_plain(self) -> None:
         """Move what is in p.grad to the gradients that take no part in surgery."""
         for p, g in self.lift().items():
-            other = self._next_foreign.get(p)
-            self._next_foreign[p] = g if other is None else added(other, g)
+            self._next_foreign[p] = added(self._next_foreign.get(p), g)
 
     def give(self, name: str, gradients: Row) -> None:
         """Add gradients that were computed elsewhere to the fresh row of a task."""
@@ -131,7 +131,8 @@ class Capture:
         parameters, self._parameters = self._parameters or self.parameters(), []
         totals = result.at(parameters)
         if self._foreign:
-            totals = list(map(_sum_of, totals, self._foreign.at(parameters)))
+            foreign = self._foreign.at(parameters)
+            totals = [a if b is None else added(a, b) for a, b in zip(totals, foreign, strict=True)]
         written = []
         for p, total in zip(parameters, totals, strict=True):
             p.grad = total
@@ -222,12 +223,6 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
     if written is None or gradient is None:
         return written is None and gradient is None
     return gradient is written[0] and version_of(gradient) == written[1]
-
-
-def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return added(a, b)
 
 
 def _is_zero(gradient: Tensor) -> bool:

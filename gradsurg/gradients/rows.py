@@ -267,12 +267,7 @@ class HeldGradients:
         """Set p.grad to what it was plus the results, in place as autograd does it."""
         self.restore()
         for p, gradient in (pair for result in results for pair in result.items()):
-            if p.grad is None:
-                p.grad = gradient
-            elif p.grad.is_sparse or gradient.is_sparse:
-                p.grad = added(p.grad, gradient)
-            else:
-                p.grad.add_(gradient)
+            p.grad = added(p.grad, gradient, in_place=True)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
 from gradsurg.gradients.losses import detached, seed_of
-from gradsurg.gradients.rows import HeldGradients, Row, TaskRows, added
+from gradsurg.gradients.rows import HeldGradients, Row, TaskRows
+from gradsurg.linalg.sparse import added
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.inputs import StepInputs
@@ -219,7 +220,7 @@ def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, flo
                     "features that all tasks pass"
                 )
             part = g if weight == 1 else g * weight
-            result[p] = added(result[p], part) if p in result else part
+            result[p] = added(result.get(p), part)
     return result
 
 
