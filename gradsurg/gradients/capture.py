@@ -1,4 +1,4 @@
-"""How gradients come in: p.grad is put aside, each task's backward pass fills it, the fresh tensors become a row.
+"""How gradients come in: p.grad is emptied, each task's backward pass fills it, and the fresh tensors become a row.
 
 autograd hands its own tensor over where `.grad` is None, so moving it costs no copy. torch.autograd.grad would break
 reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.

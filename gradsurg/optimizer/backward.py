@@ -46,7 +46,7 @@ class OneByOne:
         return type(self)()
 
     def run(self, engine: Engine, run: Run) -> None:
-        """Fill one row per task; the surgery follows when the enclosing backward pass is complete."""
+        """Fill one row per task; the surgery follows when the backward pass around it is complete."""
         passes = engine.open_or_join(run)
         with undoing(engine, run):
             if not run.joins:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,24 +28,11 @@ from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import DeferredReport, Report
-from gradsurg.optimizer.run import Run, Step
+from gradsurg.optimizer.run import Passes, Run, Step, several_processes
 from gradsurg.surgery.margin import named
 from gradsurg.surgery.priority import check_names
 
-__all__ = ["Engine", "Passes"]
-
-
-class Passes(Protocol):
-    """The way in which tasks' backward passes run: one by one, batched, or with the weights of an earlier step."""
-
-    def fresh(self) -> Passes:
-        """Return the same way without memory, for a copy of the optimizer."""
-
-    def run(self, engine: Engine, run: Run) -> None:
-        """Fill the rows of a run and do the surgery, or whatever this way does instead."""
-
-    def end_step(self, engine: Engine) -> None:
-        """Note that the optimizer has stepped."""
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -162,7 +148,7 @@ class Engine:
     # -- a run --------------------------------------------------------------------------------------------------
 
     def open(self, run: Run) -> None:
-        """Put p.grad aside for a run; one whose backward pass died without telling us is dropped first."""
+        """Take p.grad away for a run; one whose backward pass died without telling us is dropped first."""
         self.abort()
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
         self.capture.open(run.parameters)
@@ -307,11 +293,6 @@ class Engine:
         if self.options.rotate is not None:
             self.rotation.forget()
         self.run, self.step = None, Step(stepped=self.step.stepped, unrun=self.step.unrun)
-
-
-def several_processes() -> bool:
-    """Tell whether torch.distributed runs; of its ranks there may still be but one."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _place_in(names: list[str]) -> Any:

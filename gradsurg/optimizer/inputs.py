@@ -59,7 +59,7 @@ class StepResult:
     Attributes:
         gradients: The new p.grad of every parameter that a task reached; of it what this rank holds.
         report: What was found and done.
-        judgement: What the update must respect; None where there is nobody to protect.
+        constraint: What the update must respect; None where there is nobody to protect.
         state: The next state of normaliser and surgery; None leaves it as it is.
     """
 

@@ -18,9 +18,9 @@ from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features, run_on_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
-from gradsurg.optimizer.engine import Engine, several_processes
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import Report
-from gradsurg.optimizer.run import Run
+from gradsurg.optimizer.run import Run, several_processes
 
 __all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
 

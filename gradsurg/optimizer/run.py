@@ -1,10 +1,13 @@
-"""The two objects that a wrapped optimizer drops: Run after one backward, Step after one optimizer step."""
+"""The two objects that a wrapped optimizer drops: Run after one backward, Step after one optimizer step.
+
+Passes is what every way of running backward passes offers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from gradsurg.gradients.losses import Compute
 from gradsurg.gradients.total import at_end_of_backward
 from gradsurg.guarantee.constraint import UpdateConstraint
 
-__all__ = ["Run", "Step", "Task"]
+__all__ = ["Passes", "Run", "Step", "Task", "several_processes"]
 
 Task = Tensor | Compute | None
 
@@ -80,7 +83,7 @@ class Run:
             self.losses, self.plain, self.features, self._used = {}, None, None, True
 
     def when_done(self, finish: Callable[[], None], abandoned: Callable[[], None]) -> None:
-        """Call `finish` when the enclosing backward pass is complete, or now; `abandoned` if that pass dies first."""
+        """Call `finish` when the backward pass around it is complete, or now; `abandoned` if that pass dies first."""
         if self.nested:
             at_end_of_backward(finish, abandoned)
         else:
@@ -124,3 +127,21 @@ class Step:
     next_state: Mapping[str, Any] | None = None
     stepped: set[int] = field(default_factory=set)
     unrun: int = 0
+
+
+class Passes(Protocol):
+    """The way in which tasks' backward passes run: one by one, batched, or with the weights of an earlier step."""
+
+    def fresh(self) -> Passes:
+        """Return the same way without memory, for a copy of the optimizer."""
+
+    def run(self, engine: Any, run: Run) -> None:
+        """Fill the rows of a run and do the surgery, or whatever this way does instead."""
+
+    def end_step(self, engine: Any) -> None:
+        """Note that the optimizer has stepped."""
+
+
+def several_processes() -> bool:
+    """Tell whether torch.distributed runs; of its ranks there may still be but one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -18,7 +18,7 @@ from gradsurg.optimizer.step import after_step, before_step, take_back, watch
 __all__ = ["extend", "inner_class", "patch_for_scheduler", "restore_class", "scheduler_patch"]
 
 _EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
-STATE = "_gradsurg"  # the attribute that holds the Surgeon
+STATE = "_gradsurg"  # the attribute that holds the Engine
 UNTRACED = ("total", "backward", "task", "set_gradients", "zero_grad")  # besides step
 
 
@@ -83,7 +83,7 @@ def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
 
 
 def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
-    """Give the optimizer the extended class, in place, and the surgeon that it shares with others."""
+    """Give the optimizer the extended class, in place, and the engine that it shares with others."""
     patched = scheduler_patch(optimizer)
     vars(optimizer).pop("step", None)
     optimizer.__class__ = _extended_class(type(optimizer))

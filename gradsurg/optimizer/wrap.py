@@ -18,9 +18,10 @@ from gradsurg.normalize import Normalizer
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.cheap.batched import Batched
 from gradsurg.optimizer.cheap.reuse import Reused
-from gradsurg.optimizer.engine import Engine, Passes
+from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
 from gradsurg.optimizer.options import DEFAULT_GUARANTEE, Options, check_options, naming_the_nearest_option
+from gradsurg.optimizer.run import Passes
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 from gradsurg.surgery import Surgery
 

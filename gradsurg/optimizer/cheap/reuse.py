@@ -103,7 +103,7 @@ class Reused:
     def _run_weighted(self, engine: Engine, run: Run, losses: Mapping[str, Tensor], reuse: Reuse) -> bool:
         """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
 
-        Under DDP all of p.grad is averaged when the enclosing backward pass is complete, as DDP itself would do.
+        Under DDP all of p.grad is averaged when the backward pass around it is complete, as DDP itself would do.
 
         Returns:
             Whether that was enough. False if the result is not finite and `nonfinite` asks which task it was: p.grad
