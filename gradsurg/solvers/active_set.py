@@ -96,14 +96,14 @@ def _attempt(A: Matrix, q: Vector, free: list[bool], size: float, rounding: floa
         rounding: As for `nonnegative`.
 
     Returns:
-        λ; the changes; the least residual, or 0.0 if it is within the tolerances or the program has no minimum.
+        λ; the changes; the least residual, or 0.0 if near dependence explains it.
     """
     m = len(q)
     lam, r = [0.0] * m, q
     passive: list[int] = []  # in the order of entering
     rows: Matrix = []  # what elimination of the earlier ones leaves of their rows of [A q]: an LDLᵀ factor
     refused: list[int] = []
-    together, unbounded = True, False
+    together = True
     clear = max(CLEAR, CLEAR_ROUNDINGS * rounding)
     count, limit = 0, bound(m)
     while count < limit:
@@ -122,8 +122,7 @@ def _attempt(A: Matrix, q: Vector, free: list[bool], size: float, rounding: floa
                 free[i] = False
                 entered = True
             elif not together:
-                found = _exchange(i, A, q, passive, rows, free, lam, size, rounding)
-                entered, unbounded = bool(found), unbounded or found is None
+                entered = _exchange(i, A, q, passive, rows, free, lam, size, rounding)
         moved = False
         if entered:
             moved, steps = _descend(A, q, passive, rows, free, lam, limit - count)
@@ -141,7 +140,7 @@ def _attempt(A: Matrix, q: Vector, free: list[bool], size: float, rounding: floa
             free[entering[0]] = False
             refused += entering
         together = moved
-    if unbounded or (count < limit and not refused):
+    if count < limit and not refused:
         return lam, count, 0.0
     worst = min((r[i] for i in [*passive, *refused, *(j for j in range(m) if free[j])]), default=0.0)
     return lam, count, worst if worst < -sqrt(DEPENDENT * rounding) * size else 0.0
@@ -157,12 +156,12 @@ def _exchange(
     lam: Vector,
     size: float,
     rounding: float,
-) -> bool | None:
-    """Let task i, which depends on the passive ones, replace one of them; None if the program has no minimum.
+) -> bool:
+    """Let task i, which depends on the passive ones, replace one of them; return whether it did.
 
     With a_i = Σ c_j a_j, λ_i = t and λ_j − t c_j leave u as it is, and the value falls by t times i's violation. t
-    grows until the first λ_j is 0; that task leaves. If no c_j is positive, t grows for ever: no direction has what
-    all these tasks ask for.
+    grows until the first λ_j is 0; that task leaves. If no c_j is positive, t could grow for ever: no direction has
+    what all these tasks ask for, and i is refused.
 
     Source: Goldfarb & Idnani 1983, "A numerically stable dual method for solving strictly convex quadratic programs".
     """
@@ -173,7 +172,7 @@ def _exchange(
         return False
     blocking = [(lam[j] / -x, j) for j, x in line if x < -slack]
     if not blocking:
-        return None
+        return False
     before = passive[:], rows[:], lam[:]
     share, out = min(blocking)
     for j, x in line:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from operator import mul
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsurg.solvers.active_set import Matrix, Vector, solve_small
 from gradsurg.solvers.nonnegative import nonnegative
+from gradsurg.solvers.tolerances import ROUNDING_EXACT
 
 __all__ = ["nearest", "onto_simplex", "program", "simplex", "times"]
 
@@ -64,10 +64,11 @@ def nearest(gramian: Matrix) -> tuple[Vector, float]:
     return w, max(sum(map(mul, w, times(gramian, w))), 0.0)
 
 
-def program(gramian: Matrix, linear: Vector, allowed: list[bool] | None = None) -> Vector:
+def program(
+    gramian: Matrix, linear: Vector, allowed: list[bool] | None = None, *, rounding: float = ROUNDING_EXACT
+) -> Vector:
     """Return λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb: `nonnegative` for one program in lists, whatever the number of tasks."""
-    found: Any = solve_small(gramian, [linear], None if allowed is None else [allowed], None, 4e-16)
-    answers: Matrix = found[0] if isinstance(found, tuple) else found  # it may count its steps as well
+    answers, _ = solve_small(gramian, [linear], None if allowed is None else [allowed], None, rounding)
     return answers[0]
 
 

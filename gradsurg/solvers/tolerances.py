@@ -6,6 +6,7 @@ __all__ = [
     "CANCELLATION_GRAMIAN",
     "CANCELLATION_SUM",
     "COARSER",
+    "CONFLICT",
     "ROUNDING_CUDA",
     "ROUNDING_EXACT",
     "ROUNDING_QUICK",
@@ -27,6 +28,9 @@ CANCELLATION_SUM = 50.0
 
 # ‖u‖², read off the Gramian, carries an error of rounding · S². Below 16 times that error u cannot be told from 0.
 STATIONARY = 16.0
+
+# No cosine of u with a gradient is below minus this in a method that promises no conflict; else u is held at 0.
+CONFLICT = 1e-4
 
 # Coarser roundings under which a program is solved again if its answer violates a task. Rows that balance up to
 # √(8 · rounding) are then dependent. The last bounds what a task can lose by that to 2.8e-5 of ‖u‖, below the 1e-4 of

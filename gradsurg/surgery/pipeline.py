@@ -17,10 +17,10 @@ from gradsurg.linalg.kernels.table import constant
 from gradsurg.normalize import Normalizer, Unscaled
 from gradsurg.solvers.problem import HOST, Problem, State
 from gradsurg.solvers.simplex import times
-from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
+from gradsurg.solvers.tolerances import CONFLICT, ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.margin import Margin, attainable
-from gradsurg.surgery.pipeline_small import applies, lengths, norms_of
+from gradsurg.surgery.pipeline_small import applies, conflicts, lengths, norms_of
 from gradsurg.surgery.pipeline_small import solve as solve_quickly
 from gradsurg.surgery.priority import Levels, levels_of, order, protected
 
@@ -140,7 +140,8 @@ class Pipeline:
 
     def _general(self, problem: Problem, state: State, rounding: float) -> Direction:
         scaled, weights, scales, kept, state = self.solve(problem, state, rounding)
-        weights, stationary, cancellation = _settle(scaled, weights, rounding, self.conflict_free)
+        allowed = self.protected(problem)
+        weights, stationary, cancellation = _settle(scaled, weights, rounding, self.conflict_free, allowed)
         return Direction(
             weights=weights if isinstance(self.normalizer, Unscaled) else weights * scales,
             scales=scales,
@@ -154,7 +155,7 @@ class Pipeline:
         """Return the weights of `direction` alone, in less time, for a caller who keeps no state."""
         scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
         if self.conflict_free:
-            weights = settled(scaled, weights)
+            weights = settled(scaled, weights, self.protected(problem))
         return weights if isinstance(self.normalizer, Unscaled) else weights * scales
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
@@ -215,29 +216,35 @@ class Pipeline:
         return order(problem.gramian, levels, self.auxiliary, surgery, problem.solvers), states
 
 
-def _settle(problem: Problem, weights: Tensor, rounding: float, conflict_free: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Set u to 0 if it is nothing but rounding, and measure how much of the gradients cancels in it."""
-    square = torch.linalg.vecdot(weights, (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1))
+def _settle(
+    problem: Problem, weights: Tensor, rounding: float, conflict_free: bool, allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set u to 0 if it is nothing but rounding or conflicts, and measure how much of the gradients cancels in it."""
+    products = (problem.gramian @ weights.unsqueeze(-1)).squeeze(-1)
+    square = torch.linalg.vecdot(weights, products)
     length = torch.linalg.vecdot(weights.abs(), problem.norms)
     cancellation = length / square.clamp(min=0).sqrt()
     if not conflict_free:
         return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
-    nothing = square <= STATIONARY * rounding * length.square()
+    in_conflict = products < -CONFLICT * problem.norms * square.clamp(min=0).sqrt().unsqueeze(-1)
+    in_conflict = in_conflict if allowed is None else in_conflict & allowed
+    nothing = (square <= STATIONARY * rounding * length.square()) | in_conflict.any(-1)
     return weights.masked_fill(nothing.unsqueeze(-1), 0), nothing, cancellation
 
 
-def settled(problem: Problem, weights: Tensor) -> Tensor:
-    """Return the weights of a conflict-free method, or zeros if their u is nothing but rounding."""
+def settled(problem: Problem, weights: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the weights of a conflict-free method, or zeros if their u is nothing but rounding, or conflicts."""
     # Without a conflict nothing can cancel.
     if not problem.gramian.min().item() < 0:
         return weights
     # Ten tensor operations take four times as long as this.
     if weights.ndim == 1:
         gramian, w = problem.gramian.tolist(), weights.tolist()
-        square, length = lengths(w, times(gramian, w), norms_of(gramian))
-        if square > STATIONARY * ROUNDING_EXACT * length * length:
+        products, norms = times(gramian, w), norms_of(gramian)
+        square, length = lengths(w, products, norms)
+        if square > STATIONARY * ROUNDING_EXACT * length * length and not conflicts(products, norms, square):
             return weights
-    return _settle(problem, weights, ROUNDING_EXACT, conflict_free=True)[0]
+    return _settle(problem, weights, ROUNDING_EXACT, True, allowed)[0]
 
 
 def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:

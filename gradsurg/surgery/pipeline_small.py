@@ -15,10 +15,10 @@ from torch import Tensor
 from gradsurg.normalize import Norm, Normalizer, Unscaled
 from gradsurg.solvers.active_set import Matrix, Vector, solve_small
 from gradsurg.solvers.simplex import times
-from gradsurg.solvers.tolerances import STATIONARY
+from gradsurg.solvers.tolerances import CONFLICT, STATIONARY
 from gradsurg.surgery import Cone, Sum, Surgery
 
-__all__ = ["all_finite", "applies", "knows", "lengths", "norms_of", "solve"]
+__all__ = ["all_finite", "applies", "conflicts", "knows", "lengths", "norms_of", "solve"]
 
 
 # More tasks than this, and torch is faster than loops over floats.
@@ -39,6 +39,12 @@ def norms_of(gramian: Matrix) -> Vector:
 def lengths(weights: Vector, products: Vector, norms: Vector) -> tuple[float, float]:
     """Return ‖u‖² and Σ |w_i| ‖g_i‖ of u = Σ w_i g_i, from its products with the gradients and their norms."""
     return sum(map(mul, weights, products)), sum(abs(x) * y for x, y in zip(weights, norms, strict=True))
+
+
+def conflicts(products: Vector, norms: Vector, square: float) -> bool:
+    """Whether the cosine of u with a gradient is below what the guarantee allows, from ⟨u, g_i⟩, ‖g_i‖ and ‖u‖²."""
+    least = -CONFLICT * sqrt(max(square, 0.0))
+    return min(products) < 0 and any(x < least * y for x, y in zip(products, norms, strict=True))
 
 
 def applies(gramian: Tensor, normalizer: Normalizer, surgery: Surgery) -> bool:
@@ -91,7 +97,7 @@ def solve(
         products = times(scaled, weights)
     square, length = lengths(weights, products, norms)
     cancellation = length / sqrt(square) if square > 0 else inf if length > 0 else nan
-    nothing = project and square <= STATIONARY * rounding * length * length
+    nothing = project and (square <= STATIONARY * rounding * length * length or conflicts(products, norms, square))
     if nothing:
         weights = [0.0] * len(weights)
     return list(map(mul, weights, scales)), scales, nothing, cancellation

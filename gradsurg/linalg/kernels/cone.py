@@ -44,10 +44,10 @@ def cone_kernel(
 ):
     """λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb; or, where SIMPLEX, α = argmin_{α ≥ 0, Σα = 1} αᵀGα.
 
-    The active-set method of solvers/batched.py, with the same rules and thresholds. Where that factorises the passive
-    part, this eliminates it from the whole tableau (A, q), one index after the other, anew in every step: the
-    multipliers, what every refused task would add (its Schur complement), and no error carried from step to step.
-    One correction against A itself makes up for elimination leaving larger residuals than Cholesky substitution.
+    The active-set method of solvers/active_set.py, with the same rules and thresholds. That one keeps a factor of the
+    passive part. This one eliminates the passive part from the whole tableau (A, q), one index after the other, anew in
+    every step. It gives the multipliers and what every refused task would add (its Schur complement), and no error is
+    carried from step to step.
     """
     program = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, M)
@@ -90,13 +90,16 @@ def cone_kernel(
     passive = tl.zeros([M], tl.int32)
     banned = tl.zeros([M], tl.int32)
     multipliers = tl.zeros([M], tl.float64)
+    best = tl.zeros([M], tl.float64)
+    best_worst = tl.sum(best, axis=0) - float("inf")
     turn = 0
+    left = 8 * m + 16
     going = 1 - idle
     while going > 0:
-        goal, added = _eliminated(A, q, passive, diagonal, i, m, M)
+        T, goal = _eliminated(A, q, passive, i, rounding, m, M)
         blocking = (passive > 0) & (goal <= 0.0)
         blocked = tl.max(blocking.to(tl.int32), axis=0)
-        # Where a multiplier would turn negative, walk as far as may be and let that task go.
+        # If a multiplier would turn negative, walk as far as may be and let that task go.
         down = multipliers > goal
         way = tl.where(down, multipliers / tl.where(down, multipliers - goal, 1.0), 0.0)
         way = tl.where(blocking, way, 2.0)
@@ -115,15 +118,50 @@ def cone_kernel(
         residual = q + tl.sum(A * _transposed(multipliers, diagonal), axis=1)
         tolerance = 4.0 * rounding * (1.0 + tl.sum(multipliers, axis=0))
         candidate = usable & (passive == 0) & (banned == 0) & (residual < -tolerance)
-        worst = tl.min(tl.where(candidate, residual, float("inf")), axis=0)
-        enter = tl.min(tl.where(candidate, tl.where(residual == worst, i, M), M), axis=0)
+        lowest = tl.min(tl.where(candidate, residual, float("inf")), axis=0)
+        enter = tl.min(tl.where(candidate, tl.where(residual == lowest, i, M), M), axis=0)
         entering = tl.where(i == enter, 1 - blocked, 0)
+        added = tl.sum(tl.where(diagonal, T, 0.0), axis=1)
         independent = tl.where(added > 8.0 * rounding, entering, 0)
         passive = tl.maximum(passive, independent)
         banned = tl.maximum(banned, entering - independent)
+        # A task that depends on the passive ones replaces the first of them whose multiplier is used up on the line
+        # along which u stays as it is: see _exchange in solvers/active_set.py.
+        if tl.max(entering - independent, axis=0) > 0:
+            line = _substituted(T, tl.sum(tl.where(j[None, :] == enter, T, 0.0), axis=1), passive, i, rounding, m, M)
+            slack = tl.sqrt(8.0 * rounding) * (1.0 + tl.sum(tl.abs(line), axis=0))
+            fall = tl.sum(tl.where(i == enter, q, line * q), axis=0)
+            barrier = (passive > 0) & (line < -slack)
+            reach = tl.where(barrier, multipliers / tl.where(barrier, -line, 1.0), float("inf"))
+            share = tl.min(reach, axis=0)
+            falls = tl.where(fall < -slack, 1, 0)
+            exchanged = tl.where(share < float("inf"), falls, 0)
+            out = tl.min(tl.where(reach == share, i, M), axis=0)
+            share = tl.where(exchanged > 0, share, 0.0)
+            gone = tl.where(i == out, exchanged, 0)
+            walked = tl.where(gone > 0, 0.0, tl.maximum(multipliers + share * line, 0.0))
+            walked = tl.where(i == enter, share, walked)
+            multipliers = tl.where(exchanged > 0, walked, multipliers)
+            passive = tl.where(gone > 0, 0, tl.where(i == enter, exchanged, passive))
+            banned = tl.where(exchanged > 0, 0, banned)
         turn += 1
-        going = tl.where((blocked == 0) & (enter == M), 0, tl.where(turn < 8 * m + 16, 1, 0))
-    answer = tl.where(idle > 0, 0.0, size) * multipliers * s
+        left -= 1
+        # Nothing enters: done, unless a refused task is violated by more than near dependence explains. Then all begins
+        # anew with a coarser rounding, and the attempt that violates least is the answer: see _checked there.
+        if tl.where((blocked == 0) & (enter == M), 1, tl.where(left > 0, 0, 1)) > 0:
+            worst = tl.min(tl.where(usable, residual, float("inf")), axis=0)
+            violated = tl.where(worst < -tl.sqrt(8.0 * rounding), 1, 0)
+            worst = tl.where(violated > 0, worst, 0.0)
+            best = tl.where(worst > best_worst, multipliers, best)
+            best_worst = tl.maximum(worst, best_worst)
+            going = tl.where(rounding < 1e-10, violated, 0)
+            coarser = tl.where(rounding < 1e-12, 1e-12, rounding * 0.0 + 1e-10)
+            rounding = tl.where(rounding < 1e-14, 1e-14, coarser)
+            passive = tl.zeros([M], tl.int32)
+            banned = tl.zeros([M], tl.int32)
+            multipliers = tl.zeros([M], tl.float64)
+            left = 8 * m + 16
+    answer = tl.where(idle > 0, 0.0, size) * best * s
     if SIMPLEX:
         # Tasks at the origin are the minimum and share it; else the mass is what the multipliers say.
         anyone = tl.sum(at_origin.to(tl.int32), axis=0) > 0
@@ -142,11 +180,11 @@ def _transposed(x, diagonal):
 
 
 @triton.jit
-def _eliminated(A, q, passive, diagonal, i, m, M: tl.constexpr):
-    """Return −A_PP⁻¹ q_P (0 elsewhere) for the passive set P, and what is left of every diagonal entry.
+def _eliminated(A, q, passive, i, rounding, m, M: tl.constexpr):
+    """Return A after elimination of the passive set P downwards, and −A_PP⁻¹ q_P (0 elsewhere).
 
     Eliminated downwards, then substituted backwards: A_PP = LDLᵀ, whose residual is a rounding of Σλ however nearly
-    dependent the rows are. Gauss and Jordan's elimination in both directions leaves √cond times as much, 6e-8 where two
+    dependent the rows are. Gauss and Jordan's elimination in both directions leaves √cond times as much, 6e-8 if two
     rows are 1e-7 from opposite, and corrections by its inverse do not converge there.
     """
     j = tl.arange(0, M)[None, :]
@@ -157,21 +195,30 @@ def _eliminated(A, q, passive, diagonal, i, m, M: tl.constexpr):
         if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
             row = tl.sum(tl.where(i[:, None] == k, T, 0.0), axis=0)
             column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
-            pivot = tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            # A task enters with a pivot of 8 roundings; an exchange may leave less, and the check at the end sees that.
+            pivot = tl.maximum(tl.sum(tl.where(i == k, column, 0.0), axis=0), 0.01 * rounding)
             ck = tl.sum(tl.where(i == k, c, 0.0), axis=0)
             waiting = waiting & (i != k)
             factor = tl.where(waiting, column / pivot, 0.0)
             T = T - factor[:, None] * row[None, :]
             c = c - factor * ck
+    return T, _substituted(T, c, passive, i, rounding, m, M)
+
+
+@triton.jit
+def _substituted(T, c, passive, i, rounding, m, M: tl.constexpr):
+    """Return −x of T_PP x = c_P (0 elsewhere), for T_PP upper triangular."""
+    j = tl.arange(0, M)[None, :]
     goal = tl.zeros([M], tl.float64)
     for back in range(0, m):
         k = m - 1 - back
         if tl.sum(tl.where(i == k, passive, 0), axis=0) > 0:
             column = tl.sum(tl.where(j == k, T, 0.0), axis=1)
-            x = tl.sum(tl.where(i == k, c, 0.0), axis=0) / tl.sum(tl.where(i == k, column, 0.0), axis=0)
+            pivot = tl.maximum(tl.sum(tl.where(i == k, column, 0.0), axis=0), 0.01 * rounding)
+            x = tl.sum(tl.where(i == k, c, 0.0), axis=0) / pivot
             goal = tl.where(i == k, -x, goal)
             c = tl.where(i < k, c - column * x, c)
-    return goal, tl.sum(tl.where(diagonal, T, 0.0), axis=1)
+    return goal
 
 
 def nonnegative(

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import nearest, program, times
-from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
+from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT, STATIONARY
 from gradsurg.surgery.base import Surgery
 from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
 
 __all__ = ["CAGrad"]
 
 STEPS = 100
+# Up to this share of its square, the error of a length is left alone.
+NOTICED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -65,39 +67,64 @@ class CAGrad(Surgery):
         norms = [sqrt(row[i]) for i, row in enumerate(G)]
         b = times(G, mean)  # ⟨g_0, g_i⟩
         square = sum(map(mul, mean, b))
+        error = ROUNDING_EXACT * sum(map(mul, mean, norms)) ** 2
         # If g_0 is nothing but rounding, so is the ball.
-        if square <= STATIONARY * ROUNDING_EXACT * sum(map(mul, mean, norms)) ** 2:
+        if square <= STATIONARY * error:
             return mean, {}
+        if error > NOTICED * square:
+            square -= error
         change = _change(G, norms, b, self.c * sqrt(square))
         return [x + y for x, y in zip(mean, change, strict=True)], {}
 
 
 def _change(G: Matrix, norms: Vector, b: Vector, radius: float) -> Vector:
-    """Return y of d = g_0 + Σ y_i g_i."""
+    """Return y of d = g_0 + Σ y_i g_i; all 0 if no other d is known to lie in the ball."""
     if radius == 0:
         return [0.0] * len(b)
-    harmless, distance = _projected(G, b, 0.0)
+    for rounding in (ROUNDING_EXACT, *COARSER):
+        y = _inside(_best(G, norms, b, radius, rounding), G, norms, radius)
+        if y is not None:
+            return y
+    return [0.0] * len(b)
+
+
+def _best(G: Matrix, norms: Vector, b: Vector, radius: float, rounding: float) -> Vector:
+    harmless, distance = _projected(G, b, 0.0, rounding)
     # The gain that the ball allows to the worst-off task alone.
     above = min(x + radius * n for x, n in zip(b, norms, strict=True))
     if distance > radius:
-        return _at_radius(G, b, radius, min(above, 0.0))
+        return _at_radius(G, b, radius, min(above, 0.0), rounding)
     if above <= 0 or _stationary(G, norms):
         return harmless
-    y = _at_radius(G, b, radius, above)
-    # For rows opposite to 1e-5 rad, y is a million times as long as its sum, and rounding may make it the worse one.
+    y = _at_radius(G, b, radius, above, rounding)
+    # Opposite to 1e-5 rad, y is a million times as long as what it adds up to, and may be worth less than it seems.
     return y if _worst(G, b, y) >= _worst(G, b, harmless) else harmless
 
 
-def _at_radius(G: Matrix, b: Vector, radius: float, nu: float) -> Vector:
+def _inside(y: Vector, G: Matrix, norms: Vector, radius: float) -> Vector | None:
+    """Return y, shortened until Σ y_i g_i is no longer than the radius; None if it cannot be known to 1 %.
+
+    If rows balance up to 1e-8, y_i reaches 1e8 and the square of the distance errs by ROUNDING_EXACT · (Σ y_i ‖g_i‖)².
+    """
+    error = ROUNDING_EXACT * sum(map(mul, y, norms)) ** 2
+    square = sum(map(mul, y, times(G, y))) + error
+    if error > 0.01 * radius * radius:
+        return None
+    if error <= NOTICED * radius * radius or square <= radius * radius:
+        return y
+    return [x * (radius / sqrt(square)) for x in y]
+
+
+def _at_radius(G: Matrix, b: Vector, radius: float, nu: float, rounding: float) -> Vector:
     """Return y for the ν at which h(ν) is the radius, coming down from a ν that is too large."""
-    y, distance = _projected(G, b, nu)
+    y, distance = _projected(G, b, nu, rounding)
     for _ in range(STEPS):
         total = sum(y)  # h h' = Σ y_i
         step = distance * (distance - radius) / total if total > 0 else 0.0
         if abs(distance - radius) <= 1e-14 * radius or nu - step >= nu:
             break
         nu -= step
-        y, distance = _projected(G, b, nu)
+        y, distance = _projected(G, b, nu, rounding)
     return [x * (radius / distance) for x in y] if distance > 0 else y
 
 
@@ -112,7 +139,7 @@ def _worst(G: Matrix, b: Vector, y: Vector) -> float:
     return min(x + z for x, z in zip(b, times(G, y), strict=True))
 
 
-def _projected(G: Matrix, b: Vector, nu: float) -> tuple[Vector, float]:
+def _projected(G: Matrix, b: Vector, nu: float, rounding: float) -> tuple[Vector, float]:
     """Return y of the point nearest to g_0 at which every task gains at least ν, and its distance from g_0."""
-    y = program(G, [x - nu for x in b])
+    y = program(G, [x - nu for x in b], rounding=rounding)
     return y, sqrt(max(sum(map(mul, y, times(G, y))), 0.0))

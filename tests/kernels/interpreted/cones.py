@@ -8,6 +8,7 @@ import torch
 
 from gradsurg.linalg.kernels import cone
 from gradsurg.solvers.problem import HOST
+from tests.balanced import balanced
 from tests.matrices import FAMILIES, draw
 
 # From G alone u is known to its rounding over the square of the angle by which rows miss dependence.
@@ -177,3 +178,30 @@ def test_idle_and_broken_programs():
 def test_too_many_tasks():
     with pytest.raises(ValueError, match="at most 32"):
         cone.nonnegative(torch.eye(33, dtype=torch.float64), torch.ones(33, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("m", "size"), [(3, 2), (5, 2), (6, 3), (8, 5)])
+def test_margins_of_tasks_that_depend_on_each_other(m, size):
+    """More tasks than numbers and b not in the range of G: a task has to replace one that it depends on."""
+    rng = np.random.default_rng(m)
+    J = torch.tensor(rng.integers(-3, 4, (3, m, size)).astype(float))
+    norms = J.norm(dim=-1, keepdim=True)
+    U = J / norms.where(norms > 0, 1.0)
+    # All rows on one side of a direction: every margin is within reach.
+    side = U @ torch.tensor(rng.standard_normal(size))
+    U = U * torch.where(side < 0, -1.0, 1.0).unsqueeze(-1)
+    G, b = U @ U.mT, torch.where(norms.squeeze(-1) > 0, -0.3, 0.0).double()
+    mine, theirs = cone.nonnegative(G, b), HOST.nonnegative(G, b)
+    for gramian, linear, lam in zip(G, b, mine, strict=True):
+        assert kkt_residual(gramian, linear, lam, 0.3) <= 1e-9
+    assert ((mine - theirs).unsqueeze(1) @ U).abs().max() <= 1e-8 * (theirs.unsqueeze(1) @ U).abs().max()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_balance_are_not_violated(seed):
+    J = balanced(3, 4, 2, 1e-7, seed)
+    G = (J[:, None] * J).sum(-1)
+    w = 1 + cone.nonnegative(G, G.sum(1))
+    u = w @ J
+    if u.norm() > 8e-8 * (w @ J.norm(dim=1)):
+        assert (J @ u / J.norm(dim=1)).min() >= -1e-4 * u.norm()
