@@ -87,7 +87,6 @@ COVERED = {
     "gradsurg.optimizer.recording": "tests/optimizer/test_report.py",
     "gradsurg.optimizer.report_table": "tests/optimizer/test_report.py",
     "gradsurg.optimizer.step": "tests/behaviour/test_failures_in_step.py",
-    "gradsurg.solvers.active_set": "tests/solvers/test_nonnegative.py",
     "gradsurg.solvers.bargain": "tests/surgery/test_published_fair.py",
     "gradsurg.solvers.pivoting": "tests/solvers/test_nonnegative.py",
     "gradsurg.solvers.problem": "tests/surgery/test_pipeline.py",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradsurg.linalg.kernels import combine, cone, dots, inner, pairs, reduce
+from gradsurg.linalg.kernels import combine, cone, cone_active_set, dots, inner, pairs, reduce
 from gradsurg.linalg.kernels.dispatch import DTYPES, vector
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES
 
@@ -160,7 +160,7 @@ def _cone() -> Iterator[Specialisation]:
         for tasks in (4, 8, 16, cone.MOST_TASKS):
             yield Specialisation(
                 f"{'simplex' if simplex else 'cone'} m<={tasks}",
-                cone.cone_kernel,
+                cone_active_set.cone_kernel,
                 {
                     "gramians": "*fp64",
                     "linears": "*fp64",

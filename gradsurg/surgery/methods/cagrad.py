@@ -97,7 +97,7 @@ def _best(G: Matrix, norms: Vector, b: Vector, radius: float, rounding: float) -
     if above <= 0 or _stationary(G, norms):
         return harmless
     y = _at_radius(G, b, radius, above, rounding)
-    # Opposite to 1e-5 rad, y is a million times as long as what it adds up to, and may be worth less than it seems.
+    # For rows opposite to 1e-5 rad, y is a million times as long as its sum, and rounding may make it the worse one.
     return y if _worst(G, b, y) >= _worst(G, b, harmless) else harmless
 
 
