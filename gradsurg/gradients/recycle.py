@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradsurg.gradients.rows import ByParameter
-
 __all__ = ["FROM", "Recycler"]
 
 # The least size of a tensor that is kept; malloc itself keeps smaller ones.
@@ -23,12 +21,14 @@ class Recycler:
     """Keeps the tensors that stand in p.grad, one per parameter, until they can be written to again."""
 
     def __init__(self) -> None:
-        self._kept: ByParameter[Tensor] = ByParameter()
+        # id of a parameter -> the parameter, so that its id stays its own, and the tensor.
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Keep these results of parameters on the CPU, in place of those kept before."""
-        large = [pair for pair in pairs if pair[1].numel() >= FROM]
-        self._kept = ByParameter((p, u) for p, u in large if type(u) is Tensor and u.device.type == "cpu")
+        self._kept = {
+            id(p): (p, u) for p, u in pairs if u.numel() >= FROM and type(u) is Tensor and u.device.type == "cpu"
+        }
 
     def take(self, parameters: Iterable[Tensor]) -> list[Tensor | None] | None:
         """Return for each parameter a tensor of its layout to write to, or None; None in all if nothing is kept.
@@ -38,10 +38,9 @@ class Recycler:
         return [self._free_memory_of(p) for p in parameters] if self._kept else None
 
     def _free_memory_of(self, p: Tensor) -> Tensor | None:
-        if p not in self._kept:
+        kept = self._kept.pop(id(p), (p, None))[1]
+        if kept is None:
             return None
-        kept = self._kept.pop(p)
-        assert kept is not None
         # The counts are private; if torch drops them, nothing is ever reused.
         count = getattr(torch._C, "_storage_Use_Count", None)
         if count is None or not hasattr(kept, "_use_count") or kept.layout is not torch.strided:
