@@ -48,8 +48,7 @@ class Engine:
 
     def __init__(self, options: Options, passes: Passes, model: nn.Module | None = None) -> None:
         self.options, self.passes = options, passes
-        self.optimizers: list[Optimizer] = []
-        self.checkpoint = Checkpoint(self.optimizers)
+        self.checkpoint = Checkpoint([])
         self.capture = Capture(self.parameters, options.row_dtype)
         self.rotation = Rotation(options.rotate, self.checkpoint, options.row_dtype)
         self.session = Session(self.capture, Ranks(model, whole_rows=options.rotate is not None))
@@ -67,6 +66,11 @@ class Engine:
         return Engine, (self.options, self.passes.fresh())
 
     @property
+    def optimizers(self) -> list[Optimizer]:
+        """The wrapped optimizers that share the rows."""
+        return self.checkpoint.optimizers
+
+    @property
     def report(self) -> Report | None:
         """What the last surgery and step did; reading it waits if it is still on a device."""
         if isinstance(self.latest, DeferredReport):
@@ -76,8 +80,6 @@ class Engine:
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never kept, because trainers replace it inside param_groups."""
         parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
-        if len(set(map(id, parameters))) == len(parameters):
-            return parameters
         return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
 
     # -- before a run -------------------------------------------------------------------------------------------
@@ -120,12 +122,11 @@ class Engine:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Check the task names in the options against those declared, seen or given: a typo must not pass silently."""
-        pipeline, preferences = self.options.pipeline, self.options.preferences
         if self.options.names_tasks:
             known = {*self.checkpoint.tasks, *(self.options.tasks or ()), *names}
-            check_names(pipeline.levels, known)
-            check_names((tuple(preferences),), known, "preferences")
-            check_names((tuple(named(pipeline.margin)),), known, "margin")
+            check_names(self.options.pipeline.levels, known)
+            check_names((tuple(self.options.preferences),), known, "preferences")
+            check_names((tuple(named(self.options.pipeline.margin)),), known, "margin")
 
     def learn(self, names: Iterable[str]) -> None:
         """Note the tasks that this process met; over several ranks they are learnt in the order agreed on."""
@@ -174,19 +175,20 @@ class Engine:
         return passes
 
     def finish(self, defer: bool | None = None) -> None:
-        """Do the surgery on the rows of the open run, unless it has to wait; on any error p.grad is as before."""
-        if self.run is None:  # something else came in between and settled it
+        """Turn the rows of the open run into p.grad, unless surgery has to wait; on any error p.grad is as before."""
+        run = self.run
+        if run is None:  # something else came in between and settled it
             return
-        waiting = self.deferring > 0 if defer is None else defer
-        parameters = self.run.parameters
-        rows, held = self._commit(self.run, waiting)
+        # gradients/ and distributed/: what each task wants, over all ranks.
+        rows, held = self._commit(run, self.deferring > 0 if defer is None else defer)
         if rows is None:
             self.capture.write_pending()
             return
         try:
-            result = compute_direction(self._inputs(rows, parameters))
-            gradients = result.gradients
-            self.capture.write(gradients if self.session.layout is ALONE else self.session.layout.whole(gradients))
+            # linalg/ for the Gramian, normalize/, surgery/ and solvers/ for the weights, linalg/ for their sum.
+            result = compute_direction(self._inputs(rows, run.parameters))
+            whole = result.gradients if self.session.layout is ALONE else self.session.layout.whole(result.gradients)
+            self.capture.write(whole)
         except BaseException:
             # The fresh rows are part of the others by now; what those amounted to stands in p.grad.
             self.forget()
@@ -280,8 +282,7 @@ class Engine:
         self.refuse_scaled_sentinel()
         # Over several ranks, one that had no task in any micro-batch has no rows that could have been zeroed, and takes
         # part in what the others send.
-        empty = self.session.layout.several and not self.capture.has_rows()
-        if empty or self.capture.is_live():
+        if (self.session.layout.several and not self.capture.has_rows()) or self.capture.is_live():
             self.open(Run())
             self.finish(defer=False)
         else:  # zeroed since

@@ -34,3 +34,8 @@ def test_stays_are_counted_where_the_file_changes():
     assert counted.calls[0] == ("optimizer/optimizer.py", "zero_grad")
     changes = sum(a != b for (a, _), (b, _) in zip(counted.calls, counted.calls[1:], strict=False))
     assert counted.stays.total() == changes + 1
+
+
+def test_the_engine_holds_few_things():
+    _, optimizer = default_step()
+    assert len(vars(optimizer._gradsurg)) <= 12
