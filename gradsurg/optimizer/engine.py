@@ -176,8 +176,7 @@ class Engine:
 
     def finish(self, defer: bool | None = None) -> None:
         """Turn the rows of the open run into p.grad, unless surgery has to wait; on any error p.grad is as before."""
-        run = self.run
-        if run is None:  # something else came in between and settled it
+        if (run := self.run) is None:  # something else came in between and settled it
             return
         # gradients/ and distributed/: what each task wants, over all ranks.
         rows, held = self._commit(run, self.deferring > 0 if defer is None else defer)
