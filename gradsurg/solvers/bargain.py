@@ -22,7 +22,7 @@ def bargain(gramian: Matrix, log_q: Vector, alpha: float) -> Vector:
     the other equation is solved in logarithms; steps stop 5 % short of where a number would turn negative.
 
     At most 200 steps. The tests hold instances with |log residual| ≤ 1e-9 to 20 steps for α = 1 and 40 for 0.5 ≤ α ≤ 2
-    (random rows take 4). Where rows are opposite to 1e-5 rad, v is known only to the rounding of Aβ, and no residual
+    (random rows take 4). If rows are opposite to 1e-5 rad, v is known only to the rounding of Aβ, and no residual
     can be smaller. For α beyond [0.2, 5], and norms that spread over twelve orders of magnitude, 200 steps may not do:
     the minimum-norm point of the hull is returned, the answer for α → ∞ and equal norms; its A β is not negative.
 

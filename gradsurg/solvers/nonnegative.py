@@ -28,25 +28,30 @@ def nonnegative(
     """Return λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb.
 
     With b_i = ⟨t, g_i⟩ this is the dual of projecting t onto the cone {u : ⟨u, g_i⟩ ≥ 0}: u = t + Σ λ_i g_i. The
-    answer satisfies r = Gλ + b ≥ 0 and λ_i r_i = 0; it is unique in u, and in λ where G is regular.
+    answer satisfies r = Gλ + b ≥ 0 and λ_i r_i = 0. It is unique in u, and also in λ if G is regular.
 
     Active-set methods, in rows scaled to unit length; nothing is added to the diagonal. Few small programs are solved
-    one task at a time (small.py), others by block exchange first (batched.py); either stops after 4m + 8 changes of
-    the passive set, plus 8 exchanges. The tests hold the first to 2m + 2.
+    one task at a time (active_set.py), others by block exchange first (pivoting.py). A task that depends on the passive
+    ones replaces one of them, so b need not lie in the range of G. One attempt stops after 4m + 8 changes of the
+    passive set. The tests hold it to 2m + 2 if b = Gr. An answer that violates a task is replaced by up to three more
+    attempts with coarser roundings, each of 4m + 8 changes at most; block exchange takes 8 turns before all that.
+
+    If no direction has what b asks for, the program has no minimum. Then λ is finite, at least one r_i is clearly
+    negative, and the caller has to look: margins count as out of reach, PCD drops its shares.
 
     What holds of the answer, with r_i / (‖g_i‖ ‖t‖) and λ_i ‖g_i‖ / ‖t‖ for r_i and λ_i, and S = Σλ, of a finite G
     that is positive semidefinite to `rounding`:
     λ_i ≥ 0 always. r_i ≥ −1e-9 on every family of the tests, typically −1e-15 (1 + S). λ_i r_i is 0 up to
     1e-15 (1 + S)², which no float64 λ can better: rounding λ alone moves r by 1e-16 S. S is below 10 for most
-    gradients, 1/ε where two are within ε of opposite.
+    gradients, and 1/ε if two are within ε of opposite.
     A task whose part orthogonal to the passive set is shorter than √(8 · rounding) may be refused; it is then violated
-    by at most that cosine of ‖u‖. Where G is singular and its cone so thin that S > 1e3, G's own rounding moves r_i
+    by at most that cosine of ‖u‖. If G is singular and its cone so thin that S > 1e3, G's own rounding moves r_i
     by up to rounding · (1 + S)²: 6e-9 was met once in 10³ draws of 16 tasks in 9 dimensions.
 
     Args:
         gramian: G, shape (..., m, m), symmetric positive semidefinite; solved in float64. May be singular.
         linear: b, shape (..., m); batch dimensions broadcast with those of G.
-        allowed: Bool, shape (..., m): where False, λ_i = 0 and constraint i is ignored. None is all.
+        allowed: Bool, shape (..., m): if False, λ_i = 0 and constraint i is ignored. None is all.
         scale: ‖t‖, shape (...): makes violations cosines. None takes max |b_i| / ‖g_i‖, a lower bound.
         rounding: Relative error of G's entries, |error of G_ij| / (‖g_i‖ ‖g_j‖).
 
@@ -57,7 +62,8 @@ def nonnegative(
     Raises:
         ValueError: Shapes do not fit.
 
-    Source: Lawson & Hanson 1974, "Solving least squares problems", chapter 23, in Gramian form.
+    Source: Lawson & Hanson 1974, "Solving least squares problems", chapter 23, in Gramian form; Goldfarb & Idnani
+    1983 for the exchange.
 
     Example:
         >>> import torch
@@ -76,7 +82,8 @@ def nonnegative(
         return torch.zeros(*shape, m, dtype=torch.float64, device=device)
     low, high = (extreme.item() for extreme in b.aminmax())  # NaN if there is one
     finite = -inf < low and high < inf and isfinite(G.sum().item())
-    if finite and low >= 0:  # nobody is in conflict
+    # No task is in conflict.
+    if finite and low >= 0:
         return torch.zeros(*shape, m, dtype=torch.float64, device=device)
     G = G.reshape(m, m) if G.numel() == m * m else G.expand(*shape, m, m).reshape(-1, m, m)
     b = _rows(b, shape)

@@ -1,4 +1,4 @@
-"""The nonnegative program for many tasks or many programs at once, in torch; what it cannot finish goes to small.py."""
+"""The nonnegative program for many tasks or many programs at once, in torch; active_set.py does the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TURNS", "solve_batched"]
 
 # Ordinary gradients are done after 2 to 5 turns, whatever m up to 64; those that need more than this seldom finish.
 TURNS = 8
-# Accepted violation, as a cosine; more only where G's own rounding is more.
+# Accepted violation, as a cosine; more only if G's own rounding is more.
 VIOLATION = 1e-13
 # Numbers in the matrices of one turn from which on it pays to leave finished programs out of the next: m = 32 or so.
 LARGE = 1 << 15
@@ -22,13 +22,14 @@ LARGE = 1 << 15
 def solve_batched(
     G: Tensor, b: Tensor, allowed: Tensor | None, scale: Tensor | None, rounding: float
 ) -> tuple[Tensor, list[int]]:
-    """Return λ, (n, m), and the number of changes of the passive set of each of n programs, at most 8 + 4m + 8.
+    """Return λ, (n, m), and the number of changes of the passive set of each of n programs.
 
     Block principal pivoting: guess the passive set (at first, all tasks in conflict), compute λ inside and the
     residuals r outside, send every task whose number is negative to the other side, repeat. Nothing proves that this
-    ends, but where it does, λ ≥ 0 inside and r ≥ 0 outside are the optimality conditions. One LU solve gives both:
-    M y = −q, where M has A's columns for tasks inside and −I's outside. It is backward stable, so r can be believed
-    while Σλ is moderate. Programs that do not end, or end otherwise, go to the active-set method.
+    ends, but if it does, λ ≥ 0 inside and r ≥ 0 outside are the optimality conditions. One LU solve gives both:
+    M y = −q; M has A's columns for tasks inside and −I's outside. It is backward stable, so r can be believed while Σλ
+    is moderate. Programs that are not done after 8 turns, or whose Σλ is large, go to the active-set method; those in
+    which tasks depend on each other and b is not in the range of G are among them.
 
     Args:
         G: Shape (n, m, m), or (m, m) for one Gramian in all programs; finite, as are b and scale.

@@ -46,7 +46,7 @@ class Problem:
             blocks of parameters that are treated apart (one for granularity="model").
         preferences: r_i > 0, shape (m,), float64.
         tasks: The m names, in the order of the rows.
-        losses: The m loss values, shape (m,), float64, or None where there are none (functional use, set_gradients).
+        losses: The m loss values, shape (m,), float64, or None if there are none (functional use, set_gradients).
         generator: Source of all random choices; None means a fresh one with seed 0.
         solvers: Who solves small programs on this Gramian.
     """

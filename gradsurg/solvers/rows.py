@@ -23,10 +23,10 @@ MOSTLY = 0.75
 
 
 def project_rows(gramian: Tensor, *, rounding: float = 4e-16) -> Tensor:
-    """Return Λ, row i of which is argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: g_i + Σ_j Λ_ij g_j conflicts with nobody.
+    """Return Λ, row i of which is argmin_{λ ≥ 0} ½ λᵀGλ + λᵀG_i: g_i + Σ_j Λ_ij g_j conflicts with no task.
 
-    The same as nonnegative(G[..., None, :, :], G), faster for one Gramian of few tasks: where a gradient conflicts
-    with most others, its passive set is nearly everybody, and the few outside it, C, are the smaller problem. With
+    The same as nonnegative(G[..., None, :, :], G), faster for one Gramian of few tasks: if a gradient conflicts
+    with most others, its passive set is nearly all tasks, and the few outside it, C, are the smaller problem. With
     N = G⁻¹ the weights are w = N_{·C} v, N_CC v = e_i, optimal iff w ≥ 0 and v ≥ 0.
 
     Args:
@@ -75,7 +75,7 @@ def project_lists(rows: Matrix, G: Tensor, rounding: float = 4e-16) -> Matrix:
 
 
 def _inverse(rows: Matrix, G: Tensor) -> tuple[Matrix | None, Vector]:
-    """Return the inverse of G with its rows scaled to unit length, or None where it is not to be trusted."""
+    """Return the inverse of G with its rows scaled to unit length, or None if it is not to be trusted."""
     s = [1 / sqrt(row[i]) if row[i] > 0 else inf for i, row in enumerate(rows)]
     if inf in s:  # a zero row
         return None, []
@@ -88,7 +88,8 @@ def _inverse(rows: Matrix, G: Tensor) -> tuple[Matrix | None, Vector]:
 def _from_outside(N: Matrix, s: Vector, i: int) -> Vector | None:
     """Return λ of program i from the tasks outside its passive set, at most two, or None if there are more."""
     own = N[i]
-    weights = [x / own[i] for x in own]  # everybody else passive
+    # All other tasks are passive.
+    weights = [x / own[i] for x in own]
     lowest = min(weights)
     if lowest < 0:
         j = weights.index(lowest)  # all but i and j passive: N_CC is 2 x 2, and v_j ≥ 0 because N_ij < 0

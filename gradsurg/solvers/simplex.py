@@ -23,11 +23,11 @@ def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:
 
     Args:
         gramian: G, shape (..., m, m), symmetric positive semidefinite; solved in float64. May be singular.
-        allowed: Bool, shape (..., m): where False, α_i = 0. None is all.
+        allowed: Bool, shape (..., m): if False, α_i = 0. None is all.
 
     Returns:
-        α, shape (..., m), float64, on G's device. u = Σ α_i g_i is unique, α where the hull's face is a simplex. Zero
-        rows share all the mass equally. Where nobody is allowed, zeros.
+        α, shape (..., m), float64, on G's device. u = Σ α_i g_i is unique, and α too if the hull's face is a simplex.
+        Zero rows share all the mass equally. Zeros if no task is allowed.
 
     Source: Désidéri 2012 for the use; Wolfe 1976, "Finding the nearest point in a polytope", for the program.
 

@@ -44,7 +44,8 @@ def lengths(weights: Vector, products: Vector, norms: Vector) -> tuple[float, fl
 def conflicts(products: Vector, norms: Vector, square: float) -> bool:
     """Whether the cosine of u with a gradient is below what the guarantee allows, from ⟨u, g_i⟩, ‖g_i‖ and ‖u‖²."""
     least = -CONFLICT * sqrt(max(square, 0.0))
-    return min(products) < 0 and any(x < least * y for x, y in zip(products, norms, strict=True))
+    # The first comparison decides nearly always.
+    return min(products) < least * min(norms) and any(x < least * y for x, y in zip(products, norms, strict=True))
 
 
 def applies(gramian: Tensor, normalizer: Normalizer, surgery: Surgery) -> bool:

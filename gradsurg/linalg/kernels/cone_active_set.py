@@ -13,9 +13,9 @@ __all__ = ["cone_kernel"]
 @triton.jit(do_not_specialize=["m", "shared"])
 def cone_kernel(
     gramians,  # float64 (programs / shared, m, m)
-    linears,  # float64 (programs, m): b; not read where SIMPLEX
+    linears,  # float64 (programs, m): b; not read if SIMPLEX
     allowed,  # int8 (programs, m)
-    scales,  # float64 (programs,): ‖t‖; negative is max |b_i| / ‖g_i‖; not read where SIMPLEX
+    scales,  # float64 (programs,): ‖t‖; negative is max |b_i| / ‖g_i‖; not read if SIMPLEX
     roundings,  # float64 (1,)
     answers,  # float64 (programs, m)
     turns,  # int32 (programs,): how many steps were done
@@ -24,7 +24,7 @@ def cone_kernel(
     M: tl.constexpr,  # m rounded up to a power of two
     SIMPLEX: tl.constexpr,
 ):
-    """λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb; or, where SIMPLEX, α = argmin_{α ≥ 0, Σα = 1} αᵀGα.
+    """λ = argmin_{λ ≥ 0} ½ λᵀGλ + λᵀb; or, if SIMPLEX, α = argmin_{α ≥ 0, Σα = 1} αᵀGα.
 
     The active-set method of solvers/active_set.py, with the same rules and thresholds. That one keeps a factor of the
     passive part. This one eliminates the passive part from the whole tableau (A, q), one index after the other, anew in
@@ -62,7 +62,8 @@ def cone_kernel(
     # x − x is 0 for finite x alone; a maximum would drop a NaN.
     wrong = tl.sum(tl.sum(tl.where(A - A == 0.0, 0, 1), axis=1), axis=0)
     wrong += tl.sum(tl.where(b - b == 0.0, 0, 1), axis=0) + tl.where(size - size == 0.0, 0, 1)
-    if not SIMPLEX:  # nobody is in conflict: 0, whatever G is
+    # If no task is in conflict, the answer is 0, whatever G is.
+    if not SIMPLEX:
         wrong = tl.where(tl.sum(tl.where(b >= 0.0, 0, 1), axis=0) > 0, wrong, 0)
         size = tl.where(tl.sum(tl.where(b >= 0.0, 0, 1), axis=0) > 0, size, 0.0)
     idle = tl.where((wrong > 0) | (size == 0.0), 1, 0)
@@ -146,8 +147,8 @@ def cone_kernel(
     answer = tl.where(idle > 0, 0.0, size) * best * s
     if SIMPLEX:
         # Tasks at the origin are the minimum and share it; else the mass is what the multipliers say.
-        anyone = tl.sum(at_origin.to(tl.int32), axis=0) > 0
-        mass = tl.where(anyone, at_origin.to(tl.float64), answer)
+        some = tl.sum(at_origin.to(tl.int32), axis=0) > 0
+        mass = tl.where(some, at_origin.to(tl.float64), answer)
         total = tl.sum(mass, axis=0)
         answer = tl.where(total == 0.0, 0.0, mass / tl.where(total == 0.0, 1.0, total))
     answer = tl.where(wrong > 0, float("nan"), answer)
