@@ -226,11 +226,11 @@ class MultiTaskOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
-        return sealed(super().state_dict(), **self._gradsurg.rotation.packed(self))
+        return sealed(super().state_dict(), **self._gradsurg.rotation.saved(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
-        super().load_state_dict(self._gradsurg.rotation.unpack_from(self, unsealed(state_dict), KEY))
+        super().load_state_dict(self._gradsurg.rotation.take_from(self, unsealed(state_dict), KEY))
 
 
 def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:

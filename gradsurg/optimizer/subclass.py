@@ -147,7 +147,7 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
 
 
 def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
-    averages = self._gradsurg.rotation.pack(self)
+    averages = self._gradsurg.rotation.averages_of(self)
     return _rebuild, (inner_class(self), self._gradsurg, averages), self.__getstate__()
 
 
@@ -167,5 +167,5 @@ def _rebuild(
     optimizer.__dict__[STATE] = engine
     engine.optimizers.append(optimizer)
     if averages:
-        engine.rotation.set_rows(optimizer, averages)
+        engine.rotation.set_averages(optimizer, averages)
     return optimizer

@@ -1,8 +1,8 @@
-"""batched=True: one backward pass through what the tasks share, over all of their gradients at once (torch's vmap).
+"""batched=True: one backward pass through the shared part, over the gradients of all tasks at once (torch's vmap).
 
-Where a step's time goes into starting operations and not into arithmetic, m passes cost m times the starts. The heads
-run first, in one pass up to the border of what several losses reach; what crosses it is stacked, one entry a task, and
-goes through the rest in one batched pass. The rows are those of m passes up to rounding.
+If most of a step's time goes into starting operations, m passes cost m times the starts. The heads run first, in one
+pass that ends at the border of what several losses reach. The gradients that cross the border are stacked, one entry
+per task, and go through the rest in one batched pass. The rows are those of m passes up to rounding.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from gradsurg.optimizer.run import Run
 __all__ = ["Batched"]
 
 Pass = tuple["str | None", "Tensor | Compute"]
-
-
 Sent = tuple["Tensor | None", ...]
 
-
+# Kind of graph node -> why it cannot be batched.
 OBSTACLES = {
     REENTRANT: "torch.utils.checkpoint runs with use_reentrant=True (use_reentrant=False can be batched)",
     "CompiledFunctionBackward": "compiled backward code takes one gradient at a time",
@@ -40,12 +38,13 @@ OBSTACLES = {
 
 
 class Batched(OneByOne):
-    """All tasks' passes as one; `works` is None until the first one has been tried."""
+    """Runs the passes of all tasks as one, or one by one if that fails at the first attempt."""
 
     def __init__(self) -> None:
-        self.works: bool | None = None
+        self.works: bool | None = None  # None until the first attempt
 
-    def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:  # noqa: D102
+    def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:
+        """Run the passes of all tasks, and return those that are left."""
         losses = {name: task for name, task in passes if name is not None and isinstance(task, Tensor)}
         tasks = sum(name is not None for name, _ in passes)
         if len(losses) < tasks:
@@ -55,16 +54,10 @@ class Batched(OneByOne):
         return passes
 
     def fill(self, engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
-        """Fill the fresh rows of these tasks; return False if they have to run one by one and nothing has happened.
-
-        Args:
-            engine: Whose rows they become.
-            losses: Name -> loss that requires grad.
-            gradient: What to scale every loss by, as autograd hands it to a scaled total.
-            keep: Keep the graph for another run.
+        """Fill the rows of these tasks; return False if they have to run one by one and nothing has happened.
 
         Raises:
-            MultiTaskError: The pass failed although earlier steps' went through, so the graph is used up.
+            MultiTaskError: The pass failed although earlier ones worked, so the graph is used up.
         """
         if self.works is False or len(losses) < 2:
             return False
@@ -93,10 +86,10 @@ class Batched(OneByOne):
         self.works = True
         ours = set(map(id, parameters))
         for name, row in zip(losses, rows, strict=True):
-            if not ours.issuperset(row.ids()):
-                for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
-                    deposit(leaf, g)
-                    row.pop(leaf)
+            # A leaf that the optimizer does not train gets its gradient as from an ordinary pass.
+            for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
+                deposit(leaf, g)
+                row.pop(leaf)
             engine.capture.give(name, row)
         return True
 
@@ -112,6 +105,7 @@ class Batched(OneByOne):
 
 
 def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str | None:
+    """Return why passes cannot be batched, or None."""
     if layout is not ALONE:
         return "the model is trained by several ranks, which exchange rows as each pass ends"
     if hooked_among(parameters):
@@ -122,6 +116,7 @@ def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str |
 
 
 def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: bool) -> list[Row]:
+    """Return one row per task: its own part from the pass over the heads, the rest from the batched pass."""
     rows, crossing = _heads(losses, seeds, graph, keep)
     tasks = [i for i, edges in enumerate(crossing) if edges]
     if not tasks:
@@ -138,7 +133,9 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
     )
     gradients = [() if g is None else g.unbind(0) for g in _owned(found)]
     entries = [frozenset(node for node, _ in crossing[i]) for i in tasks]
-    alike = len(set(entries)) == 1  # then every task reaches all of them
+    # If all tasks enter at the same nodes, all reach every leaf; else zeros of the batched pass have to be told from
+    # gradients.
+    alike = len(set(entries)) == 1
     for k, i in enumerate(tasks):
         row = Row((leaf, each[k]) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
         if not alike:
@@ -151,21 +148,23 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
 def _heads(
     losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: bool
 ) -> tuple[list[Row], list[dict[Edge, Tensor]]]:
-    """Return every task's gradients of what it alone reaches, and what it sends across each edge into the rest."""
+    """Return each task's gradients of the leaves that it alone reaches, and what it sends across each border edge."""
     rows = [Row() for _ in losses]
     crossing: list[dict[Edge, Tensor]] = [{} for _ in losses]
     parts: list[tuple[int, Edge, list[Tensor]]] = []
     hooks = []
     for border in graph.borders:
         slots: dict[int, list[Tensor]] = {k: [] for k in border.edges}
-        # Read off before the hooks of the tensor at the border: these run in the batched pass, once, as they should.
+        # This hook reads the gradient before the hooks of the tensor at the border act. Those run once, in the batched
+        # pass.
         hooks.append(border.node.register_hook(_reading(slots)))
         for k, slot in slots.items():
             node, output = border.node.next_functions[k]
             assert node is not None
             parts.append((border.task, (node, output), slot))
     edges = list(dict.fromkeys(edge for _, edge, _ in parts))
-    if graph.nested:  # what torch runs to reach one border would lead on through another
+    # On its way to one border torch would otherwise run on through another.
+    if graph.nested:
         hooks += [blocking(edge) for edge in edges if leaf_of(edge[0]) is None]
         keep = True
     alone = [i for i, (node, _) in enumerate(graph.roots) if node not in graph.common]
@@ -187,7 +186,8 @@ def _heads(
     for (i, node), g in zip(own, found, strict=False):
         leaf = leaf_of(node)
         if g is not None and leaf is not None:
-            rows[i][leaf] = g.clone()  # may be expanded, or one tensor for several leaves
+            # The tensor may be expanded, or the same one for several leaves.
+            rows[i][leaf] = g.clone()
     for i, root in enumerate(graph.roots):
         if i not in alone:
             crossing[i][root] = seeds[i]
@@ -211,13 +211,13 @@ def _reading(slots: Mapping[int, list[Tensor]]) -> Callable[[Sent, Sent], None]:
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
-    """Return one entry a task; zeros for those that send nothing along this edge."""
+    """Return one entry per task, zeros for tasks that send nothing along this edge."""
     some = next(part for part in parts if part is not None)
     return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _owned(found: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-    """Yield what rows may add to in place: what comes back may be expanded, or one tensor for several leaves."""
+    """Yield tensors that rows may add to in place: autograd's may be expanded, or one tensor for several leaves."""
     seen: set[int] = set()
     for g in found:
         if g is not None:

@@ -1,8 +1,8 @@
-"""features=: surgery on the losses' gradients with respect to a shared representation, one backward pass before it.
+"""features=: surgery on the gradients with respect to shared features, then one backward pass through what made them.
 
-For h = f(x; θ), ‖Σ w_i ∂L_i/∂θ‖ ≤ ‖∂h/∂θ‖ · ‖Σ w_i ∂L_i/∂h‖: weights found on ∂L_i/∂h bound what happens in θ, and do
-not decide it. What the surgery promises of u then holds for the features: a small move of h along Σ w_i ∂L_i/∂h hurts
-no task. The guarantee on the update would need every task's gradient with respect to θ, which is what is saved here.
+For h = f(x; θ), ‖Σ w_i ∂L_i/∂θ‖ ≤ ‖∂h/∂θ‖ · ‖Σ w_i ∂L_i/∂h‖. So weights found on ∂L_i/∂h bound what happens in θ, but
+do not decide it. The promise about u then holds for the features: a small move of h along Σ w_i ∂L_i/∂h hurts no task.
+A guarantee of the update would need the gradient of each task with respect to θ, which is the cost that is saved here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -62,10 +63,10 @@ def check_features(features: Tensor | Sequence[Tensor], options: Options) -> lis
 
 
 def run_on_features(engine: Engine, run: Run) -> None:
-    """Run the heads' backward passes, surgery on the features, one pass before them; add the result to p.grad.
+    """Run the heads' backward passes, surgery on the features, and one pass before them; add the result to p.grad.
 
-    On any error p.grad is as before. Micro-batches have features of their own, so each has its own surgery, and the
-    results add up in p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
+    On any error p.grad is as before. Each micro-batch has features and a surgery of its own, and the results add up in
+    p.grad. Under DDP the ranks' Gramians are added up, and p.grad is averaged at the end.
     """
     engine.settle()
     _warn_of_update(engine)
@@ -119,7 +120,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
 
 @contextmanager
 def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
-    """Let ranks compare, at the end of the block, what they put into the list; where one raised, all do."""
+    """Let ranks compare, at the end of the block, what they put into the list; if one raised, all do."""
     done: list[str] = []
     try:
         yield done
@@ -135,7 +136,7 @@ def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _options(options: Options, features: list[Tensor]) -> Options:
-    """Return the settings of the operation on the features: what is promised of the update is held of u here."""
+    """Return the options for surgery on the features: u keeps the promise that is made of the update elsewhere."""
     guarantee = "gradient" if options.guarantee == "update" else options.guarantee
     pipeline = replace(options.pipeline, guarantee=guarantee)
     return replace(options, pipeline=pipeline, guarantee=guarantee, shared=tuple(features))
@@ -149,16 +150,16 @@ def _heads(
     gradient: Tensor | None,
     watch: Watch,
 ) -> tuple[TaskRows, TaskRows]:
-    """Return every task's gradient with respect to the features, and to the leaves that it reaches past them."""
+    """Return each task's gradient with respect to the features, and to the leaves that it reaches past them."""
     rows, own = TaskRows(engine.options.row_dtype), TaskRows()
     edges = [edge_of(h) for h in features]
-    # Leaves before the features may also be reached past them, and one feature may be made from another: what a task
-    # wants of these is then only what does not pass a feature on the way.
+    # A loss may also reach leaves before the features on a way past them, and one feature may be made from another.
+    # Only the part of the gradient that passes no feature counts here.
     blocks = [blocking(edge) for edge in edges]
     try:
         for name, loss in losses.items():
             leaves = leaves_past(loss, edges)
-            # Not backward(inputs=...): that runs the node of a feature too, which may be a whole compiled trunk.
+            # backward(inputs=...) would run the node of a feature too, which may be a whole compiled trunk.
             with advise():
                 found = _gradients(name, loss, [*features, *leaves], seed_of(gradient, loss))
             watch.check(loss, repr(name))
@@ -181,6 +182,7 @@ def _heads(
 
 
 def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> Sequence[Tensor | None]:
+    """Return ∂L/∂inputs, or raise an error that names the task if its head cannot be run up to the features."""
     try:
         return torch.autograd.grad(loss, inputs, seed, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -200,9 +202,10 @@ def _weights(report: Report, options: Options) -> dict[str, float]:
 
 
 def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, float]) -> Row:
-    """Add what tasks reached past the features: weighted where others reach it too, plain where only one does."""
+    """Add the gradients of leaves past the features: weighted if several tasks reach a leaf, else plain."""
     result = Row(trunk.items())
-    alone = len(own) == 1  # as everywhere: a task by itself gets its preference on all that it reaches
+    # As in every other step, a single task has its preference as a weight on all that it reaches.
+    alone = len(own) == 1
     holders = Counter(id(p) for name in own for p, _ in own[name].items())
     for name in own:
         for p, g in own[name].items():
@@ -213,7 +216,7 @@ def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, flo
                     "add the tensor that it reads to features=, or pass this loss as plain="
                 )
             weight = weights[name] if common or (alone and name in weights) else 1.0
-            if weight != weight:
+            if isnan(weight):
                 raise ValueError(
                     f"losses[{name!r}] reaches parameters past the features that other tasks reach too, and this "
                     "surgery decides number by number, so there is no weight for them: use surgery='cone', or list "

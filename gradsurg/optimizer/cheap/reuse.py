@@ -1,14 +1,13 @@
-"""refresh_every=k: new weights every k-th step; between, one backward pass of the weighted sum.
+"""refresh_every=k: new weights in every k-th step, and in the others one backward pass of the weighted sum.
 
-The weights of a step reach only what several tasks share. Where the graph of a loss enters that part, its gradient is
-multiplied by the task's weight; what lies on the loss's own side of that border, its head, gets its plain gradient to
-the bit, from the same pass.
+Weights apply to the shared part alone. At the edge where the graph of a loss enters that part, its gradient is
+multiplied by the task's weight. The head, on the loss's side of that edge, gets its plain gradient from the same pass,
+equal to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,30 +27,13 @@ from gradsurg.optimizer.run import Run
 
 __all__ = ["Reused"]
 
-
+# Key of the checkpoint's entry, which keeps the weights and their age: a resumed run goes on as if uninterrupted.
 KEY = "refresh"
-
-
 Gradients = tuple["Tensor | None", ...]
 
 
-@dataclass(frozen=True)
-class Reuse:
-    """What a step without surgery goes by.
-
-    Attributes:
-        weights: Task -> weight.
-        graph: Where the losses' graphs meet.
-    """
-
-    weights: Mapping[str, float]
-    graph: Map
-
-
 class Reused:
-    """The weights of an earlier step, in all steps but every k-th.
-
-    The weights and their age are kept in the checkpoint, so that a resumed run goes on as if uninterrupted.
+    """Uses the weights of an earlier step, in all steps but every k-th.
 
     Args:
         every: k.
@@ -67,10 +49,10 @@ class Reused:
         return Reused(self.every, self.full.fresh())
 
     def run(self, engine: Engine, run: Run) -> None:
-        """Run one pass of the weighted sum, or a full step if its weights have to be found anew."""
+        """Run one pass of the weighted sum, or a full step if new weights have to be found."""
         losses = {name: loss for name, loss in run.tensors.items() if loss.requires_grad}
-        reuse = self._reusable(engine, losses)
-        if reuse is None or not self._run_weighted(engine, run, losses, reuse):
+        graph = self._reusable(engine, losses)
+        if graph is None or not self._run_weighted(engine, run, losses, graph):
             self.full.run(engine, run)
 
     def end_step(self, engine: Engine) -> None:
@@ -84,32 +66,33 @@ class Reused:
             engine.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
         self._reused = False
 
-    def _reusable(self, engine: Engine, losses: Mapping[str, Tensor]) -> Reuse | None:
-        """Return what this step may go by, or None if it, on any rank, has to find new weights.
+    def _reusable(self, engine: Engine, losses: Mapping[str, Tensor]) -> Map | None:
+        """Return where the losses' graphs meet; None if this step has to find new weights, on any rank.
 
-        Over several ranks, all need the very tasks that the weights are of: a rank that lacks one could not tell what
-        is shared.
+        Over several ranks, each needs the very tasks that the weights belong to: a rank that lacks one could not tell
+        what is shared.
         """
-        reuse = None
+        graph = None
         kept = engine.checkpoint.recall(KEY)
-        alike = bool(kept) and kept["age"] < self.every and kept["weights"].keys() == set(losses)
-        if alike and not engine.capture.is_live():
+        usable = bool(kept) and kept["age"] < self.every and kept["weights"].keys() == set(losses)
+        if usable and not engine.capture.is_live():
             graph = map_of(list(losses.values()), engine.options.shared or ())
             _check_can_tell(graph, engine)
-            if _knows_compiled(graph, engine, losses):
-                reuse = Reuse(dict(kept["weights"]), graph)
-        return reuse if engine.session.layout.agree(0 if reuse is None else fingerprint(sorted(losses))) else None
+            if not _knows_compiled(graph, engine, losses):
+                graph = None
+        return graph if engine.session.layout.agree(0 if graph is None else fingerprint(sorted(losses))) else None
 
-    def _run_weighted(self, engine: Engine, run: Run, losses: Mapping[str, Tensor], reuse: Reuse) -> bool:
+    def _run_weighted(self, engine: Engine, run: Run, losses: Mapping[str, Tensor], graph: Map) -> bool:
         """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
 
         Under DDP all of p.grad is averaged when the backward pass around it is complete, as DDP itself would do.
 
         Returns:
-            Whether that was enough. False if the result is not finite and `nonfinite` asks which task it was: p.grad
-            and the graph are then as before.
+            False if the result is not finite and `nonfinite` asks which task it was: p.grad and the graph are then as
+            before.
         """
         engine.settle()
+        weights: Mapping[str, float] = engine.checkpoint.recall(KEY)["weights"]
         layout, plain, gradient = engine.session.layout, run.plain, run.gradient
         watchful = engine.options.nonfinite != "propagate"
         with Averaged(engine.parameters(), layout).begin() as averaged:
@@ -122,7 +105,7 @@ class Reused:
                 watch.check(plain, "plain=")
                 penalty = held.lift()
             with advise():
-                _weighted_backward(losses, reuse.weights, gradient, reuse.graph, run.retain_graph or watchful)
+                _weighted_backward(losses, weights, gradient, graph, run.retain_graph or watchful)
             result = held.lift()
             broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
             if watchful and layout.on_any_rank([KEY], broken):
@@ -134,7 +117,7 @@ class Reused:
         def end() -> None:
             averaged.complete()
             self._reused = True
-            engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(known), reuse.weights), None)
+            engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(known), weights), None)
 
         run.when_done(end, averaged.drop)
         return True
@@ -147,7 +130,7 @@ def _weighted_backward(
     graph: Map,
     retain_graph: bool,
 ) -> None:
-    """Leave Σ w_i g_i in p.grad of what several losses reach, and plain gradients elsewhere."""
+    """Leave Σ w_i g_i in p.grad of parameters that several losses reach, and plain gradients in the others."""
     in_order = [weights[name] for name in losses]
     seeds = []
     for loss, weight, (node, _) in zip(losses.values(), in_order, graph.roots, strict=True):
@@ -162,6 +145,8 @@ def _weighted_backward(
 
 
 def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], Gradients]:
+    """Return a hook that multiplies what a node sends along the border's edges."""
+
     def scaled(into: Gradients, _: Gradients) -> Gradients:
         return tuple(g * weight if k in border.edges and g is not None else g for k, g in enumerate(into))
 
@@ -169,7 +154,7 @@ def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], 
 
 
 def _check_can_tell(graph: Map, engine: Engine) -> None:
-    """Refuse graphs in which one pass cannot treat shared parameters and others apart."""
+    """Refuse graphs in which one pass cannot tell shared parameters from others."""
     if graph.hidden:
         raise MultiTaskError(
             "a head uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters it reaches, so "
@@ -189,10 +174,10 @@ def _check_can_tell(graph: Map, engine: Engine) -> None:
 
 
 def _knows_compiled(graph: Map, engine: Engine, losses: Mapping[str, Tensor]) -> bool:
-    """Return whether it is known who reaches the parameters inside compiled graphs that several losses reach.
+    """Whether it is known which tasks reach the parameters inside compiled graphs that several losses enter.
 
     Raises:
-        MultiTaskError: One of them is a head's, which the one pass would weigh like what is shared.
+        MultiTaskError: A single task reaches such a parameter; the one pass would weigh it as if it were shared.
     """
     ours = set(map(id, engine.parameters()))
     for node in graph.common:
@@ -203,7 +188,8 @@ def _knows_compiled(graph: Map, engine: Engine, losses: Mapping[str, Tensor]) ->
             if leaf is None or id(leaf) not in ours:
                 continue
             known = engine.capture.reach.count(leaf, losses)
-            if known == 0:  # a resumed program, before its first surgery
+            # A resumed program has not learnt it before its first surgery.
+            if known == 0:
                 return False
             if known == 1:
                 raise MultiTaskError(

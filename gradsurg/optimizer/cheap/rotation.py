@@ -1,9 +1,9 @@
-"""rotate=k: the backward passes of k tasks a step; the other tasks' rows are moving averages of their earlier ones.
+"""rotate=k: each step runs the backward passes of k tasks, and moving averages stand for the gradients of the others.
 
-A step then costs k backward passes whatever the number of tasks. The idea is that of M-ConFIG (Liu, Chu, Thuerey 2024,
-"ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", section 3.2), where each step computes one
-loss's gradient and the surgery works on the momenta of all. Here the tasks that are due take part with the gradient of
-this step itself, so what is promised holds for them to the letter, and for the others of their average.
+A step costs k backward passes, whatever the number of tasks. The idea is that of M-ConFIG (Liu, Chu, Thuerey 2024,
+"ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", section 3.2): each step computes the
+gradient of one loss, and the surgery works on the momenta of all. Here the tasks that are due take part with their
+gradient of this step. So the promise holds exactly for them, and for the other tasks it holds for their averages.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from gradsurg.optimizer.report import DeferredReport, Report, settled
 
 __all__ = ["Rotation"]
 
-
 # Keys of the checkpoint's entry.
 KEY, ROWS = "rotate", "rows"
-
-
-DECAY = 0.9  # of the averages, as β_1 in the paper; the first n gradients of a task weigh (1 - β) / (1 - β^n)
+# Decay of the averages, β_1 in the paper. The n-th gradient of a task enters with the share (1 - β) / (1 - β^n), so
+# the first averages are not biased towards zero.
+DECAY = 0.9
 
 
 class Rotation:
-    """Which tasks are due, and the averages of all.
+    """Chooses the tasks that are due, and keeps the averages of all tasks.
 
-    When each task was last due is kept in the checkpoint's first group, like everything in Memory; the averages, m · P
-    numbers, are part of the state dict too (see `pack`), so that a resumed run is bit-equal to an uninterrupted one.
+    The checkpoint keeps when each task was last due. The averages, m · P numbers, are part of the state dict, so that a
+    resumed run is equal to the bit to an uninterrupted one.
+
+    Args:
+        count: k, or None if rotate= is off.
+        checkpoint: Where to remember who was due.
+        row_dtype: As in wrap().
     """
 
     def __init__(self, count: int | None, checkpoint: Checkpoint, row_dtype: torch.dtype | None) -> None:
@@ -43,26 +47,29 @@ class Rotation:
         self.checkpoint = checkpoint
         self.row_dtype = row_dtype
         self._averages: dict[str, Row] = {}
+        # Averages from a checkpoint that are not used yet.
         self._arrived: list[tuple[Optimizer, Mapping[str, Sequence[Tensor | None]]]] = []
-        self._present: dict[str, bool] = {}  # the tasks of this step, in order: whether they are due
-        self._unit: Tensor | None = None  # what autograd scaled this step's losses by
+        # The tasks of this step, in order -> whether they are due.
+        self._present: dict[str, bool] = {}
+        # The factor by which autograd scales the losses of this step; None is 1.
+        self._unit: Tensor | None = None
 
     def choose(self, names: Sequence[str], gradient: Tensor | None) -> list[str]:
-        """Return the tasks whose backward pass is to run: those that waited longest, and those without an average."""
-        if self.count is None:
-            return list(names)
+        """Return the tasks that are due: those without an average, and then those that waited longest."""
+        assert self.count is not None
         self._unpack()
         last: Mapping[str, int] = self.checkpoint.recall(KEY).get("last", {})
         new = [name for name in names if name not in self._averages]
         waiting = sorted((name for name in names if name in self._averages), key=lambda name: last.get(name, -1))
         due = {*new, *waiting[: max(self.count - len(new), 0)]}
         self._present.update((name, name in due or self._present.get(name, False)) for name in names)
-        # Read before the first backward pass, where a device has little to wait for; it saves copies of all averages.
+        # Averages are kept unscaled; with a factor of 1 they need not be copied to be scaled. A device has little to
+        # wait for when the factor is read here, before the first backward pass.
         self._unit = None if gradient is None or float(gradient) == 1 else gradient
         return [name for name in names if name in due]
 
     def completed(self, rows: TaskRows) -> TaskRows:
-        """Return the rows of the tasks that were due and, for the others of this step, their averages."""
+        """Return the rows of the tasks that were due and, for the other tasks of this step, their averages."""
         if all(self._present.values()):
             return rows
         complete = TaskRows(self.row_dtype)
@@ -74,24 +81,24 @@ class Rotation:
         return complete
 
     def reported(self, report: Report | DeferredReport) -> Report | DeferredReport:
-        """Return the report with what of it is about averages."""
+        """Return the report, marked if averages took part."""
         if all(self._present.values()):
             return report
         report = settled(report)
-        return replace(
-            report, level="moving averages", fresh=tuple(name for name in report.tasks if self._present.get(name))
-        )
+        fresh = tuple(name for name in report.tasks if self._present.get(name))
+        return replace(report, level="moving averages", fresh=fresh)
 
     @torch.no_grad()
     def end_step(self, constraint: UpdateConstraint | None) -> None:
-        """Let the gradients of the step into the averages: of what tasks share, and only where they are finite."""
-        if self.count is None or not self._present:
+        """Add the finite gradients of shared parameters in this step to the averages."""
+        if not self._present:
             return
         due = [name for name, is_due in self._present.items() if is_due]
         kept = self.checkpoint.recall(KEY)
         last = {**kept.get("last", {}), **dict.fromkeys(due, self.checkpoint.step)}
         counts = dict(kept.get("counts", {}))
-        if constraint is not None:  # else nothing is shared, or something was not finite
+        # Without a constraint, tasks share nothing, or a gradient was not finite.
+        if constraint is not None:
             shared = [p for partition in constraint.partitions for p in partition]
             for name in due:
                 if name in constraint.rows:
@@ -106,55 +113,49 @@ class Rotation:
 
     # -- the averages in a checkpoint ---------------------------------------------------------------------------
 
-    def pack(self, optimizer: Optimizer) -> dict[str, list[Tensor | None]]:
-        """Return the averages over an optimizer's parameters, by position; empty where there are none."""
+    def averages_of(self, optimizer: Optimizer) -> dict[str, list[Tensor | None]]:
+        """Return task name -> one average, or None, per parameter of an optimizer; empty if there are none."""
         self._unpack()
         parameters = _held(optimizer)
         return {name: [average.get(p) for p in parameters] for name, average in self._averages.items()}
 
-    def set_rows(self, optimizer: Optimizer, packed: Mapping[str, Sequence[Tensor | None]]) -> None:
-        """Take averages from a checkpoint, at their first use: the optimizer may not hold its parameters yet."""
-        self._arrived.append((optimizer, packed))
+    def set_averages(self, optimizer: Optimizer, averages: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Take what `averages_of` returned, for use from the next step on."""
+        # The optimizer may not hold its parameters yet: an unpickled one gets them afterwards.
+        self._arrived.append((optimizer, averages))
 
-    def packed(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return what a state dict keeps in one piece (see memory.sealed): the averages, in the host's memory.
-
-        Distributed checkpoints pickle that piece, and read it without asking whether the device of a tensor is there.
-        """
+    def saved(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what a state dict keeps in one piece (see checkpoint.sealed): the averages, in the host's memory."""
+        # Distributed checkpoints pickle that piece, and read it on machines that may lack the device of a tensor.
         if self.count is None:
             return {}
-        averages = self.pack(optimizer).items()
+        averages = self.averages_of(optimizer).items()
         return {ROWS: {name: [None if t is None else t.cpu() for t in tensors] for name, tensors in averages}}
 
-    def unpack_from(self, optimizer: Optimizer, state_dict: dict[str, Any], key: str) -> dict[str, Any]:
-        """Take the averages out of a state dict and return it without them; the one given is left as it is."""
+    def take_from(self, optimizer: Optimizer, state_dict: dict[str, Any], key: str) -> dict[str, Any]:
+        """Take the averages out of a state dict, and return a copy without them."""
         groups = state_dict.get("param_groups") or [{}]
         entry = groups[0].get(key)
-        self._forget_averages(optimizer)
-        self._arrived = [(other, packed) for other, packed in self._arrived if other is not optimizer]
+        self._unpack()
+        for name, row in list(self._averages.items()):
+            for p in _held(optimizer):
+                row.pop(p)
+            if not len(row):
+                del self._averages[name]
         if not isinstance(entry, dict) or ROWS not in entry:
             return state_dict
         if self.count is not None:
-            self.set_rows(optimizer, entry[ROWS])
+            self.set_averages(optimizer, entry[ROWS])
         rest = {k: v for k, v in entry.items() if k != ROWS}
         first = {**groups[0], key: rest}
         if not rest:
             del first[key]
         return {**state_dict, "param_groups": [first, *groups[1:]]}
 
-    def _forget_averages(self, optimizer: Optimizer) -> None:
-        self._unpack()
-        mine = set(map(id, _held(optimizer)))
-        others = {
-            name: Row((p, average) for p, average in row.items() if id(p) not in mine)
-            for name, row in self._averages.items()
-        }
-        self._averages = {name: row for name, row in others.items() if len(row)}
-
     def _unpack(self) -> None:
-        for optimizer, packed in self._arrived:
+        for optimizer, averages in self._arrived:
             parameters = _held(optimizer)
-            for name, tensors in packed.items():
+            for name, tensors in averages.items():
                 row = self._averages.setdefault(name, Row())
                 for p, average in zip(parameters, tensors, strict=False):
                     if average is not None:
@@ -172,7 +173,8 @@ class Rotation:
             if self._unit is not None:
                 gradient = gradient / self._unit.to(gradient.device)
             if before is None:
-                average[p] = gradient  # not a copy: the step's rows are let go now
+                # Not a copy: the step lets go of its rows now.
+                average[p] = gradient
             elif before.is_sparse or gradient.is_sparse:
                 average[p] = (before * (1 - share) + gradient * share).coalesce()
             else:
