@@ -68,10 +68,11 @@ class OneByOne:
                     run.known.update(_run_function(engine, run, str(name), task))
                 if name is None:
                     engine.capture.take_plain()
-                else:
+                    continue
+                if isinstance(task, Tensor) or name in run.known:  # else its function returned no loss
                     engine.capture.take(name)
-                    if engine.session.layout is not ALONE and not run.joins:
-                        engine.session.captured(name)
+                if engine.session.layout is not ALONE and not run.joins:
+                    engine.session.captured(name)
             if not run.known and run.plain is None and not engine.session.layout.several:
                 raise ValueError(f"no function of {list(run.losses)} returned a loss that requires grad")
         engine.step.losses = run.known
