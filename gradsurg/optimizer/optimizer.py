@@ -76,8 +76,8 @@ class MultiTaskOptimizer(Optimizer):
             return value.clone()
         given = None if features is None else check_features(features, engine.options)
         engine.check_names(parsed)
-        # Over several ranks now, and not only when the run begins: DDP's own reduction must be out of the way before any
-        # loss beside this total runs backward.
+        # Over several ranks now, and not only when the run begins: DDP's own reduction must be out of the way before
+        # any loss beside this total runs backward.
         engine.lay_out()
         engine.step.unrun += 1
         engine.told.add("no losses")
