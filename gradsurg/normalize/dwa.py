@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class DWA(Normalizer):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "dwa"
-    paper: ClassVar[str] = "Liu et al. 2019"
+    name, paper = "dwa", "Liu et al. 2019"
 
     temperature: float = 2.0
     period: int = 1

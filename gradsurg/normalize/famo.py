@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class FAMO(Normalizer):
         [1.5, 0.5]
     """
 
-    name: ClassVar[str] = "famo"
-    paper: ClassVar[str] = "Liu et al. 2023"
+    name, paper = "famo", "Liu et al. 2023"
 
     rate: float = 0.025
     decay: float = 1e-2

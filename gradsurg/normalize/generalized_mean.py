@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ class GeneralizedMean(Normalizer):
         [1.7999999523162842, 0.20000000298023224]
     """
 
-    name: ClassVar[str] = "generalized_mean"
-    paper: ClassVar[str] = "Su 2022"
+    name, paper = "generalized_mean", "Su 2022"
 
     gamma: float = 0.5
 

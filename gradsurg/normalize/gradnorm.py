@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class GradNorm(Normalizer):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "gradnorm"
-    paper: ClassVar[str] = "Chen et al. 2018"
+    name, paper = "gradnorm", "Chen et al. 2018"
 
     alpha: float = 1.5
     rate: float = 0.025

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ class IMTLL(Normalizer):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "imtl_l"
-    paper: ClassVar[str] = "Liu et al. 2021"
+    name, paper = "imtl_l", "Liu et al. 2021"
 
     rate: float = 0.01
 

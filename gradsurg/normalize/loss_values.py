@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ class CurrentLoss(Normalizer):
         [1.5, 0.5]
     """
 
-    name: ClassVar[str] = "loss"
-    paper: ClassVar[str] = "Chennupati et al. 2019"
+    name, paper = "loss", "Chennupati et al. 2019"
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return per_block(problem, inverse(losses_of(problem, self.name, positive=True))), state
@@ -64,8 +63,7 @@ class InitialLoss(Normalizer):
         [1.5, 0.5]
     """
 
-    name: ClassVar[str] = "initial_loss"
-    paper: ClassVar[str] = "Su 2022"
+    name, paper = "initial_loss", "Su 2022"
 
     steps: int = 1
 
@@ -111,8 +109,7 @@ class PriorLoss(Normalizer):
         5.771
     """
 
-    name: ClassVar[str] = "prior_loss"
-    paper: ClassVar[str] = "Su 2022"
+    name, paper = "prior_loss", "Su 2022"
 
     # A dict cannot be hashed, and pipelines are looked up by their options.
     values: dict[str, float] = field(default_factory=dict, hash=False)

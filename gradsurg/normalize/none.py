@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +26,8 @@ class Unscaled(Normalizer):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "none"
-    paper: ClassVar[str] = "-"
-    waits: ClassVar[bool] = False
+    name, paper = "none", "-"
+    waits = False
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.gramian.new_ones(problem.gramian.shape[:-1], dtype=torch.float64), state

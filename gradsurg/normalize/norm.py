@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ class Norm(Normalizer):
         [2.0, 0.6666666666666666]
     """
 
-    name: ClassVar[str] = "norm"
-    paper: ClassVar[str] = "Su 2022"
-    waits: ClassVar[bool] = False
+    name, paper = "norm", "Su 2022"
+    waits = False
 
     smoothing: float = 0.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ class RandomWeights(Normalizer):
         2.0
     """
 
-    name: ClassVar[str] = "random"
-    paper: ClassVar[str] = "Lin et al. 2022"
+    name, paper = "random", "Lin et al. 2022"
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         generator = problem.generator or torch.Generator().manual_seed(0)

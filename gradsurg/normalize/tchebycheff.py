@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ class Tchebycheff(Normalizer):
         [0.0, 2.0]
     """
 
-    name: ClassVar[str] = "tchebycheff"
-    paper: ClassVar[str] = "Lin et al. 2024"
+    name, paper = "tchebycheff", "Lin et al. 2024"
 
     ideal: dict[str, float] = field(default_factory=dict, hash=False)
 
@@ -76,8 +74,7 @@ class STCH(Normalizer):
         [0.5, 1.5]
     """
 
-    name: ClassVar[str] = "stch"
-    paper: ClassVar[str] = "Lin et al. 2024"
+    name, paper = "stch", "Lin et al. 2024"
 
     mu: float = 0.1
     ideal: dict[str, float] = field(default_factory=dict, hash=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class Uncertainty(Normalizer):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "uncertainty"
-    paper: ClassVar[str] = "Kendall et al. 2018"
+    name, paper = "uncertainty", "Kendall et al. 2018"
 
     rate: float = 0.01
     classification: tuple[str, ...] = ()

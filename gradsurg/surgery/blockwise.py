@@ -5,6 +5,7 @@ A torch call takes 2 µs whatever its size, and a loop over pairs of tasks would
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,21 +16,16 @@ import torch
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
+from gradsurg.surgery.base import Surgery
 
-__all__ = ["UNITS", "Block", "Matrix", "Memory", "Vector", "each_block", "resumed"]
-
+__all__ = ["UNITS", "Block", "BlockwiseSurgery", "Matrix", "Memory", "Vector", "each_block", "resumed"]
 
 # The unit of the gradients, for a method whose answer does not scale with them by itself: their root mean square norm,
 # or 1 as in the published equation.
 UNITS = {name: name for name in ("relative", "absolute")}
 
-
 Vector = list[float]
-
-
 Matrix = list[Vector]
-
-
 Memory = dict[str, Any]
 
 
@@ -57,14 +53,24 @@ class Block:
         total = sum(self.preferences)
         return [r / total for r in self.preferences]
 
-    @property
-    def mean_square(self) -> float:
-        """Mean of ‖g_i‖²: the unit in which a method with a length of its own measures gradients."""
-        return sum(row[i] for i, row in enumerate(self.gramian)) / len(self.rows)
+    def unit(self, units: str) -> float:
+        """Return the square of one of UNITS: mean of ‖g_i‖², or 1."""
+        return sum(row[i] for i, row in enumerate(self.gramian)) / len(self.rows) if units == "relative" else 1.0
 
     def scaled(self, unit: float) -> Matrix:
         """Return the Gramian divided by `unit`."""
         return [[x / unit for x in row] for row in self.gramian]
+
+
+class BlockwiseSurgery(Surgery):
+    """A surgery that is a function of one block, without random numbers."""
+
+    @abstractmethod
+    def solve(self, block: Block) -> tuple[Vector, Memory]:
+        """Return the weights of the block's tasks, and what to remember for its next step."""
+
+    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
+        return each_block(problem, state, self.solve)
 
 
 def each_block(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,9 +42,8 @@ class AlignedMTL(Surgery):
     """
 
     length: str = "min"
-    name: ClassVar[str] = "aligned_mtl"
-    paper: ClassVar[str] = "Senushkin et al. 2023"
-    promise: ClassVar[str] = "the sum of orthogonal stand-ins for the gradients; nothing about the gradients themselves"
+    name, paper = "aligned_mtl", "Senushkin et al. 2023"
+    promise = "the sum of orthogonal stand-ins for the gradients; nothing about the gradients themselves"
 
     def __post_init__(self) -> None:
         choose("length", self.length, LENGTHS)

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from operator import mul
-from typing import ClassVar
 
-from torch import Tensor
-
-from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import nearest, program, times
 from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT, STATIONARY
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block
+from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Matrix, Memory, Vector
 
 __all__ = ["CAGrad"]
 
@@ -23,7 +18,7 @@ NOTICED = 1e-12
 
 
 @dataclass(frozen=True)
-class CAGrad(Surgery):
+class CAGrad(BlockwiseSurgery):
     """u = argmax_d min_i ⟨d, g_i⟩ subject to ‖d − g_0‖ ≤ c ‖g_0‖, where g_0 = Σ r_i g_i / Σ r_i.
 
     Solved exactly, in the primal: the point nearest to g_0 with ⟨d, g_i⟩ ≥ ν for all i is a nonnegative program, its
@@ -48,18 +43,14 @@ class CAGrad(Surgery):
     """
 
     c: float = 0.5
-    name: ClassVar[str] = "cagrad"
-    paper: ClassVar[str] = "Liu et al. 2021"
-    promise: ClassVar[str] = "the largest worst gain within c of the mean; the mean loss falls for c < 1"
+    name, paper = "cagrad", "Liu et al. 2021"
+    promise = "the largest worst gain within c of the mean; the mean loss falls for c < 1"
 
     def __post_init__(self) -> None:
         if not (self.c >= 0 and isfinite(self.c)):
             raise ValueError(f"c={self.c!r}: must be finite and not negative")
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, self._solve)
-
-    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         mean = block.shares
         if len(mean) == 1:
             return [1 + self.c], {}

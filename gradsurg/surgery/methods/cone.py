@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,11 +32,10 @@ class Cone(Surgery):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "cone"
-    paper: ClassVar[str] = "Lopez-Paz & Ranzato 2017"
-    promise: ClassVar[str] = "no conflict, and the direction nearest to the plain sum among those"
-    conflict_free: ClassVar[bool] = True
-    waits: ClassVar[bool] = False
+    name, paper = "cone", "Lopez-Paz & Ranzato 2017"
+    promise = "no conflict, and the direction nearest to the plain sum among those"
+    conflict_free = True
+    waits = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         target = problem.preferences

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,9 +33,8 @@ class ConFIG(Surgery):
         [2.0, 2.0]
     """
 
-    name: ClassVar[str] = "config"
-    paper: ClassVar[str] = "Liu et al. 2024"
-    promise: ClassVar[str] = "no conflict and equal cosines with all tasks, where gradients are independent"
+    name, paper = "config", "Liu et al. 2024"
+    promise = "no conflict and equal cosines with all tasks, where gradients are independent"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         units, inverse = unit_rows(problem.gramian)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ class CRMOGM(Surgery):
 
     inner: Surgery = field(default_factory=MGDA)
     alpha: float = 0.9
-    name: ClassVar[str] = "cr_mogm"
-    paper: ClassVar[str] = "Zhou et al. 2022"
-    promise: ClassVar[str] = "what the inner surgery promises, on average over steps"
+    name, paper = "cr_mogm", "Zhou et al. 2022"
+    promise = "what the inner surgery promises, on average over steps"
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Surgery):

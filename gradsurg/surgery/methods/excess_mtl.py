@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp, log, sqrt
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor
-
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
+from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["ExcessMTL"]
 
 
 @dataclass(frozen=True)
-class ExcessMTL(Surgery):
+class ExcessMTL(BlockwiseSurgery):
     """u = Σ w_i g_i, w_i ∝ r_i a_i, Σ w_i = 1, with a_i ← a_i exp(η E_i / E_i0), all kept by task name.
 
     E_i = g_iᵀ H_i⁻¹ g_i estimates how far the loss is above its minimum, and E_i0 is its mean over the task's first
@@ -45,9 +41,8 @@ class ExcessMTL(Surgery):
 
     step_size: float = 1.0
     warmup: int = 0
-    name: ClassVar[str] = "excess_mtl"
-    paper: ClassVar[str] = "He et al. 2024"
-    promise: ClassVar[str] = "nothing for one step; noise in a loss does not raise its weight for ever"
+    name, paper = "excess_mtl", "He et al. 2024"
+    promise = "nothing for one step; noise in a loss does not raise its weight for ever"
 
     def __post_init__(self) -> None:
         if not self.step_size > 0:
@@ -55,10 +50,7 @@ class ExcessMTL(Surgery):
         if self.warmup < 0:
             raise ValueError(f"warmup={self.warmup!r}: must not be negative")
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, self._solve)
-
-    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         memory: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in block.memory.items()}
         pulls = []
         for i, name in enumerate(block.tasks):

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite, log, sqrt
-from typing import ClassVar
-
-from torch import Tensor
 
 from gradsurg.errors import choose
 from gradsurg.solvers.bargain import bargain
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import UNITS, Block, Memory, Vector, each_block
+from gradsurg.surgery.blockwise import UNITS, Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["FairGrad", "fair_weights"]
 
 
 @dataclass(frozen=True)
-class FairGrad(Surgery):
+class FairGrad(BlockwiseSurgery):
     """u = Σ w_i g_i with w > 0 and (G w)_i = (r_i / w_i)^(1/α): maximises Σ r_i ⟨u, g_i⟩^(1−α) / (1 − α) on a sphere.
 
     α → 0 is the cone (the sum, if no task conflicts with it), 1 proportional fairness (Nash-MTL), 2 the least
@@ -46,27 +40,26 @@ class FairGrad(Surgery):
 
     alpha: float = 2.0
     units: str = "relative"
-    name: ClassVar[str] = "fairgrad"
-    paper: ClassVar[str] = "Ban & Ji 2024"
-    promise: ClassVar[str] = "no conflict, and α-fair progress for every task"
-    conflict_free: ClassVar[bool] = True
+    name, paper = "fairgrad", "Ban & Ji 2024"
+    promise = "no conflict, and α-fair progress for every task"
+    conflict_free = True
 
     def __post_init__(self) -> None:
         if not (self.alpha > 0 and isfinite(self.alpha)):
             raise ValueError(f"alpha={self.alpha!r}: must be positive and finite; 0 is the plain sum, surgery='sum'")
         choose("units", self.units, UNITS)
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, partial(fair_weights, self.alpha, self.units))
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
+        return fair_weights(self.alpha, self.units, block), {}
 
 
-def fair_weights(alpha: float, units: str, block: Block) -> tuple[Vector, Memory]:
-    """Return the weights of one block, and nothing to remember."""
-    unit = block.mean_square if units == "relative" else 1.0
+def fair_weights(alpha: float, units: str, block: Block) -> Vector:
+    """Return the weights of one block."""
+    unit = block.unit(units)
     norms = [sqrt(row[i] / unit) for i, row in enumerate(block.gramian)]
     A = [
         [x / unit / (a * b) for x, b in zip(row, norms, strict=True)]
         for row, a in zip(block.gramian, norms, strict=True)
     ]
     log_q = [log(r) + (1 - alpha) * log(n) for r, n in zip(block.preferences, norms, strict=True)]
-    return [b / n for b, n in zip(bargain(A, log_q, alpha), norms, strict=True)], {}
+    return [b / n for b, n in zip(bargain(A, log_q, alpha), norms, strict=True)]

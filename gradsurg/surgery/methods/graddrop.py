@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +37,8 @@ class GradDrop(ElementwiseSurgery):
 
     leak: float = 0.0
     sharpness: float = 1.0
-    name: ClassVar[str] = "graddrop"
-    paper: ClassVar[str] = "Chen et al. 2020"
-    promise: ClassVar[str] = "the sum where all tasks agree on a number's sign; nothing for the direction"
+    name, paper = "graddrop", "Chen et al. 2020"
+    promise = "the sum where all tasks agree on a number's sign; nothing for the direction"
 
     def __post_init__(self) -> None:
         if not 0 <= self.leak <= 1:

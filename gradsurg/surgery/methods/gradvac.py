@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from operator import mul
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +44,8 @@ class GradVac(Surgery):
     """
 
     beta: float = 0.01
-    name: ClassVar[str] = "gradvac"
-    paper: ClassVar[str] = "Wang et al. 2021"
-    promise: ClassVar[str] = "no conflict for two tasks that usually have none; nothing for more"
+    name, paper = "gradvac", "Wang et al. 2021"
+    promise = "no conflict for two tasks that usually have none; nothing for more"
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,9 +33,8 @@ class IMTLG(Surgery):
         [0.75, 0.25]
     """
 
-    name: ClassVar[str] = "imtl_g"
-    paper: ClassVar[str] = "Liu et al. 2021"
-    promise: ClassVar[str] = "equal cosines with all tasks where gradients are independent; no conflict if normalised"
+    name, paper = "imtl_g", "Liu et al. 2021"
+    promise = "equal cosines with all tasks where gradients are independent; no conflict if normalised"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         pull = equal_pull(problem.gramian, problem.preferences)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
-
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
+from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["Krum"]
 
@@ -18,7 +13,7 @@ SAME = 16 * 2.0**-53
 
 
 @dataclass(frozen=True)
-class Krum(Surgery):
+class Krum(BlockwiseSurgery):
     """u = the g_i with the least Σ ‖g_i − g_j‖² over the m − f − 2 gradients nearest to it; Multi-Krum: several.
 
     Of several selected, weights are ∝ r_i and add up to 1. Equal scores share a place, so that the order of the tasks
@@ -42,9 +37,8 @@ class Krum(Surgery):
 
     byzantine: int = 0
     selected: int = 1
-    name: ClassVar[str] = "krum"
-    paper: ClassVar[str] = "Blanchard et al. 2017"
-    promise: ClassVar[str] = "f corrupt copies of a task among 2f + 3 cannot turn it; nothing for different tasks"
+    name, paper = "krum", "Blanchard et al. 2017"
+    promise = "f corrupt copies of a task among 2f + 3 cannot turn it; nothing for different tasks"
 
     def __post_init__(self) -> None:
         if self.byzantine < 0:
@@ -52,10 +46,7 @@ class Krum(Surgery):
         if self.selected < 1:
             raise ValueError(f"selected={self.selected!r}: must be at least 1")
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, self._solve)
-
-    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         G = block.gramian
         m = len(G)
         near = min(max(m - self.byzantine - 2, 1), m - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,11 +26,10 @@ class Mean(Surgery):
         [0.25, 0.25, 0.25, 0.25]
     """
 
-    name: ClassVar[str] = "mean"
-    paper: ClassVar[str] = "Kurin et al. 2022"
-    promise: ClassVar[str] = "nothing; it is the gradient of the weighted mean of the losses"
-    reads: ClassVar[str] = "zeros"
-    waits: ClassVar[bool] = False
+    name, paper = "mean", "Kurin et al. 2022"
+    promise = "nothing; it is the gradient of the weighted mean of the losses"
+    reads = "zeros"
+    waits = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return shares(problem), state

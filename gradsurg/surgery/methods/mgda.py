@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import mul
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -46,11 +45,10 @@ class MGDA(Surgery):
     """
 
     frank_wolfe: int = 0
-    name: ClassVar[str] = "mgda"
-    paper: ClassVar[str] = "Désidéri 2012"
-    promise: ClassVar[str] = "no conflict, and the same progress for every task that limits it"
-    conflict_free: ClassVar[bool] = True
-    waits: ClassVar[bool] = False
+    name, paper = "mgda", "Désidéri 2012"
+    promise = "no conflict, and the same progress for every task that limits it"
+    conflict_free = True
+    waits = False
 
     def __post_init__(self) -> None:
         if self.frank_wolfe < 0:

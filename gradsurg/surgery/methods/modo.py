@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from gradsurg.errors import choose
-from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import onto_simplex, times
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import UNITS, Block, Memory, Vector, each_block, resumed
+from gradsurg.surgery.blockwise import UNITS, Block, BlockwiseSurgery, Memory, Vector, resumed
 
 __all__ = ["MoDo"]
 
 
 @dataclass(frozen=True)
-class MoDo(Surgery):
+class MoDo(BlockwiseSurgery):
     """u = Σ λ_i g_i with λ ← Π(λ − γ (G λ + ρ λ)), Π the projection onto the simplex, λ kept by task name.
 
     It starts at r / Σ r, and on average over steps it follows the minimum-norm weights (ρ = 0) or weights between
@@ -44,9 +39,8 @@ class MoDo(Surgery):
     gamma: float = 0.1
     rho: float = 0.1
     units: str = "relative"
-    name: ClassVar[str] = "modo"
-    paper: ClassVar[str] = "Chen et al. 2023"
-    promise: ClassVar[str] = "nothing for one step; MGDA's weights on average over many"
+    name, paper = "modo", "Chen et al. 2023"
+    promise = "nothing for one step; MGDA's weights on average over many"
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
@@ -55,12 +49,8 @@ class MoDo(Surgery):
             raise ValueError(f"rho={self.rho!r}: must not be negative")
         choose("units", self.units, UNITS)
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, self._solve)
-
-    def _solve(self, block: Block) -> tuple[Vector, Memory]:
-        unit = block.mean_square if self.units == "relative" else 1.0
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         old = resumed(block)
-        slope = times(block.scaled(unit), old)
+        slope = times(block.scaled(block.unit(self.units)), old)
         new = onto_simplex([x - self.gamma * (g + self.rho * x) for x, g in zip(old, slope, strict=True)])
         return new, {**block.memory, **dict(zip(block.tasks, new, strict=True))}

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
-
-from torch import Tensor
 
 from gradsurg.errors import choose
-from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import UNITS, each_block
+from gradsurg.surgery.blockwise import UNITS, Block, BlockwiseSurgery, Memory, Vector
 from gradsurg.surgery.methods.fairgrad import fair_weights
 
 __all__ = ["NashMTL"]
 
 
 @dataclass(frozen=True)
-class NashMTL(Surgery):
+class NashMTL(BlockwiseSurgery):
     """u = Σ α_i g_i with α > 0 and G α = r / α: maximises Σ r_i log ⟨u, g_i⟩ on a sphere.
 
     Then ⟨u, g_i⟩ = r_i / α_i > 0 for every task, and the direction is unchanged when one gradient is scaled. At Pareto
@@ -43,13 +37,12 @@ class NashMTL(Surgery):
     """
 
     units: str = "relative"
-    name: ClassVar[str] = "nash_mtl"
-    paper: ClassVar[str] = "Navon et al. 2022"
-    promise: ClassVar[str] = "no conflict, and a direction that the scale of a loss does not change"
-    conflict_free: ClassVar[bool] = True
+    name, paper = "nash_mtl", "Navon et al. 2022"
+    promise = "no conflict, and a direction that the scale of a loss does not change"
+    conflict_free = True
 
     def __post_init__(self) -> None:
         choose("units", self.units, UNITS)
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, partial(fair_weights, 1.0, self.units))
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
+        return fair_weights(1.0, self.units, block), {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from operator import mul
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -52,9 +51,8 @@ class PCD(Surgery):
     tau: float = 0.02
     beta: float = 0.999
     eps: float = 0.0
-    name: ClassVar[str] = "pcd"
-    paper: ClassVar[str] = "PCD 2026"
-    promise: ClassVar[str] = "a share τ of its own progress for every task but the primary, where all can have it"
+    name, paper = "pcd", "PCD 2026"
+    promise = "a share τ of its own progress for every task but the primary, where all can have it"
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:

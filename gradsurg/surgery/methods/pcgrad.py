@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,9 +32,8 @@ class PCGrad(Surgery):
         [1.5, 1.5]
     """
 
-    name: ClassVar[str] = "pcgrad"
-    paper: ClassVar[str] = "Yu et al. 2020"
-    promise: ClassVar[str] = "no conflict for two tasks; nothing for more"
+    name, paper = "pcgrad", "Yu et al. 2020"
+    promise = "no conflict for two tasks; nothing for more"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian = problem.gramian

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,10 +29,9 @@ class Random(Surgery):
         1.0
     """
 
-    name: ClassVar[str] = "random"
-    paper: ClassVar[str] = "Lin et al. 2022"
-    promise: ClassVar[str] = "nothing; every task has the same weight on average"
-    reads: ClassVar[str] = "zeros"
+    name, paper = "random", "Lin et al. 2022"
+    promise = "nothing; every task has the same weight on average"
+    reads = "zeros"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         G, generator = problem.gramian, problem.generator or torch.Generator().manual_seed(0)

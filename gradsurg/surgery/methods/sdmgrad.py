@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
-from torch import Tensor
-
-from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import onto_simplex, program, times
-from gradsurg.surgery.base import Surgery
-from gradsurg.surgery.blockwise import Block, Matrix, Memory, Vector, each_block, resumed
+from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Matrix, Memory, Vector, resumed
 
 __all__ = ["SDMGrad"]
 
 
 @dataclass(frozen=True)
-class SDMGrad(Surgery):
+class SDMGrad(BlockwiseSurgery):
     """u = Σ (w_i + λ r̃_i) g_i / (1 + λ), w = argmin over the simplex of ½ ‖Σ (w_i + λ r̃_i) g_i‖², r̃ = r / Σ r.
 
     λ = 0 is MGDA, λ → ∞ the mean. `iterations` steps of projected gradient descent with momentum from the w of the
@@ -46,9 +41,8 @@ class SDMGrad(Surgery):
     iterations: int = 20
     lr: float = 10.0
     momentum: float = 0.5
-    name: ClassVar[str] = "sdmgrad"
-    paper: ClassVar[str] = "Xiao et al. 2023"
-    promise: ClassVar[str] = "nothing for one step; towards MGDA's direction, held near the mean"
+    name, paper = "sdmgrad", "Xiao et al. 2023"
+    promise = "nothing for one step; towards MGDA's direction, held near the mean"
 
     def __post_init__(self) -> None:
         if not self.pull >= 0:
@@ -60,10 +54,7 @@ class SDMGrad(Surgery):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum!r}: must lie in [0, 1)")
 
-    def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return each_block(problem, state, self._solve)
-
-    def _solve(self, block: Block) -> tuple[Vector, Memory]:
+    def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         preferred = [self.pull * x for x in block.shares]
         if self.iterations == 0:
             w, memory = _exact(block.gramian, preferred), {}

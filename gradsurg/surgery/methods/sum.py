@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,11 +26,10 @@ class Sum(Surgery):
         [1.0, 1.0]
     """
 
-    name: ClassVar[str] = "sum"
-    paper: ClassVar[str] = "Kurin et al. 2022"
-    promise: ClassVar[str] = "nothing; it is the gradient of the weighted sum of the losses"
-    reads: ClassVar[str] = "nothing"
-    waits: ClassVar[bool] = False
+    name, paper = "sum", "Kurin et al. 2022"
+    promise = "nothing; it is the gradient of the weighted sum of the losses"
+    reads = "nothing"
+    waits = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         return problem.preferences.expand(problem.gramian.shape[:-1]).clone(), state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,11 +38,10 @@ class TrimmedMean(ElementwiseSurgery):
     """
 
     trim: int = 1
-    name: ClassVar[str] = "trimmed_mean"
-    paper: ClassVar[str] = "Yin et al. 2018"
-    promise: ClassVar[str] = "b corrupt copies of a task among 2b + 1 cannot take it out of the range of the others"
+    name, paper = "trimmed_mean", "Yin et al. 2018"
+    promise = "b corrupt copies of a task among 2b + 1 cannot take it out of the range of the others"
 
-    draws: ClassVar[bool] = False
+    draws = False
 
     def __post_init__(self) -> None:
         if self.trim < 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +32,10 @@ class UPGrad(Surgery):
         [1.5, 1.5]
     """
 
-    name: ClassVar[str] = "upgrad"
-    paper: ClassVar[str] = "Quinton & Rey 2024"
-    promise: ClassVar[str] = "no conflict; every task's own gradient has its share, however large the others are"
-    conflict_free: ClassVar[bool] = True
-    waits: ClassVar[bool] = False
+    name, paper = "upgrad", "Quinton & Rey 2024"
+    promise = "no conflict; every task's own gradient has its share, however large the others are"
+    conflict_free = True
+    waits = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian, preferences = problem.gramian, problem.preferences
