@@ -152,14 +152,12 @@ class Pair:
         share: The share of the steps in which they conflict, from 0 to 1.
         cosine: Mean cosine of their gradients.
         thirds: The share in the first, middle and last third of these steps.
-        steps: The number of these steps.
     """
 
     tasks: tuple[str, str]
     share: float
     cosine: float
     thirds: tuple[float, ...]
-    steps: int
 
 
 def pairs(reports: Sequence[Report]) -> list[Pair]:
@@ -178,4 +176,4 @@ def pairs(reports: Sequence[Report]) -> list[Pair]:
 def _pair(names: tuple[str, str], cosines: Tensor) -> Pair:
     hurt = (cosines < 0).double()
     thirds = tuple(float(part.mean()) for part in hurt.tensor_split(3) if len(part))
-    return Pair(names, float(hurt.mean()), float(cosines.mean()), thirds, len(cosines))
+    return Pair(names, float(hurt.mean()), float(cosines.mean()), thirds)

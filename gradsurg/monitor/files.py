@@ -46,7 +46,9 @@ class PackedReport:
         self._skeleton = _mapped(report, take)
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in tensors:
-            by_device.setdefault(tensor.device, []).append(tensor.detach().reshape(-1).to(_widest(tensor.device)))
+            # Apple's GPUs have no float64.
+            widest = torch.float32 if tensor.device.type == "mps" else torch.float64
+            by_device.setdefault(tensor.device, []).append(tensor.detach().reshape(-1).to(widest))
         layout = tuple((t.device, t.shape, t.dtype) for t in tensors)
         self._layout = _LAYOUTS.setdefault(layout, layout)
         self.numbers = {device: torch.cat(parts) for device, parts in by_device.items()}
@@ -87,35 +89,31 @@ def _mapped(report: Report, change: Callable[[Tensor], Tensor]) -> Report:
         if isinstance(value, dict):
             return {name: mapped(each) for name, each in value.items()}
         if isinstance(value, Report | Movement):
-            return dataclasses.replace(value, **{f.name: mapped(getattr(value, f.name)) for f in _fields(value)})
+            return dataclasses.replace(
+                value, **{f.name: mapped(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
         return value
 
     return cast(Report, mapped(report))
-
-
-def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(value)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return nested dicts, lists, strings and numbers; NaN and infinities, which JSON lacks, become None."""
     return {
         field.name: _plain(getattr(report, field.name))
-        for field in _fields(report)
+        for field in dataclasses.fields(report)
         if not (field.name == "gramian" and report.gramians is not None)  # the sum of gramians
     }
 
 
-def from_json(entry: Mapping[str, Any]) -> Report:
+def from_json(entry: object) -> Report:
     """Undo to_json; infinities come back as NaN, and keys of later versions are left out.
 
     Raises:
-        ValueError: A field that every report has is missing.
+        ValueError: The entry is no dict, or a field that every report has is missing.
     """
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
     values = _parsed(Report, entry)
     if values.get("movement") is not None:
         values["movement"] = Movement(**_parsed(Movement, values["movement"]))
@@ -137,14 +135,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in _fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
 
 
 def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments for a dataclass; its annotations tell which lists are tensors."""
     values: dict[str, Any] = {}
-    for field in _fields(cls):
+    for field in dataclasses.fields(cls):
         if field.name not in entry:
             continue
         value, kind = entry[field.name], str(field.type)

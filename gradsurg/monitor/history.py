@@ -230,8 +230,13 @@ class History:
         if path.suffix != ".jsonl":
             raise ValueError(f"{str(path)!r}: a history is loaded from a .jsonl file")
         history = cls(every=1, megabytes=float("inf"))
-        for report in _read_jsonl(path):
-            history.record(report)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                history.record(from_json(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
         return history
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,16 +245,3 @@ class History:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _seen=weakref.WeakKeyDictionary())
-
-
-def _read_jsonl(path: Path) -> Iterator[Report]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("not a JSON object")
-            yield from_json(entry)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +43,11 @@ def methods() -> list[Method]:
     """
     return [
         *(_method(cls, "surgery", cls.promise) for cls in SURGERIES.values()),
-        *(_method(cls, "normalizer", _first_line(cls)) for cls in NORMALIZERS.values()),
+        *(_method(cls, "normalizer", (cls.__doc__ or "").partition("\n")[0]) for cls in NORMALIZERS.values()),
     ]
 
 
 def _method(cls: Any, kind: str, promise: str) -> Method:
-    options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+    # Every registered method can be built without arguments, since a name stands for that.
+    options = {field.name: getattr(cls(), field.name) for field in dataclasses.fields(cls)}
     return Method(cls.name, kind, cls.paper, promise, cls.waits, options)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
-def _first_line(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").partition("\n")[0]

@@ -57,7 +57,7 @@ def test_steps_without_cosines_do_not_count_as_peace():
         optimizer.step()
     assert [report.level for report in history.reports].count("reused weights") == 6
     (pair,) = pairs(history.reports)
-    assert (pair.steps, pair.share) == (2, 1.0)
+    assert (len(pair.thirds), pair.share) == (2, 1.0)
 
 
 def test_change_is_that_of_the_sum():

@@ -18,7 +18,6 @@ __all__ = [
     "reports_of",
     "several",
     "share_in_conflict",
-    "steps_of",
     "tasks_of",
 ]
 
@@ -49,11 +48,6 @@ def tasks_of(reports: Sequence[Report]) -> list[str]:
     return list(dict.fromkeys(name for report in reports for name in report.tasks))
 
 
-def steps_of(reports: Sequence[Report]) -> Tensor:
-    """Return the step of each report, shape (T,)."""
-    return torch.tensor([report.step for report in reports], dtype=torch.float64)
-
-
 def aligned_cosines(reports: Sequence[Report], names: Sequence[str]) -> Tensor:
     """Return the cosines of all pairs, (T, m, m) in the order of `names`; NaN if one of the two is absent."""
     cosines = torch.full((len(reports), len(names), len(names)), math.nan, dtype=torch.float64)
@@ -68,8 +62,9 @@ def share_in_conflict(cosines: Tensor) -> Tensor:
     return 100 * (cosines < 0).double().where(~cosines.isnan(), math.nan)
 
 
-def per_task(reports: Sequence[Report], names: Sequence[str], value: Callable[[Report], Tensor]) -> dict[str, Tensor]:
+def per_task(reports: Sequence[Report], value: Callable[[Report], Tensor]) -> dict[str, Tensor]:
     """Return task -> one value per report, shape (T,)."""
+    names = tasks_of(reports)
     values = torch.full((len(names), len(reports)), math.nan, dtype=torch.float64)
     for k, report in enumerate(reports):
         values[[names.index(name) for name in report.tasks], k] = value(report)

@@ -7,7 +7,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from gradsurg.monitor.plot.numbers import (
     Reports,
@@ -17,11 +16,9 @@ from gradsurg.monitor.plot.numbers import (
     reports_of,
     several,
     share_in_conflict,
-    steps_of,
     tasks_of,
 )
 from gradsurg.monitor.plot.style import curves_over_time
-from gradsurg.optimizer.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +44,7 @@ def conflicts(history: Reports, *, ax: Axes | None = None) -> Axes:
     worst = sorted(curves, key=lambda name: -float(curves[name].nan_to_num(0).mean()))[:6]
     # A single step has a share of 0 or 100 %, so each point is the mean of at least eight.
     points = min(24, max(1, len(reports) // 8))
-    ax = curves_over_time(ax, steps_of(reports), {name: curves[name] for name in worst}, points=points)
+    ax = curves_over_time(ax, reports, {name: curves[name] for name in worst}, points=points)
     ax.set(title="Conflicts over time", ylabel="% of steps", ylim=(-4, 104))
     return ax
 
@@ -71,9 +68,8 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
         reports = [report for report in reports if report.update_cosines is not None]
         if not reports:
             raise ValueError("no update was measured: that needs guarantee='update'. of='direction' is always there")
-    names = tasks_of(reports)
-    curves = per_task(reports, names, lambda r: degrees(r.direction_cosines if of == "direction" else _update(r)))
-    ax = curves_over_time(ax, steps_of(reports), curves)
+    curves = per_task(reports, lambda r: degrees(getattr(r, f"{of}_cosines")))
+    ax = curves_over_time(ax, reports, curves)
     ax.axhline(90, color="black", linewidth=1)
     ax.text(
         0.995, 90, "above: this task is hurt", ha="right", va="bottom", fontsize=8, transform=ax.get_yaxis_transform()
@@ -94,8 +90,8 @@ def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
         ValueError: No step of several tasks was recorded.
     """
     reports = several(history)
-    curves = per_task(reports, tasks_of(reports), lambda r: r.weights.mean(0))
-    ax = curves_over_time(ax, steps_of(reports), curves, log=True)
+    curves = per_task(reports, lambda r: r.weights.mean(0))
+    ax = curves_over_time(ax, reports, curves, log=True)
     ax.axhline(1, color="black", linewidth=0.8, zorder=0)
     ax.set(title="Weights", ylabel="weight of the raw gradient")
     return ax
@@ -112,8 +108,8 @@ def norms(history: Reports, *, ax: Axes | None = None) -> Axes:
         ValueError: No step of several tasks was recorded.
     """
     reports = several(history)
-    curves = per_task(reports, tasks_of(reports), lambda r: r.norms)
-    ax = curves_over_time(ax, steps_of(reports), curves, log=True)
+    curves = per_task(reports, lambda r: r.norms)
+    ax = curves_over_time(ax, reports, curves, log=True)
     ax.set(title="Length of each task's gradient", ylabel="norm")
     return ax
 
@@ -136,11 +132,6 @@ def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
         name: torch.tensor([float(r.losses[name]) if name in r.losses else math.nan for r in reports]).double()
         for name in names
     }
-    ax = curves_over_time(ax, steps_of(reports), curves, log=True)
+    ax = curves_over_time(ax, reports, curves, log=True)
     ax.set(title="Losses of the batches", ylabel="loss")
     return ax
-
-
-def _update(report: Report) -> Tensor:
-    assert report.update_cosines is not None
-    return report.update_cosines

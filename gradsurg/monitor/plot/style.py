@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gradsurg.optimizer.report import Report
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["axes_or_new", "curves_over_time", "heat", "styles", "write"]
+__all__ = ["axes_or_new", "curves_over_time", "heat_map", "styles"]
 
 # Okabe and Ito's colours, from dark to light and back, so that neighbours differ in grey too.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#BBBBBB")
@@ -51,18 +53,19 @@ def styles() -> Iterator[dict[str, Any]]:
 
 
 def curves_over_time(
-    ax: Axes | None, steps: Tensor, curves: Mapping[str, Tensor], *, points: int = POINTS, log: bool = False
+    ax: Axes | None, reports: Sequence[Report], curves: Mapping[str, Tensor], *, points: int = POINTS, log: bool = False
 ) -> Axes:
     """Draw each curve as means over bins of equally many steps.
 
     Args:
         ax: Where to draw, or None.
-        steps: Shape (T,).
+        reports: The T reports.
         curves: Name -> values, shape (T,); NaN is a gap.
         points: The number of bins, at most.
         log: Use a logarithmic axis if all values are positive and span more than a factor of 20.
     """
     ax = axes_or_new(ax)
+    steps = torch.tensor([report.step for report in reports], dtype=torch.float64)
     bins = torch.arange(len(steps)).tensor_split(min(points, len(steps)))
     at = torch.stack([steps[each].mean() for each in bins])
     for (name, values), style in zip(curves.items(), styles(), strict=False):
@@ -81,14 +84,17 @@ def curves_over_time(
     return ax
 
 
-def heat(ax: Axes, share: Tensor) -> Any:
-    """Draw percentages in a map whose lightness falls evenly; NaN is light grey."""
+def heat_map(
+    ax: Axes, share: Tensor, texts: Mapping[tuple[int, int], str], rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Draw percentages in a map whose lightness falls evenly, with a text on some cells; NaN is light grey."""
     from matplotlib import colormaps
 
     colours = colormaps["cividis_r"].with_extremes(bad="0.93")
-    return ax.imshow(share.numpy(), cmap=colours, vmin=0, vmax=100, aspect="auto")
-
-
-def write(ax: Axes, row: int, column: int, text: str, share: float) -> None:
-    """Write into a cell of a heat map, in a colour that can be read on it."""
-    ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if share > 50 else "black")
+    image = ax.imshow(share.numpy(), cmap=colours, vmin=0, vmax=100, aspect="auto")
+    for (i, j), text in texts.items():
+        # The text must stand out from its cell.
+        ax.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if share[i, j] > 50 else "black")
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.figure.colorbar(image, ax=ax, label="% of steps")
