@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -36,12 +36,11 @@ def losses_of(problem: Problem, method: str, *, positive: bool = False) -> Tenso
             "with losses= in gradsurg.weights, or use normalize='norm', which needs none"
         )
     losses = problem.losses.detach().double().to(problem.gramian.device)
-    if losses.shape != (len(problem.tasks),):
-        raise ValueError(
-            f"losses has shape {tuple(losses.shape)}: pass one number per task, {len(problem.tasks)} of them"
-        )
+    m = len(problem.tasks)
+    if losses.shape != (m,):
+        raise ValueError(f"losses has shape {tuple(losses.shape)}: pass one number per task, {m} of them")
     for task, value in zip(problem.tasks, losses.tolist(), strict=True):
-        if not math.isfinite(value):
+        if not isfinite(value):
             raise ValueError(f"normalize={method!r}: the loss of task {task!r} is {value!r}, and it must be finite")
         if positive and value <= 0:
             raise ValueError(
@@ -51,9 +50,9 @@ def losses_of(problem: Problem, method: str, *, positive: bool = False) -> Tenso
     return losses
 
 
-def per_block(problem: Problem, scales: Tensor) -> Tensor:
-    """Return scales of shape (m,), nonnegative, as positive ones for every block, (..., m)."""
-    scales = scales.to(problem.gramian.device)
+def per_block(problem: Problem, scales: Tensor | Sequence[float]) -> Tensor:
+    """Return m scales, nonnegative, as positive ones for every block, (..., m)."""
+    scales = torch.as_tensor(scales, dtype=torch.float64, device=problem.gramian.device)
     return torch.maximum(scales, FLOOR * scales.max()).expand(problem.gramian.shape[:-1])
 
 
@@ -63,22 +62,18 @@ def inverse(values: Tensor) -> Tensor:
 
 
 def check_number(
-    option: str,
-    value: object,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
+    option: str, value: object, *, above: float = -inf, at_least: float = -inf, below: float = inf, whole: bool = False
 ) -> None:
-    """Raise a ValueError unless above < value < below and at_least ≤ value."""
-    if isinstance(value, numbers.Real) and above < float(value) < below and float(value) >= at_least:
-        return
-    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {at_least:g}"] * (at_least > -math.inf)
-    bounds += [f"below {below:g}"] * (below < math.inf)
-    raise ValueError(f"{option}={value!r}: pass a finite number{', ' if bounds else ''}{', '.join(bounds)}")
+    """Raise a ValueError unless above < value < below and at_least ≤ value, and the value is whole if it must be."""
+    if not (isinstance(value, numbers.Real) and above < float(value) < below and float(value) >= at_least):
+        bounds = [f", above {above:g}"] * (above > -inf) + [f", at least {at_least:g}"] * (at_least > -inf)
+        bounds += [f", below {below:g}"] * (below < inf)
+        raise ValueError(f"{option}={value!r}: pass a finite number{''.join(bounds)}")
+    if whole and not float(value).is_integer():
+        raise ValueError(f"{option}={value!r}: pass a whole number")
 
 
-def checked_values(option: str, values: object, *, above: float = -math.inf) -> dict[str, float]:
+def checked_values(option: str, values: object, *, above: float = -inf) -> dict[str, float]:
     """Return a copy of a mapping from task name to finite number, or raise a ValueError that names the task."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{option}={values!r}: pass a dict from task name to number, such as {{'depth': 0.5}}")

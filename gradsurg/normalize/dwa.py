@@ -46,9 +46,7 @@ class DWA(Normalizer):
 
     def __post_init__(self) -> None:
         check_number("DWA(temperature)", self.temperature, above=0)
-        check_number("DWA(period)", self.period, at_least=1)
-        if self.period != int(self.period):
-            raise ValueError(f"DWA(period)={self.period!r}: pass a whole number")
+        check_number("DWA(period)", self.period, at_least=1, whole=True)
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         losses = losses_of(problem, self.name, positive=True).tolist()
@@ -62,6 +60,5 @@ class DWA(Normalizer):
             if count == self.period:
                 total, count, means = 0.0, 0, [*means, total / count][-2:]
             next_state[task] = {"sum": total, "count": count, "means": means}
-        return per_block(
-            problem, torch.softmax(torch.tensor(ratios, dtype=torch.float64) / self.temperature, 0)
-        ), next_state
+        scales = torch.softmax(torch.tensor(ratios, dtype=torch.float64) / self.temperature, 0)
+        return per_block(problem, scales), next_state

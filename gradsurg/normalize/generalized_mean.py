@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gradsurg.normalize.base import Normalizer
@@ -46,7 +45,7 @@ class GeneralizedMean(Normalizer):
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         if self.gamma == 1:
-            return per_block(problem, torch.ones(len(problem.tasks), dtype=torch.float64)), state
+            return per_block(problem, [1.0] * len(problem.tasks)), state
         exponents = (self.gamma - 1) * losses_of(problem, self.name, positive=True).log()
         # Largest exponent 0: a power of a loss can overflow, a ratio of two powers needs not.
         return per_block(problem, (exponents - exponents.max()).exp()), state

@@ -67,15 +67,9 @@ class GradNorm(Normalizer):
         scaled = weights * norms
         gradients = torch.sign(scaled - scaled.mean() * behind**self.alpha) * norms
         moved = [descended(memory, g, rate=self.rate) for memory, g in zip(memories, gradients.tolist(), strict=True)]
-        return per_block(problem, weights), {**state, **_renormalised(problem.tasks, memories, moved)}
-
-
-def _renormalised(
-    tasks: tuple[str, ...], memories: list[dict[str, Any]], moved: list[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    weights = [max(new["value"], LEAST) for new in moved]
-    factor = len(weights) / sum(weights)
-    return {
-        task: {**new, "initial": old["initial"], "value": weight * factor}
-        for task, old, new, weight in zip(tasks, memories, moved, weights, strict=True)
-    }
+        next_weights = [max(memory["value"], LEAST) for memory in moved]
+        factor = len(next_weights) / sum(next_weights)
+        next_state: dict[str, Any] = dict(state)
+        for task, old, new, weight in zip(problem.tasks, memories, moved, next_weights, strict=True):
+            next_state[task] = {**new, "initial": old["initial"], "value": weight * factor}
+        return per_block(problem, weights), next_state

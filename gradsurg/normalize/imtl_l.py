@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradsurg.normalize.adam import descended, unlearned
@@ -56,4 +55,4 @@ class IMTLL(Normalizer):
             memory = state.get(task, unlearned(0.0))
             scales.append(exp(memory["value"]))
             next_state[task] = descended(memory, scales[-1] * loss - 1, rate=self.rate)
-        return per_block(problem, torch.tensor(scales, dtype=torch.float64)), next_state
+        return per_block(problem, scales), next_state

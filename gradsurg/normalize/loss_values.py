@@ -68,9 +68,7 @@ class InitialLoss(Normalizer):
     steps: int = 1
 
     def __post_init__(self) -> None:
-        check_number("InitialLoss(steps)", self.steps, at_least=1)
-        if self.steps != int(self.steps):
-            raise ValueError(f"InitialLoss(steps)={self.steps!r}: pass a whole number")
+        check_number("InitialLoss(steps)", self.steps, at_least=1, whole=True)
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         next_state: dict[str, Any] = dict(state)

@@ -63,7 +63,7 @@ class Norm(Normalizer):
         return torch.where(alive, mean / norms.where(alive, torch.ones_like(norms)), 0), state
 
     def _smoothed(self, problem: Problem, state: State) -> tuple[Tensor, State]:
-        norms = problem.norms
+        keep, norms = self.smoothing, problem.norms
         next_state: dict[str, Any] = dict(state)
         columns = []
         for task, column in zip(problem.tasks, norms.reshape(-1, len(problem.tasks)).unbind(1), strict=True):
@@ -71,12 +71,10 @@ class Norm(Normalizer):
             memory = state.get(task, {})
             if len(memory.get("average", ())) != len(now):
                 memory = {"average": [0.0] * len(now), "weight": [0.0] * len(now)}
-            average = [self._mix(v, n, n) for v, n in zip(memory["average"], now, strict=True)]
-            weight = [self._mix(w, 1.0, n) for w, n in zip(memory["weight"], now, strict=True)]
+            # A norm of 0 is an absent task, whose average stays.
+            average = [keep * v + (1 - keep) * n if n else v for v, n in zip(memory["average"], now, strict=True)]
+            weight = [keep * w + (1 - keep) if n else w for w, n in zip(memory["weight"], now, strict=True)]
             next_state[task] = {"average": average, "weight": weight}
             columns.append([v / w if w else 0.0 for v, w in zip(average, weight, strict=True)])
         smoothed = torch.tensor(columns, dtype=torch.float64, device=norms.device).T
         return smoothed.reshape(norms.shape), next_state
-
-    def _mix(self, old: float, new: float, norm: float) -> float:
-        return self.smoothing * old + (1 - self.smoothing) * new if norm else old

@@ -61,7 +61,7 @@ class Uncertainty(Normalizer):
             precision = _factor(task, self.classification) * exp(-memory["value"])
             precisions.append(precision)
             next_state[task] = descended(memory, 0.5 - precision * loss, rate=self.rate)
-        return per_block(problem, torch.tensor(precisions, dtype=torch.float64)), next_state
+        return per_block(problem, precisions), next_state
 
 
 class LogVariances(nn.Module):

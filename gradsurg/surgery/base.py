@@ -82,11 +82,7 @@ class ElementwiseSurgery(Surgery):
         """
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
-        """Refuse: there are none.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise a ValueError: there are none."""
         raise ValueError(
             f"surgery={self.name!r} treats every number of the gradients by itself, so it has no weights and needs the "
             "rows: use gradsurg.combine(J, ...) or gradsurg.wrap(...), without primary="
