@@ -69,10 +69,11 @@ def _loudness(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
         for name, norm, scale in zip(report.tasks, report.norms.tolist(), report.scales.mean(0).tolist(), strict=True):
             lengths.setdefault(name, []).append(norm)
             scaled.setdefault(name, []).append(norm * scale)
-    loud, quiet = _extremes(lengths)
-    if loud is None or quiet is None:
+    medians = {name: median for name, norms in lengths.items() if (median := _median(norms)) > 0}
+    if not medians:
         return None
-    ratio = _median(lengths[loud]) / _median(lengths[quiet])
+    loud, quiet = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
+    ratio = medians[loud] / medians[quiet]
     if ratio < LOUD:
         return None
     left = _median(scaled[loud]) / max(_median(scaled[quiet]), 1e-300)
@@ -80,14 +81,6 @@ def _loudness(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
     if left > ratio / 2:
         return f"{said}, and nothing evens that out: try normalize='norm', or preferences=."
     return f"{said}; normalisation evens that out. In a plain sum {quiet} would hardly count."
-
-
-def _extremes(lengths: dict[str, list[float]]) -> tuple[str | None, str | None]:
-    medians = {name: _median(values) for name, values in lengths.items()}
-    medians = {name: value for name, value in medians.items() if value > 0}
-    if not medians:
-        return None, None
-    return max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
 
 
 def _median(values: Sequence[float]) -> float:

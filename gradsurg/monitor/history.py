@@ -88,9 +88,13 @@ class History:
         owner = weakref.ref(self)
 
         def after_step(stepped: Any, args: Any, kwargs: Any) -> None:
-            history = owner()
-            if history is not None:
-                history._after_step(stepped)
+            history, engine = owner(), stepped._gradsurg
+            latest = engine.latest
+            # Another optimizer has yet to use the same rows, or no surgery was done in this step.
+            if history is None or engine.step.stepped or latest is None or latest is history._last:
+                return
+            if latest.step % history.every == 0:
+                history.record(engine.report)
 
         self._handles = [each.register_step_post_hook(after_step) for each in optimizers]
 
@@ -127,14 +131,6 @@ class History:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _after_step(self, optimizer: MultiTaskOptimizer) -> None:
-        engine = optimizer._gradsurg
-        latest = engine.latest
-        if engine.step.stepped or latest is None or latest is self._last:
-            return  # another optimizer has yet to use the same rows, or no surgery was done in this step
-        if latest.step % self.every == 0:
-            self.record(engine.report)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

@@ -49,12 +49,7 @@ figure { margin: 0 } figure svg { max-width: 100%; height: auto; background: #ff
 
 
 def main(arguments: Sequence[str], made_by: str) -> int:
-    """Write the page; return the exit status.
-
-    Args:
-        arguments: The command line after `report`.
-        made_by: Name and version of the program, for the head of the page.
-    """
+    """Write the page that the command line after `report` asks for; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m gradsurg report",
         description="Make one self-contained page of a history: which tasks fight, when, how much surgery changed.",

@@ -20,7 +20,7 @@ def unlearned(value: float) -> dict[str, Any]:
 def descended(memory: Mapping[str, Any], gradient: float, *, rate: float, decay: float = 0.0) -> dict[str, Any]:
     """Return the memory after one step of Adam (Kingma & Ba 2015, algorithm 1), decay added to the gradient.
 
-    Every task counts its own steps, so that a task that was absent goes on where it stopped. Adam's steps are about
+    Every task counts its own steps, so that a task that was absent goes on with its own memory. Adam's steps are about
     `rate` long whatever the scale of the loss. With plain gradient steps a first loss of 1e5 would throw a log-variance
     so far that exp(−s) underflows, and it would never come back.
     """

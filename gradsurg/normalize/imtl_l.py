@@ -20,7 +20,7 @@ __all__ = ["IMTLL"]
 class IMTLL(Normalizer):
     """s_i ∝ exp(a_i), a_i a learned log-scale: impartial multi-task learning, its loss balance.
 
-    a_i descends on exp(a_i) L_i − a_i, from 0, by a step of Adam of its own after each use; its minimum is where
+    a_i descends on exp(a_i) L_i − a_i, from 0, by a step of Adam of its own after each use; at its minimum
     exp(a_i) L_i = 1 for every task. The paper lets the model's optimizer train a; here it has one of its own, so that
     the method is a function of (problem, state).
 

@@ -16,7 +16,7 @@ __all__ = ["STCH", "Tchebycheff"]
 
 @dataclass(frozen=True)
 class Tchebycheff(Normalizer):
-    """s_i = 1 where r_i (L_i − z_i) is the largest, else nothing: a subgradient of max_i r_i (L_i − z_i).
+    """s_i = 1 if r_i (L_i − z_i) is the largest, else nothing: a subgradient of max_i r_i (L_i − z_i).
 
     Tasks that tie share. r are the preferences, which surgery multiplies in as well, so that r_i s_i is the published
     weight; z is the ideal point. "Nothing" is 1e-30 and not 0, so that surgery and guarantee still see the directions

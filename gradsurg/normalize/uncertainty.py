@@ -22,7 +22,7 @@ __all__ = ["LogVariances", "Uncertainty"]
 class Uncertainty(Normalizer):
     """s_i ∝ k_i exp(−v_i), v_i a learned log-variance: k_i = ½ for regression, 1 for classification.
 
-    v_i descends on k_i exp(−v_i) L_i + ½ v_i, from 0, by a step of Adam of its own after each use; its minimum is where
+    v_i descends on k_i exp(−v_i) L_i + ½ v_i, from 0, by a step of Adam of its own after each use; at its minimum
     exp(v_i) = 2 k_i L_i. The paper lets the model's optimizer train v along with the model. That form is not a function
     of (problem, state), and is what `LogVariances` is for; this one differs from it in the optimizer of v alone.
 
@@ -106,8 +106,8 @@ class LogVariances(nn.Module):
             if task not in self.tasks:
                 raise ValueError(f"losses names the task {task!r}, but the tasks are {list(self.tasks)}")
             value = self.values[self.tasks.index(task)]
-            scaled = None if loss is None else _factor(task, self.classification) * torch.exp(-value) * loss
-            weighted[task] = None if scaled is None else scaled + value / 2
+            scale = _factor(task, self.classification) * torch.exp(-value)
+            weighted[task] = None if loss is None else scale * loss + value / 2
         return weighted
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 
-__all__ = ["ElementwiseSurgery", "Surgery", "shares"]
+__all__ = ["ElementwiseSurgery", "Surgery", "check"]
 
 
 class Surgery(ABC):
@@ -89,12 +89,7 @@ class ElementwiseSurgery(Surgery):
         )
 
 
-def shares(problem: Problem) -> Tensor:
-    """Return r_i / Σ r_j, shape (..., m), both over the tasks whose gradient is not zero; the others have 0.
-
-    A zero row may be a task that took no part in the step (a compiled model cannot say None). If the mean counted it,
-    the step of all tasks would become shorter.
-    """
-    pull = problem.preferences * (problem.gramian.diagonal(dim1=-2, dim2=-1) != 0)
-    total = pull.sum(-1, keepdim=True)
-    return torch.where(total > 0, pull / total, 0)
+def check(option: str, value: object, valid: bool, must: str) -> None:
+    """Raise a ValueError that says what an option of a method must be, unless the value is valid."""
+    if not valid:
+        raise ValueError(f"{option}={value!r}: must {must}")

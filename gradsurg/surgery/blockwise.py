@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurg.solvers.active_set import Matrix, Vector
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.base import Surgery
 
@@ -24,21 +25,15 @@ __all__ = ["UNITS", "Block", "BlockwiseSurgery", "Matrix", "Memory", "Vector", "
 # or 1 as in the published equation.
 UNITS = {name: name for name in ("relative", "absolute")}
 
-Vector = list[float]
-Matrix = list[Vector]
 Memory = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of parameters, and the tasks whose gradient is not zero there.
+    """One partition of the parameters, and the m' tasks whose gradient is not zero there.
 
-    Attributes:
-        gramian: m' x m' numbers.
-        preferences: Their r_i.
-        tasks: Their names.
-        rows: Their places among all the tasks.
-        memory: What the last step on this block returned, {} at first; not to be modified.
+    `rows` are their places among all the tasks; `memory` is what the last step returned for this partition, {} at
+    first, and must not be modified.
     """
 
     gramian: Matrix

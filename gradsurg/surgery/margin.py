@@ -23,18 +23,13 @@ MISSED = 1e-5
 
 
 def parse_margin(value: float | Mapping[str, float]) -> Margin:
-    """Return a margin as the pipeline takes it, from a number in [0, 1) or a dict from task name to such numbers.
-
-    Example:
-        >>> parse_margin(0.1), parse_margin({"depth": 0.2, "segment": 0})
-        (0.1, (('depth', 0.2),))
-    """
+    """Return a margin as the pipeline takes it, from a number in [0, 1) or a dict from task name to such numbers."""
     given: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {"": value}
     for name, number in given.items():
         real = isinstance(number, Real) and not isinstance(number, bool)
         if not isinstance(name, str) or not real or not 0 <= float(number) < 1:
-            where = f"margin[{name!r}]={number!r}" if isinstance(value, Mapping) else f"margin={value!r}"
-            raise ValueError(f"{where}: pass a number in [0, 1), or a dict from task name to such numbers")
+            given_as = f"margin[{name!r}]={number!r}" if isinstance(value, Mapping) else f"margin={value!r}"
+            raise ValueError(f"{given_as}: pass a number in [0, 1), or a dict from task name to such numbers")
     if isinstance(value, Mapping):
         return tuple((name, float(number)) for name, number in given.items() if number > 0)
     return float(value)

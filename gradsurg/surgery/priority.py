@@ -26,16 +26,7 @@ Levels = tuple[tuple[str, ...], ...]
 
 
 def parse_levels(primary: str | Sequence[str | Sequence[str]] | None) -> Levels | None:
-    """Return levels of task names from what a user may write: a name, names, or lists of names.
-
-    Example:
-        >>> parse_levels("main")
-        (('main',),)
-        >>> parse_levels([["main"], ["aux1", "aux2"], ["reg"]])
-        (('main',), ('aux1', 'aux2'), ('reg',))
-        >>> parse_levels(["left", "right"])      # one level of two primaries
-        (('left', 'right'),)
-    """
+    """Return levels of task names from what a user may write: a name, the names of one level, or lists of names."""
     if primary is None:
         return None
     if isinstance(primary, str):

@@ -154,3 +154,5 @@ def test_margins_of_nobody_and_without_a_guarantee():
     with pytest.raises(ValueError, match="margin names the task 'c'"):
         wrapped.set_gradients({"a": [torch.ones(2)], "b": [torch.ones(2)]})
     assert parse_margin({"a": 0.0}) == ()
+    assert parse_margin(0.1) == 0.1
+    assert parse_margin({"depth": 0.2, "segment": 0}) == (("depth", 0.2),)

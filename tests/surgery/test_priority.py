@@ -207,7 +207,10 @@ def test_batch_is_one_by_one(auxiliary, primary):
 
 
 def test_levels_of_absent_tasks():
+    assert parse_levels("main") == (("main",),)
+    assert parse_levels(["left", "right"]) == (("left", "right"),), "one level of two primaries"
     levels = parse_levels([["main"], ["aux", "other"], ["reg"]])
+    assert levels == (("main",), ("aux", "other"), ("reg",))
     assert levels_of(("reg", "main", "aux"), levels) == [[1], [2], [0]]
     assert levels_of(("reg", "aux", "new"), levels) == [[1], [0], [2]], "no main today: the next level leads"
     assert levels_of(("new", "newer"), levels) == [[0, 1]]

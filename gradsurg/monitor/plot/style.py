@@ -36,12 +36,8 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes
     # If pyplot is in use, as in a notebook, it owns the figure and shows it. Otherwise the figure needs no display, and
     # is freed when the caller drops it.
     pyplot = sys.modules.get("matplotlib.pyplot")
-    figure = (
-        Figure(figsize=size, layout="constrained")
-        if pyplot is None
-        else pyplot.figure(None, size, layout="constrained")
-    )
-    return figure.add_subplot()
+    make = Figure if pyplot is None else pyplot.figure
+    return make(figsize=size, layout="constrained").add_subplot()
 
 
 def styles() -> Iterator[dict[str, Any]]:

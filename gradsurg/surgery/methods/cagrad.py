@@ -8,6 +8,7 @@ from operator import mul
 
 from gradsurg.solvers.simplex import nearest, program, times
 from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT, STATIONARY
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Matrix, Memory, Vector
 
 __all__ = ["CAGrad"]
@@ -47,8 +48,7 @@ class CAGrad(BlockwiseSurgery):
     promise = "the largest worst gain within c of the mean; the mean loss falls for c < 1"
 
     def __post_init__(self) -> None:
-        if not (self.c >= 0 and isfinite(self.c)):
-            raise ValueError(f"c={self.c!r}: must be finite and not negative")
+        check("c", self.c, self.c >= 0 and isfinite(self.c), "be finite and not negative")
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         mean = block.shares

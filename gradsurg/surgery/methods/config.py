@@ -34,7 +34,7 @@ class ConFIG(Surgery):
     """
 
     name, paper = "config", "Liu et al. 2024"
-    promise = "no conflict and equal cosines with all tasks, where gradients are independent"
+    promise = "no conflict and equal cosines with all tasks, if the gradients are independent"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         units, inverse = unit_rows(problem.gramian)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.base import Surgery, check
 from gradsurg.surgery.methods.mgda import MGDA
 
 __all__ = ["CRMOGM"]
@@ -46,8 +46,7 @@ class CRMOGM(Surgery):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Surgery):
             raise ValueError(f"inner={self.inner!r}: pass a Surgery, such as gradsurg.surgery.CAGrad()")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha!r}: must lie in [0, 1]")
+        check("alpha", self.alpha, 0 <= self.alpha <= 1, "lie in [0, 1]")
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         new, inner = self.inner.weights(problem, state.get("inner", {}))
@@ -56,9 +55,8 @@ class CRMOGM(Surgery):
         for name, fresh in zip(problem.tasks, new.unbind(-1), strict=True):
             last = old.get(name)
             # If the number of blocks has changed, start afresh.
-            known = last is not None and last.shape == fresh.shape
-            smooth.append(
-                self.alpha * last.to(fresh.device) + (1 - self.alpha) * fresh if known and last is not None else fresh
-            )
+            if last is not None and last.shape == fresh.shape:
+                fresh = self.alpha * last.to(fresh.device) + (1 - self.alpha) * fresh
+            smooth.append(fresh)
         kept: dict[str, Any] = {**old, **dict(zip(problem.tasks, smooth, strict=True))}
         return torch.stack(smooth, dim=-1), {"inner": inner, "weights": kept}

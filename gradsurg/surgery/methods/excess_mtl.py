@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import Any
 
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["ExcessMTL"]
@@ -45,16 +46,16 @@ class ExcessMTL(BlockwiseSurgery):
     promise = "nothing for one step; noise in a loss does not raise its weight for ever"
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size!r}: must be positive")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup!r}: must not be negative")
+        check("step_size", self.step_size, self.step_size > 0, "be positive")
+        check("warmup", self.warmup, self.warmup >= 0, "not be negative")
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         memory: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in block.memory.items()}
         pulls = []
         for i, name in enumerate(block.tasks):
-            fresh = {"squares": 0.0, "baseline": 0.0, "count": 0, "log": _typical(memory)}
+            # A new task starts with the mean of the log weights that are there.
+            typical = sum(entry["log"] for entry in memory.values()) / len(memory) if memory else 0.0
+            fresh = {"squares": 0.0, "baseline": 0.0, "count": 0, "log": typical}
             entry = memory.setdefault(name, fresh)
             square = block.gramian[i][i]
             entry["squares"] += square
@@ -73,8 +74,3 @@ class ExcessMTL(BlockwiseSurgery):
         weights = [exp(x - top) for x in pulls]
         total = sum(weights)
         return [w / total for w in weights], memory
-
-
-def _typical(memory: dict[str, dict[str, Any]]) -> float:
-    """Return the log weight that a task starts with: the mean of those that are there."""
-    return sum(entry["log"] for entry in memory.values()) / len(memory) if memory else 0.0

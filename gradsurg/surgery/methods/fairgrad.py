@@ -7,6 +7,7 @@ from math import isfinite, log, sqrt
 
 from gradsurg.errors import choose
 from gradsurg.solvers.bargain import bargain
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import UNITS, Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["FairGrad", "fair_weights"]
@@ -45,8 +46,8 @@ class FairGrad(BlockwiseSurgery):
     conflict_free = True
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and isfinite(self.alpha)):
-            raise ValueError(f"alpha={self.alpha!r}: must be positive and finite; 0 is the plain sum, surgery='sum'")
+        must = "be positive and finite; 0 is the plain sum, surgery='sum'"
+        check("alpha", self.alpha, self.alpha > 0 and isfinite(self.alpha), must)
         choose("units", self.units, UNITS)
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
@@ -55,11 +56,9 @@ class FairGrad(BlockwiseSurgery):
 
 def fair_weights(alpha: float, units: str, block: Block) -> Vector:
     """Return the weights of one block."""
-    unit = block.unit(units)
-    norms = [sqrt(row[i] / unit) for i, row in enumerate(block.gramian)]
-    A = [
-        [x / unit / (a * b) for x, b in zip(row, norms, strict=True)]
-        for row, a in zip(block.gramian, norms, strict=True)
-    ]
+    G, unit = block.gramian, block.unit(units)
+    norms = [sqrt(row[i] / unit) for i, row in enumerate(G)]
+    # The program of unit gradients is well scaled; their lengths go into its right-hand side.
+    A = [[x / unit / (a * b) for x, b in zip(row, norms, strict=True)] for row, a in zip(G, norms, strict=True)]
     log_q = [log(r) + (1 - alpha) * log(n) for r, n in zip(block.preferences, norms, strict=True)]
     return [b / n for b, n in zip(bargain(A, log_q, alpha), norms, strict=True)]

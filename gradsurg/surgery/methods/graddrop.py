@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery, check
 
 __all__ = ["GradDrop"]
 
@@ -16,7 +16,7 @@ __all__ = ["GradDrop"]
 class GradDrop(ElementwiseSurgery):
     """Per element: u = Σ (ℓ + (1 − ℓ) M_i) r_i g_i, where M_i = 1 for g_i of the sign that was drawn, else 0.
 
-    The purity P = ½ (1 + Σ r_i g_i / Σ r_i |g_i|) is 1 where all tasks pull upwards and 0 where all pull downwards;
+    The purity P = ½ (1 + Σ r_i g_i / Σ r_i |g_i|) is 1 if all tasks pull upwards and 0 if all pull downwards;
     the positive sign is drawn with probability f(P) = ½ + k (P − ½), cut to [0, 1].
 
     When it fails: it depends on the coordinates, and drops half of what tasks disagree on, at random; the direction may
@@ -38,13 +38,11 @@ class GradDrop(ElementwiseSurgery):
     leak: float = 0.0
     sharpness: float = 1.0
     name, paper = "graddrop", "Chen et al. 2020"
-    promise = "the sum where all tasks agree on a number's sign; nothing for the direction"
+    promise = "the sum, if all tasks agree on a number's sign; nothing for the direction"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.leak <= 1:
-            raise ValueError(f"leak={self.leak!r}: must lie in [0, 1]")
-        if not self.sharpness >= 0:
-            raise ValueError(f"sharpness={self.sharpness!r}: must not be negative")
+        check("leak", self.leak, 0 <= self.leak <= 1, "lie in [0, 1]")
+        check("sharpness", self.sharpness, self.sharpness >= 0, "not be negative")
 
     def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
         drawn = torch.rand(columns.shape[1], generator=generator, dtype=columns.dtype).to(columns.device)

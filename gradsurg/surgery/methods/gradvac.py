@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.base import Surgery, check
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
 __all__ = ["GradVac"]
@@ -48,8 +48,7 @@ class GradVac(Surgery):
     promise = "no conflict for two tasks that usually have none; nothing for more"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta={self.beta!r}: must lie in [0, 1]")
+        check("beta", self.beta, 0 <= self.beta <= 1, "lie in [0, 1]")
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         m = problem.gramian.shape[-1]

@@ -34,7 +34,7 @@ class IMTLG(Surgery):
     """
 
     name, paper = "imtl_g", "Liu et al. 2021"
-    promise = "equal cosines with all tasks where gradients are independent; no conflict if normalised"
+    promise = "equal cosines with all tasks if the gradients are independent; no conflict if normalised"
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         pull = equal_pull(problem.gramian, problem.preferences)

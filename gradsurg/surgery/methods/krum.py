@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Memory, Vector
 
 __all__ = ["Krum"]
@@ -41,10 +42,8 @@ class Krum(BlockwiseSurgery):
     promise = "f corrupt copies of a task among 2f + 3 cannot turn it; nothing for different tasks"
 
     def __post_init__(self) -> None:
-        if self.byzantine < 0:
-            raise ValueError(f"byzantine={self.byzantine!r}: must not be negative")
-        if self.selected < 1:
-            raise ValueError(f"selected={self.selected!r}: must be at least 1")
+        check("byzantine", self.byzantine, self.byzantine >= 0, "not be negative")
+        check("selected", self.selected, self.selected >= 1, "be at least 1")
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         G = block.gramian

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
-from gradsurg.surgery.base import Surgery, shares
+from gradsurg.surgery.base import Surgery
 
 __all__ = ["Mean"]
 
@@ -32,4 +33,8 @@ class Mean(Surgery):
     waits = False
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
-        return shares(problem), state
+        # A zero row may be a task that took no part in the step (a compiled model cannot say None). If the mean counted
+        # it, the step of all tasks would become shorter.
+        pull = problem.preferences * (problem.gramian.diagonal(dim1=-2, dim2=-1) != 0)
+        total = pull.sum(-1, keepdim=True)
+        return torch.where(total > 0, pull / total, 0), state

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import times
-from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.base import Surgery, check
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
 __all__ = ["MGDA"]
@@ -51,8 +51,7 @@ class MGDA(Surgery):
     waits = False
 
     def __post_init__(self) -> None:
-        if self.frank_wolfe < 0:
-            raise ValueError(f"frank_wolfe={self.frank_wolfe!r}: must not be negative; 0 solves exactly")
+        check("frank_wolfe", self.frank_wolfe, self.frank_wolfe >= 0, "not be negative; 0 solves exactly")
         # If the answer is not the minimum, the gradient guarantee must not be skipped.
         if self.frank_wolfe:
             object.__setattr__(self, "conflict_free", False)

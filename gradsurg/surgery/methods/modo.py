@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gradsurg.errors import choose
 from gradsurg.solvers.simplex import onto_simplex, times
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import UNITS, Block, BlockwiseSurgery, Memory, Vector, resumed
 
 __all__ = ["MoDo"]
@@ -43,10 +44,8 @@ class MoDo(BlockwiseSurgery):
     promise = "nothing for one step; MGDA's weights on average over many"
 
     def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise ValueError(f"gamma={self.gamma!r}: must be positive")
-        if not self.rho >= 0:
-            raise ValueError(f"rho={self.rho!r}: must not be negative")
+        check("gamma", self.gamma, self.gamma > 0, "be positive")
+        check("rho", self.rho, self.rho >= 0, "not be negative")
         choose("units", self.units, UNITS)
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsurg.solvers.problem import Problem, State
 from gradsurg.solvers.simplex import program, times
 from gradsurg.solvers.tolerances import ROUNDING_EXACT, STATIONARY
-from gradsurg.surgery.base import Surgery
+from gradsurg.surgery.base import Surgery, check
 from gradsurg.surgery.blockwise import Block, Memory, Vector, each_block
 
 __all__ = ["PCD"]
@@ -52,15 +52,12 @@ class PCD(Surgery):
     beta: float = 0.999
     eps: float = 0.0
     name, paper = "pcd", "PCD 2026"
-    promise = "a share τ of its own progress for every task but the primary, where all can have it"
+    promise = "a share τ of its own progress for every task but the primary, if all can have it"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau={self.tau!r}: must lie in [0, 1]")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta={self.beta!r}: must lie in [0, 1)")
-        if not (self.eps >= 0 and isfinite(self.eps)):
-            raise ValueError(f"eps={self.eps!r}: must be finite and not negative")
+        check("tau", self.tau, 0 <= self.tau <= 1, "lie in [0, 1]")
+        check("beta", self.beta, 0 <= self.beta < 1, "lie in [0, 1)")
+        check("eps", self.eps, self.eps >= 0 and isfinite(self.eps), "be finite and not negative")
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         primary = problem.tasks[0] if self.primary is None else self.primary

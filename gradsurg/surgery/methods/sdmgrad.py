@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from gradsurg.solvers.simplex import onto_simplex, program, times
+from gradsurg.surgery.base import check
 from gradsurg.surgery.blockwise import Block, BlockwiseSurgery, Matrix, Memory, Vector, resumed
 
 __all__ = ["SDMGrad"]
@@ -45,14 +46,10 @@ class SDMGrad(BlockwiseSurgery):
     promise = "nothing for one step; towards MGDA's direction, held near the mean"
 
     def __post_init__(self) -> None:
-        if not self.pull >= 0:
-            raise ValueError(f"pull={self.pull!r}: must not be negative")
-        if self.iterations < 0:
-            raise ValueError(f"iterations={self.iterations!r}: must not be negative; 0 solves exactly")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr!r}: must be positive")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum!r}: must lie in [0, 1)")
+        check("pull", self.pull, self.pull >= 0, "not be negative")
+        check("iterations", self.iterations, self.iterations >= 0, "not be negative; 0 solves exactly")
+        check("lr", self.lr, self.lr > 0, "be positive")
+        check("momentum", self.momentum, 0 <= self.momentum < 1, "lie in [0, 1)")
 
     def solve(self, block: Block) -> tuple[Vector, Memory]:  # noqa: D102
         preferred = [self.pull * x for x in block.shares]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery, check
 
 __all__ = ["TrimmedMean"]
 
@@ -44,8 +44,7 @@ class TrimmedMean(ElementwiseSurgery):
     draws = False
 
     def __post_init__(self) -> None:
-        if self.trim < 0:
-            raise ValueError(f"trim={self.trim!r}: must not be negative")
+        check("trim", self.trim, self.trim >= 0, "not be negative")
 
     def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
         m, size = columns.shape
