@@ -194,6 +194,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object] = lambda: None) -> Run:
     """Train once, on the plain sum or with gradsurg; parameters and batches depend on the seed alone."""
+    # The caller's own random numbers go on as before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = Model(job.tasks)
@@ -214,6 +215,7 @@ def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object]
     with torch.no_grad():
         scores = {task: data.test.score(task, output) for task, output in model(data.test.images).items()}
     gradient, update, seconds = zip(*steps, strict=True)
+    # The median leaves out the steps in which the machine was busy.
     median = sorted(seconds)[len(seconds) // 2]
     return Run(scores, torch.stack(losses), torch.stack(gradient), torch.stack(update), median)
 
@@ -243,6 +245,7 @@ def overlaid(images: Tensor, labels: Tensor, n: int, generator: torch.Generator)
     left, right = torch.randint(len(images), (2, n), generator=generator)
     canvas = torch.zeros(n, HEIGHT, WIDTH)
     canvas[:, :8, :8] = images[left]
+    # The brighter of two overlaid pixels counts.
     canvas[:, -8:, -8:] = torch.maximum(canvas[:, -8:, -8:], images[right])
     return Pairs(canvas.flatten(1), labels[left], labels[right])
 
@@ -254,6 +257,7 @@ def _step(model: Model, optimizer: Optimizer, batch: Pairs, clip: float | None) 
     losses = model.losses(batch)
     seconds = time.perf_counter() - began
 
+    # Every task's gradient before anything of gradsurg has run, and outside of the time.
     rows = torch.stack([_flat(torch.autograd.grad(loss, shared, retain_graph=True)) for loss in losses.values()])
     before = _flat(shared)
 

@@ -42,6 +42,7 @@ def table(runs: dict[str, list[Run]]) -> str:
     lines = [
         _line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in zip(*columns, strict=True)
     ]
+    # The colons align numbers on the right.
     rule = _line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join([lines[0], rule, *lines[1:]])
 

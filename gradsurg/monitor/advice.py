@@ -112,6 +112,7 @@ def _places(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
                 upper = upper[~upper.isnan()]
                 if len(upper):
                     hurt.setdefault(name, []).append(float((upper < 0).double().mean()))
+    # Among fewer partitions of the model, the worst one says little about layers.
     if len(hurt) < 4:
         return None
     shares = sorted(((sum(v) / len(v), name) for name, v in hurt.items()), reverse=True)
@@ -138,13 +139,9 @@ def _not_finite(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tasks, over the steps in which both were present.
+    """Two tasks in the steps in which both were present: the share with a conflict, and the mean cosine.
 
-    Attributes:
-        tasks: Their names.
-        share: The share of the steps in which they conflict, from 0 to 1.
-        cosine: Mean cosine of their gradients.
-        thirds: The share in the first, middle and last third of these steps.
+    `thirds` are the shares in the first, middle and last third of these steps.
     """
 
     tasks: tuple[str, str]

@@ -102,7 +102,8 @@ def to_json(report: Report) -> dict[str, Any]:
     return {
         field.name: _plain(getattr(report, field.name))
         for field in dataclasses.fields(report)
-        if not (field.name == "gramian" and report.gramians is not None)  # the sum of gramians
+        # The sum of the gramians is not written beside them.
+        if not (field.name == "gramian" and report.gramians is not None)
     }
 
 
@@ -206,5 +207,6 @@ def _rows(report: Report) -> Iterator[dict[str, object]]:
         own = {title: column[k] for title, column in (of_tasks | cosines).items()}
         yield {"step": report.step, "task": name, **own, **of_step}
     for name in report.nonfinite:
-        if name not in report.tasks:  # it was left out of the step
+        # It was left out of the step.
+        if name not in report.tasks:
             yield {"step": report.step, "task": name, "finite": 0, **of_step}

@@ -68,7 +68,8 @@ class History:
             raise ValueError(f"megabytes={megabytes!r}: pass a positive number")
         self.every = every
         self.megabytes = megabytes
-        self._entries: list[tuple[int, PackedReport]] = []  # (running number, report)
+        # With a running number, by which a reader finds what is new to it after records were dropped.
+        self._entries: list[tuple[int, PackedReport]] = []
         self._recorded = 0
         self._nbytes = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -85,6 +86,7 @@ class History:
         if model is not None:
             better = {id(p): name for name, p in model.named_parameters()}
             self._names = {old: better.get(key, old) for key, old in parameter_names(optimizers).items()}
+        # A strong reference would keep the history alive, and recording, as long as the optimizer.
         owner = weakref.ref(self)
 
         def after_step(stepped: Any, args: Any, kwargs: Any) -> None:

@@ -105,7 +105,8 @@ def _pictures(reports: Sequence[Report]) -> list[str]:
     for number, (draw, options, caption) in enumerate(PICTURES):
         try:
             ax = draw(reports, **options)
-        except ValueError:  # the reports lack what this picture shows, such as blocks or a measured update
+        # The reports lack what this picture shows, such as blocks or a measured update.
+        except ValueError:
             continue
         figures.append(f"<figure>{_svg(ax, f'p{number}-')}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return figures
@@ -116,6 +117,7 @@ def _svg(ax: Axes, prefix: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
+    # A salt gives a picture the same ids in every run; letters as paths need no font on the reader's machine.
     with rc_context({"svg.hashsalt": prefix, "svg.fonttype": "path"}):
         cast(Any, ax.figure).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

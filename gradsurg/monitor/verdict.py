@@ -59,6 +59,7 @@ def _who(found: Sequence[Pair]) -> list[str]:
     sentences = []
     for pair in fighting:
         a, b = pair.tasks
+        # A mean of rounded cosines may lie beyond ±1, and acos fails there.
         angle = math.degrees(math.acos(max(-1.0, min(1.0, pair.cosine))))
         kind = "fight" if pair.cosine < -ALOOF else "mostly agree" if pair.cosine > AGREE else "are near a right angle"
         sentences.append(

@@ -28,6 +28,7 @@ def descended(memory: Mapping[str, Any], gradient: float, *, rate: float, decay:
     steps = memory["steps"] + 1
     first = BETAS[0] * memory["first"] + (1 - BETAS[0]) * gradient
     second = BETAS[1] * memory["second"] + (1 - BETAS[1]) * gradient * gradient
+    # Both averages start at 0, which 1 − β^steps makes up for.
     length = sqrt(second / (1 - BETAS[1] ** steps)) + EPSILON
     value = memory["value"] - rate * first / (1 - BETAS[0] ** steps) / length
     return {"value": value, "first": first, "second": second, "steps": steps}

@@ -19,12 +19,7 @@ FLOOR = 1e-30
 
 
 def losses_of(problem: Problem, method: str, *, positive: bool = False) -> Tensor:
-    """Return the m losses, shape (m,), float64, finite.
-
-    Args:
-        problem: The step.
-        method: The normaliser's name, for messages.
-        positive: Refuse losses that are zero or negative.
+    """Return the m losses, shape (m,), float64, finite, and positive if asked; `method` is named in messages.
 
     Raises:
         ValueError: There are none, one is not finite, or one is not positive; the message names task and value.

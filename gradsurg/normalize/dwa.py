@@ -57,6 +57,7 @@ class DWA(Normalizer):
             means = memory["means"]
             ratios.append(means[1] / means[0] if len(means) == 2 else 1.0)
             total, count = memory["sum"] + loss, memory["count"] + 1
+            # The epoch is over. Only the last two means are ever read.
             if count == self.period:
                 total, count, means = 0.0, 0, [*means, total / count][-2:]
             next_state[task] = {"sum": total, "count": count, "means": means}

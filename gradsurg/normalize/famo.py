@@ -61,6 +61,7 @@ class FAMO(Normalizer):
         if stayed:
             z = torch.softmax(torch.tensor([logits[task]["value"] for task in stayed], dtype=torch.float64), 0)
             fall = torch.tensor([before[task] - now[task] for task in stayed], dtype=torch.float64)
+            # The derivative of softmax(ξ) along ξ, applied to the fall.
             gradients = (z * (fall - z @ fall)).tolist()
             for task, gradient in zip(stayed, gradients, strict=True):
                 logits[task] = descended(logits[task], gradient, rate=self.rate, decay=self.decay)

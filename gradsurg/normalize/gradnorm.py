@@ -62,6 +62,7 @@ class GradNorm(Normalizer):
         memories = [state.get(task, new) for task, new in zip(problem.tasks, fresh, strict=True)]
         weights = torch.tensor([memory["value"] for memory in memories], dtype=torch.float64, device=losses.device)
         initial = torch.tensor([memory["initial"] for memory in memories], dtype=torch.float64, device=losses.device)
+        # Over all partitions of the parameters: each task learns one scale.
         norms = problem.norms.reshape(-1, len(problem.tasks)).square().sum(0).sqrt()
         behind = losses / initial / (losses / initial).mean()
         scaled = weights * norms

@@ -54,5 +54,6 @@ class IMTLL(Normalizer):
         for task, loss in zip(problem.tasks, losses, strict=True):
             memory = state.get(task, unlearned(0.0))
             scales.append(exp(memory["value"]))
+            # The derivative of exp(a) L − a.
             next_state[task] = descended(memory, scales[-1] * loss - 1, rate=self.rate)
         return per_block(problem, scales), next_state

@@ -50,7 +50,8 @@ class Norm(Normalizer):
 
     def __post_init__(self) -> None:
         check_number("Norm(smoothing)", self.smoothing, at_least=0, below=1)
-        if self.smoothing:  # averages are kept as plain numbers
+        # Averages are kept as plain numbers, for which a device is waited for.
+        if self.smoothing:
             object.__setattr__(self, "waits", True)
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102

@@ -39,6 +39,7 @@ class RandomWeights(Normalizer):
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         generator = problem.generator or torch.Generator().manual_seed(0)
         draws = torch.randn(len(problem.tasks), generator=generator, dtype=torch.float64, device=generator.device)
+        # Names in sorted order get the draws in turn, so that the order of the losses does not matter.
         rank = {task: i for i, task in enumerate(sorted(problem.tasks))}
         in_order = draws[[rank[task] for task in problem.tasks]]
         return per_block(problem, torch.softmax(in_order, 0)), state

@@ -60,6 +60,7 @@ class Uncertainty(Normalizer):
             memory = state.get(task, unlearned(0.0))
             precision = _factor(task, self.classification) * exp(-memory["value"])
             precisions.append(precision)
+            # The derivative of k exp(−v) L + ½ v.
             next_state[task] = descended(memory, 0.5 - precision * loss, rate=self.rate)
         return per_block(problem, precisions), next_state
 

@@ -101,20 +101,15 @@ def order(
         Weights of shape (..., m), float64.
 
     Source: Su Jianlin 2022, kexue.fm 8907.
-
-    Example:
-        >>> import torch
-        >>> G = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
-        >>> plain = lambda gramian, level: torch.ones(len(level), dtype=torch.float64)
-        >>> order(G, [[0], [1]], "protect", plain).tolist()
-        [1.0, 0.5]
     """
     m, device = gramian.shape[-1], gramian.device
+    # Under "protect" the lower levels are constraints alone, and have no direction of their own.
     first, *lower = [_direction(gramian, level, surgery) for level in (levels if auxiliary == "help" else levels[:1])]
     if auxiliary == "protect":
         below = ~_mask(m, levels[0], device)
         return first + solvers.nonnegative(gramian, _apply(gramian, first), allowed=below) if len(levels) > 1 else first
     total, higher = first, list(levels[0])
+    # Each level yields to all above it, not only to the next one, so it is projected against every higher gradient.
     for level, direction in zip(levels[1:], lower, strict=True):
         inner = _apply(gramian, direction)
         total = total + direction + solvers.nonnegative(gramian, inner, allowed=_mask(m, higher, device))

@@ -33,6 +33,7 @@ def conflict_matrix(history: Reports, *, ax: Axes | None = None) -> Axes:
     cosines = aligned_cosines(reports, names)
     share = share_in_conflict(cosines).nanmean(0)
     angle = degrees(cosines).nanmean(0)
+    # A task does not conflict with itself: these cells stay empty.
     share.fill_diagonal_(math.nan)
     texts = {
         (i, j): "never\ntogether" if share[i, j].isnan() else f"{share[i, j]:.0f} %\n{angle[i, j]:.0f}°"

@@ -50,6 +50,7 @@ def tasks_of(reports: Sequence[Report]) -> list[str]:
 
 def aligned_cosines(reports: Sequence[Report], names: Sequence[str]) -> Tensor:
     """Return the cosines of all pairs, (T, m, m) in the order of `names`; NaN if one of the two is absent."""
+    # What no report fills stays NaN, and nanmean leaves it out.
     cosines = torch.full((len(reports), len(names), len(names)), math.nan, dtype=torch.float64)
     for k, report in enumerate(reports):
         place = torch.tensor([names.index(name) for name in report.tasks])

@@ -74,6 +74,7 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
     ax.text(
         0.995, 90, "above: this task is hurt", ha="right", va="bottom", fontsize=8, transform=ax.get_yaxis_transform()
     )
+    # The line at 90° is always in view, so that a run without conflicts does not look like one with many.
     largest = max(float(curve.nan_to_num(0).max()) for curve in curves.values())
     ax.set(title=f"Angle between the {of} and each task's gradient", ylabel="degrees", ylim=(0, max(105, largest + 5)))
     return ax
@@ -92,6 +93,7 @@ def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
     reports = several(history)
     curves = per_task(reports, lambda r: r.weights.mean(0))
     ax = curves_over_time(ax, reports, curves, log=True)
+    # The weight in a plain sum.
     ax.axhline(1, color="black", linewidth=0.8, zorder=0)
     ax.set(title="Weights", ylabel="weight of the raw gradient")
     return ax

@@ -47,6 +47,7 @@ def trajectory(
     points = {name: path.detach().double().cpu() for name, path in paths.items()}
     every = torch.cat(list(points.values()))
     low, high = every.amin(0), every.amax(0)
+    # A path along an axis, or of a single point, gets some height too.
     margin = 0.15 * (high - low).clamp(min=0.1 * float((high - low).max()) + 1e-6)
     low, high = low - margin, high + margin
     x, y = (torch.linspace(float(low[i]), float(high[i]), resolution, dtype=torch.float64) for i in range(2))
@@ -58,8 +59,9 @@ def trajectory(
         ax.contour(x.numpy(), y.numpy(), total.numpy(), levels=18, colors="0.7", linewidths=0.8)
     for name, surface in surfaces.items():
         row, column = divmod(int(surface.argmin()), resolution)
+        # On the edge of the grid: the lowest point lies outside of the picture.
         if {row, column} & {0, resolution - 1}:
-            continue  # it lies outside
+            continue
         ax.plot(float(x[column]), float(y[row]), marker="*", color="black", markersize=9, linestyle="none")
         ax.annotate(f"best for {name}", (float(x[column]), float(y[row])), (4, 4), textcoords="offset points")
     for (name, path), style in zip(points.items(), styles(), strict=False):

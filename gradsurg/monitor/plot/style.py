@@ -51,14 +51,9 @@ def styles() -> Iterator[dict[str, Any]]:
 def curves_over_time(
     ax: Axes | None, reports: Sequence[Report], curves: Mapping[str, Tensor], *, points: int = POINTS, log: bool = False
 ) -> Axes:
-    """Draw each curve as means over bins of equally many steps.
+    """Draw each curve, one value per report (NaN is a gap), as means over bins of equally many steps.
 
-    Args:
-        ax: Where to draw, or None.
-        reports: The T reports.
-        curves: Name -> values, shape (T,); NaN is a gap.
-        points: The number of bins, at most.
-        log: Use a logarithmic axis if all values are positive and span more than a factor of 20.
+    With `log` the axis is logarithmic if all values are positive and span more than a factor of 20.
     """
     ax = axes_or_new(ax)
     steps = torch.tensor([report.step for report in reports], dtype=torch.float64)

@@ -56,7 +56,8 @@ class CAGrad(BlockwiseSurgery):
             return [1 + self.c], {}
         G = block.scaled(max(row[i] for i, row in enumerate(block.gramian)))
         norms = [sqrt(row[i]) for i, row in enumerate(G)]
-        b = times(G, mean)  # ⟨g_0, g_i⟩
+        # ⟨g_0, g_i⟩.
+        b = times(G, mean)
         square = sum(map(mul, mean, b))
         error = ROUNDING_EXACT * sum(map(mul, mean, norms)) ** 2
         # If g_0 is nothing but rounding, so is the ball.
@@ -110,7 +111,8 @@ def _at_radius(G: Matrix, b: Vector, radius: float, nu: float, rounding: float) 
     """Return y for the ν at which h(ν) is the radius, coming down from a ν that is too large."""
     y, distance = _projected(G, b, nu, rounding)
     for _ in range(STEPS):
-        total = sum(y)  # h h' = Σ y_i
+        # Newton's step, by h h' = Σ y_i.
+        total = sum(y)
         step = distance * (distance - radius) / total if total > 0 else 0.0
         if abs(distance - radius) <= 1e-14 * radius or nu - step >= nu:
             break

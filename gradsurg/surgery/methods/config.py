@@ -42,4 +42,5 @@ class ConFIG(Surgery):
         inner = (units @ v.unsqueeze(-1)).squeeze(-1)
         square = (v * inner).sum(-1, keepdim=True)
         projected = (problem.norms * inner).sum(-1, keepdim=True)
+        # Opposite gradients have no common direction: 0 / 0 would be NaN.
         return (projected / square).masked_fill_(square <= 0, 0) * v * inverse, state

@@ -45,6 +45,7 @@ class GradDrop(ElementwiseSurgery):
         check("sharpness", self.sharpness, self.sharpness >= 0, "not be negative")
 
     def combine(self, columns: Tensor, preferences: Tensor | None, generator: torch.Generator) -> Tensor:  # noqa: D102
+        # On the CPU, so that every device draws the same signs.
         drawn = torch.rand(columns.shape[1], generator=generator, dtype=columns.dtype).to(columns.device)
         rows = columns if preferences is None else columns * preferences[:, None]
         total, size = rows.sum(0), rows.abs().sum(0)

@@ -66,7 +66,8 @@ class GradVac(Surgery):
             goals = usual.setdefault(block.tasks[i], {})
             coefficients = [0.0] * len(G)
             coefficients[i] = 1.0
-            inner, square = list(G[i]), G[i][i]  # ⟨g_i', g_k⟩ for all k, and ‖g_i'‖²
+            # ⟨g_i', g_k⟩ for all k, and ‖g_i'‖².
+            inner, square = list(G[i]), G[i][i]
             for j in (place[other] for other in orders[row] if other in place and other != row):
                 length = sqrt(max(square, 0.0))
                 # Nothing is left of the gradient, so there is no direction to compare.

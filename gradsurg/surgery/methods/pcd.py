@@ -77,6 +77,7 @@ class PCD(Surgery):
         if primary not in block.tasks:
             return [0.0] * m, memory
         p = block.tasks.index(primary)
+        # The Gramian of the a_i, so that a share of ‖a_j‖² asks the same of loud and quiet tasks.
         A = [[x * s * t for x, t in zip(row, scales, strict=True)] for row, s in zip(G, scales, strict=True)]
         shares = [self.tau * r / block.preferences[p] for r in block.preferences]
         b = [A[p][j] - shares[j] * A[j][j] for j in range(m)]

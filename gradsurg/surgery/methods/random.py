@@ -35,6 +35,7 @@ class Random(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         G, generator = problem.gramian, problem.generator or torch.Generator().manual_seed(0)
+        # On the CPU, so that every device draws the same weights.
         drawn = torch.randn(G.shape[-1], generator=generator, dtype=torch.float64)
         alive = G.diagonal(dim1=-2, dim2=-1) != 0
         pull = torch.where(alive, drawn.to(G.device) + problem.preferences.log(), -torch.inf)

@@ -39,7 +39,8 @@ class UPGrad(Surgery):
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian, preferences = problem.gramian, problem.preferences
-        multipliers = problem.solvers.project_rows(gramian)  # (..., program, task)
+        # Shape (..., program, task); u needs only their sum, weighted by r.
+        multipliers = problem.solvers.project_rows(gramian)
         if multipliers.ndim == 2:
             return torch.addmv(preferences, multipliers.T, preferences), state
         return preferences + preferences @ multipliers, state
