@@ -77,12 +77,11 @@ class History:
         self._optimizer: weakref.ref[MultiTaskOptimizer] | None = None
         self._handles: list[Any] = []
         self._names: dict[str, str] = {}
-        if optimizer is not None:
-            self._attach(find_wrapped(optimizer), model)
-
-    def _attach(self, optimizer: MultiTaskOptimizer, model: torch.nn.Module | None) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        optimizers = optimizer._gradsurg.optimizers
+        if optimizer is None:
+            return
+        wrapped = find_wrapped(optimizer)
+        self._optimizer = weakref.ref(wrapped)
+        optimizers = wrapped._gradsurg.optimizers
         if model is not None:
             better = {id(p): name for name, p in model.named_parameters()}
             self._names = {old: better.get(key, old) for key, old in parameter_names(optimizers).items()}

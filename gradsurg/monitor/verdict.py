@@ -65,8 +65,7 @@ def _who(found: Sequence[Pair]) -> list[str]:
         sentences.append(
             f"{a} and {b} {kind}: in conflict in {pair.share:.0%} of the steps, at {angle:.0f}° on average."
         )
-    peaceful = len(found) - len(fighting)
-    if peaceful:
+    if peaceful := len(found) - len(fighting):
         sentences.append(
             f"The other {peaceful} {'pair hardly conflicts' if peaceful == 1 else 'pairs hardly conflict'}."
         )
@@ -75,9 +74,7 @@ def _who(found: Sequence[Pair]) -> list[str]:
 
 def _when(found: Sequence[Pair]) -> list[str]:
     sentences = []
-    for pair in found:
-        if pair.share < PEACE or len(pair.thirds) < 3:
-            continue
+    for pair in (pair for pair in found if pair.share >= PEACE and len(pair.thirds) == 3):
         first, middle, last = (f"{share:.0%}" for share in pair.thirds)
         rise = pair.thirds[2] - pair.thirds[0]
         trend = "more and more" if rise > 0.2 else "less and less" if rise < -0.2 else "about as often throughout"

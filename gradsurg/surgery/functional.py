@@ -119,7 +119,7 @@ def combine(J: Tensor, surgery: str | Surgery = "cone", **options: Any) -> Tenso
     """Return the direction u = Σ w_i g_i of the rows of J.
 
     Args:
-        J: One gradient a row, shape (m, P) with m, P ≥ 1, any real floating dtype and device.
+        J: One gradient per row, shape (m, P) with m, P ≥ 1, any real floating dtype and device.
         surgery: A name or a Surgery.
         **options: As for `weights`.
 
@@ -260,9 +260,8 @@ def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...]
     nested: list[Any] = [[primary]] if isinstance(primary, int) else list(primary)
     as_names: list[Any] = [[str(i) for i in item] if isinstance(item, Sequence) else str(item) for item in nested]
     levels = parse_levels(as_names)
-    for name in (name for level in levels or () for name in level):
-        if name not in map(str, range(m)):
-            raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
+    if not {name for level in levels or () for name in level} <= set(_names(m)):
+        raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
     return levels
 
 

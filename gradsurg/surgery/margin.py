@@ -48,14 +48,8 @@ def attainable(
 
     Margins ask for ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m. With v the shortest vector that has ⟨v, g_i⟩ ≥ τ_i ‖g_i‖, a
     direction no longer than t satisfies that iff ‖v‖ ≤ √m. Otherwise all τ_i are multiplied by √m / ‖v‖, or by 0 if
-    there is no v. The gradients' lengths do not matter.
-
-    Args:
-        gramian: Shape (..., m, m), float64.
-        margin: The margins.
-        tasks: The m names.
-        allowed: Which tasks are protected, bool (m,); None is all.
-        rounding: Relative error of the Gramian's entries, as for `nonnegative`.
+    there is no v. The gradients' lengths do not matter. `allowed` says which tasks are protected, bool (m,), or None
+    for all; `rounding` is the relative error of the Gramian's entries, as for `nonnegative`.
 
     Returns:
         kept · τ_i / √m, shape (..., m), 0 for tasks that are not protected or have no gradient; kept, shape (...).
@@ -68,6 +62,7 @@ def attainable(
     norms = gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     watched = norms > 0 if allowed is None else (norms > 0) & allowed
     tau = torch.where(watched, tau, 0)
+    # Unit gradients keep the program well scaled, and a margin is a cosine.
     inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, torch.ones_like(norms)), 0)
     unit = gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     shortest = nonnegative(unit, -tau, allowed=watched, rounding=rounding)

@@ -40,7 +40,6 @@ class TrimmedMean(ElementwiseSurgery):
     trim: int = 1
     name, paper = "trimmed_mean", "Yin et al. 2018"
     promise = "b corrupt copies of a task among 2b + 1 cannot take it out of the range of the others"
-
     draws = False
 
     def __post_init__(self) -> None:
