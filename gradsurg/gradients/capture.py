@@ -1,6 +1,6 @@
 """How gradients come in: p.grad is emptied, each task's backward pass fills it, and the fresh tensors become a row.
 
-autograd hands its own tensor over where `.grad` is None, so moving it costs no copy. torch.autograd.grad would break
+If `.grad` is None, autograd puts its own tensor there, so moving it costs no copy. torch.autograd.grad would break
 reentrant checkpointing, hooks, FSDP2 and parameters outside the optimizer.
 """
 
@@ -28,23 +28,26 @@ class Capture:
     """Owns the rows and knows whether what stands in `p.grad` is ours.
 
     Rows are live only while every `p.grad` is the tensor that `write` put there, unchanged (its `_version` tells).
-    Otherwise somebody zeroed, clipped or added since: the rows are dropped, and what stands in `p.grad` is foreign,
-    which is kept and added to the next result, as a plain backward would do.
+    Otherwise p.grad was zeroed, clipped or added to since: the rows are dropped, and what stands in `p.grad` is
+    foreign. Foreign gradients are kept and added to the next result, as a plain backward would do.
 
-    While surgery waits (`write_pending`) no result stands in `p.grad`, only a mark in one of them. Rows are then live
-    while the mark is there, and what others add to any `p.grad` meanwhile is foreign.
+    While surgery is deferred (`write_pending`) no result stands in `p.grad`, only a sentinel in one of them. Rows are
+    then live while the sentinel is there, and whatever is added to any `p.grad` meanwhile is foreign.
     """
 
     def __init__(self, parameters: Callable[[], list[Tensor]], row_dtype: torch.dtype | None = None) -> None:
         self.parameters = parameters
         self.row_dtype = row_dtype
         self.rows = TaskRows(row_dtype)
-        self.unsent = TaskRows(row_dtype)  # under DDP, rows of this rank alone: no_sync(), or surgery that waits
+        # Under DDP, rows of this rank alone: those of no_sync(), or of deferred surgery.
+        self.unsent = TaskRows(row_dtype)
         self.reach = Reachability()
         self.fresh = TaskRows(row_dtype)
         self.recycled = Recycler()
-        self._held: HeldGradients | None = None  # while a run is open
-        self._parameters: list[Tensor] = []  # of that run, until p.grad is written
+        # While a run is open.
+        self._held: HeldGradients | None = None
+        # Those of the run, until p.grad is written.
+        self._parameters: list[Tensor] = []
         self._foreign, self._next_foreign = Row(), Row()
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
         self._sentinel: Sentinel | None = None
@@ -69,16 +72,9 @@ class Capture:
         for p, g in self.lift().items():
             self._next_foreign[p] = added(self._next_foreign.get(p), g)
 
-    def give(self, name: str, gradients: Row) -> None:
-        """Add gradients that were computed elsewhere to the fresh row of a task."""
-        self.fresh.add(name, gradients)
-
     def part_with(self, name: str) -> tuple[Row, ...]:
         """Return a task's fresh row, and what of it was not sent before; the fresh one belongs to the caller now."""
-        fresh = Row()
-        if name in self.fresh:
-            fresh = self.fresh[name]
-            self.fresh.drop(name)
+        fresh = self.fresh.drop(name) if name in self.fresh else Row()
         return (fresh, self.unsent[name]) if name in self.to_send() else (fresh,)
 
     def to_send(self) -> list[str]:
@@ -103,7 +99,8 @@ class Capture:
         Args:
             sent: Over several ranks, whether rows were exchanged; those that were not are kept apart until they are.
         """
-        self.take_plain()  # a penalty of the same backward pass may have run since our last task
+        # A penalty of the same backward pass may have run since our last task.
+        self.take_plain()
         self._foreign = self._next_foreign
         if not self._was_live:
             self.rows = TaskRows(self.row_dtype)
@@ -141,7 +138,7 @@ class Capture:
         self._written, self._sentinel = ByParameter(written), None
 
     def write_pending(self) -> None:
-        """Leave a mark in one p.grad while surgery waits: without it, model.zero_grad() could not be noticed."""
+        """Leave a sentinel in one p.grad while surgery is deferred; else model.zero_grad() could not be noticed."""
         parameters = self._parameters or self.parameters()
         somewhere = [p for p in parameters if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
         reached = [p for p in somewhere if on_every_rank(p)]
@@ -163,7 +160,7 @@ class Capture:
             self._written[parameter] = (parameter.grad, version_of(parameter.grad))
 
     def clear(self) -> None:
-        """Forget rows, foreign gradients and marks; p.grad is left alone."""
+        """Forget rows, foreign gradients and the sentinel; p.grad is left alone."""
         if self.has_rows():
             self.part_with_rows()
         if self._written or self._foreign:
@@ -172,11 +169,11 @@ class Capture:
         self._close()
 
     def part_with_rows(self) -> None:
-        """Begin new rows; whoever holds the old ones keeps them as they are."""
+        """Begin new rows; another reference to the old ones sees them unchanged."""
         self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
 
     def has_rows(self) -> bool:
-        """Whether there are rows, alive or not."""
+        """Whether there are rows, live or not."""
         return bool(len(self.rows) or len(self.unsent))
 
     def is_live(self, parameters: list[Tensor] | None = None) -> bool:
@@ -194,18 +191,17 @@ class Capture:
         return written is not None and p.grad is written[0]
 
     def sentinel_was_scaled(self) -> bool:
-        """Whether somebody clipped or unscaled p.grad while surgery was waiting, which cannot reach the rows."""
+        """Whether p.grad was clipped or unscaled while surgery was deferred, which cannot reach the rows."""
         return self._sentinel is not None and self._sentinel.fate() == "scaled"
 
     def _foreign_among(self, parameters: list[Tensor]) -> Row:
-        """Return what others put into p.grad, or what we knew of it where all of p.grad is ours."""
+        """Return what others put into p.grad, or what we knew of it if all of p.grad is ours."""
         if self._was_live and self._sentinel is None:
             return self._foreign.copy()
         standing = Row((p, p.grad) for p in parameters if p.grad is not None)
         if self._was_live and self._sentinel is not None:
             standing.pop(self._sentinel.parameter)
-            below = self._sentinel.below()
-            if below is not None:
+            if (below := self._sentinel.below()) is not None:
                 standing[self._sentinel.parameter] = below
         return standing
 
@@ -226,6 +222,5 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
 
 
 def _is_zero(gradient: Tensor) -> bool:
-    if hasattr(gradient, "to_local"):  # zero on this rank may not be so on others, and they must agree
-        return False
-    return not gradient.is_sparse and not bool(gradient.any())
+    # The ranks must agree, and a shard that is zero on this rank may not be so on others.
+    return not hasattr(gradient, "to_local") and not gradient.is_sparse and not bool(gradient.any())

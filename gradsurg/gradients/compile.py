@@ -129,8 +129,6 @@ class Watch:
         Raises:
             MultiTaskError: The pass overwrote something that the graph keeps.
         """
-        if not self._nodes:
-            return
         for node in self._nodes.get(loss, ()):
             if not torch.equal(_checksums(node), self._sums[node]):
                 raise MultiTaskError(
@@ -141,21 +139,18 @@ class Watch:
             _SOUND.add(_function_of(node))
 
 
-class advise:  # noqa: N801
+@contextmanager
+def advise() -> Iterator[None]:
     """Replace torch's error about a kept graph in this block, whose advice can give wrong gradients, by ours."""
-
-    # A class, because entering a generator takes three times as long, once per task.
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, MultiTaskError):
-            return
-        if "donated buffer" in str(error):
-            raise MultiTaskError(
-                "torch.compile compiled this backward pass for a graph that runs once, as after a plain backward() or "
-                f"from the on-disk cache, but tasks share the graph; p.grad is as before. {ADVICE}"
-            ) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, MultiTaskError) or "donated buffer" not in str(error):
+            raise
+        raise MultiTaskError(
+            "torch.compile compiled this backward pass for a graph that runs once, as after a plain backward() or from "
+            f"the on-disk cache, but tasks share the graph; p.grad is as before. {ADVICE}"
+        ) from error
 
 
 @contextmanager

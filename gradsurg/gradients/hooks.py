@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -18,22 +18,18 @@ def hooked_among(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
-def refusing_steps_in_backward(hooked: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Return a context that refuses hooks of register_post_accumulate_grad_hook if they change their parameter.
+@contextmanager
+def refusing_steps_in_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse hooks of register_post_accumulate_grad_hook that change their parameter in this block.
 
     A hook that only reads is fine: it runs once per task and sees the task's gradient. A hook that steps uses up the
     first task's gradient before the second exists. torch notices this only if the next task's graph still needs the
     old numbers, and then reports an inplace operation.
 
     Raises:
-        MultiTaskError: One of the parameters `hooked` has changed.
+        MultiTaskError: A parameter with such a hook has changed.
     """
-    return _refusing(hooked) if hooked else nullcontext()
-
-
-@contextmanager
-def _refusing(hooked: Sequence[Tensor]) -> Iterator[None]:
-    versions = [(p, p._version) for p in hooked]
+    versions = [(p, p._version) for p in hooked_among(parameters)]
     cause: BaseException | None = None
     try:
         yield

@@ -27,7 +27,7 @@ class Reachability:
     """
 
     def __init__(self) -> None:
-        self.anywhere: Callable[[Tensor], Tensor] = _here
+        self.anywhere: Callable[[Tensor], Tensor] = lambda flags: flags
         self._known: dict[str, WeakIdKeyDictionary] = {}
 
     def sift(self, name: str, row: Row) -> Row:
@@ -50,7 +50,3 @@ class Reachability:
     def count(self, parameter: Tensor, names: Iterable[str]) -> int:
         """Return how many of these tasks are known to reach a parameter."""
         return sum(parameter in self._known.get(name, ()) for name in names)
-
-
-def _here(flags: Tensor) -> Tensor:
-    return flags

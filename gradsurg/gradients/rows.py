@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -145,20 +144,13 @@ class TaskRows:
         self.blank = self.blank or Row()
         self.blank.update(zeros)
 
-    def drop(self, name: str) -> None:
-        """Forget a task's row."""
-        del self._rows[name]
+    def drop(self, name: str) -> Row:
+        """Take a task's row out and return it."""
+        return self._rows.pop(name)
 
     def nonfinite(self) -> list[str]:
         """Return the tasks that have a NaN or an infinity."""
         return [name for name, row in self._rows.items() if not all(map(is_finite, row.values()))]
-
-    def reach(self, parameters: Sequence[Tensor]) -> list[int]:
-        """Return how many tasks reached each of `parameters`."""
-        counts: Counter[int] = Counter()
-        for row in self._rows.values():
-            counts.update(row.ids())
-        return [counts[key] for key in map(id, parameters)]
 
     def shared(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters that at least two tasks reached."""

@@ -1,4 +1,4 @@
-"""The node behind total(losses), and the end of the backward pass that runs it."""
+"""The node behind total(losses), and the end of the backward pass that runs it. For optimizer/."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: Callable[[Tensor], None], value: Tensor) -> Tensor:  # noqa: D102
         ctx.run = run
+        # Else a total without a gradient would get zeros, and run its tasks.
         ctx.set_materialize_grads(False)
         return value.clone()
 
@@ -46,24 +47,26 @@ class _AtEnd:
             self.abandoned()
 
 
+# outside_compilation() keeps every function that it was given for good; so it is given this one, and no closure.
 def _call(callback: Callable[[], None]) -> None:
     callback()
 
 
 def at_end_of_backward(callback: Callable[[], None], abandoned: Callable[[], None]) -> None:
-    """Run `callback` when the backward pass in progress is complete, or now where torch has no way to say so.
+    """Run `callback` when the backward pass in progress is complete, or now if torch cannot tell when that is.
 
-    Where that backward pass dies first, `abandoned` is run instead.
+    If that backward pass dies first, `abandoned` is run instead.
     """
-    engine = torch.autograd.Variable._execution_engine
-    queue = getattr(engine, "queue_callback", None)  # private, but what DDP and FSDP2 are built on
-    if queue is None or in_compiled_autograd():  # which never runs what is queued from outside its graph
+    # Private, but DDP and FSDP2 are built on it. Compiled autograd never runs what is queued from outside its graph.
+    queue = getattr(torch.autograd.Variable._execution_engine, "queue_callback", None)
+    if queue is None or in_compiled_autograd():
         callback()
     else:
         queue(_AtEnd(functools.partial(outside_compilation(_call), callback), abandoned))
 
 
 def pass_in_progress() -> int:
-    """Return a number for the backward pass that is running on this thread; -1 where there is none, or no telling."""
-    probe = getattr(torch._C, "_current_graph_task_id", None)  # private, since torch 2.1
+    """Return a number for the backward pass that is running on this thread; -1 if there is none, or torch is older."""
+    # Private, and there since torch 2.1.
+    probe = getattr(torch._C, "_current_graph_task_id", None)
     return -1 if probe is None else int(probe())

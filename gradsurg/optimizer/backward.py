@@ -1,4 +1,4 @@
-"""Gradients come in: from losses, from a block of ordinary backward calls, or as rows that were computed elsewhere."""
+"""Brings gradients in: from losses, from ordinary backward calls in a with block, or as rows computed elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from gradsurg.distributed.layout import ALONE
 from gradsurg.errors import MultiTaskError, unknown_name
 from gradsurg.gradients.compile import Watch, advise, anything_compiled, noticing_kept_graphs
-from gradsurg.gradients.hooks import hooked_among, refusing_steps_in_backward
+from gradsurg.gradients.hooks import refusing_steps_in_backward
 from gradsurg.gradients.losses import Compute, check_row, check_scalar, detached, seed_of, task_name
+from gradsurg.optimizer.cheap.features import run_on_features
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.run import Run
 from gradsurg.surgery.priority import check_names
@@ -27,14 +28,15 @@ def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> No
     Args:
         engine: Whose rows they become.
         run: What the user handed in.
-        gradient: What to scale every loss by, as autograd hands it to a scaled total; None is 1.
+        gradient: What autograd scales every loss by, if the total was scaled; None is 1.
     """
     engine.refuse_nesting("total() or backward()")
     run.begin(gradient)
     with engine.doing("total"):
         engine.lay_out()
         engine.learn(run.losses)
-        (run.way or engine.passes.run)(engine, run)
+        passing = engine.passes.run if run.features is None else run_on_features
+        passing(engine, run)
     run.end()
 
 
@@ -69,7 +71,8 @@ class OneByOne:
                 if name is None:
                     engine.capture.take_plain()
                     continue
-                if isinstance(task, Tensor) or name in run.known:  # else its function returned no loss
+                # A task is absent if its function returned no loss.
+                if isinstance(task, Tensor) or name in run.known:
                     engine.capture.take(name)
                 if engine.session.layout is not ALONE and not run.joins:
                     engine.session.captured(name)
@@ -97,7 +100,7 @@ def undoing(engine: Engine, run: Run) -> Iterator[None]:
         with (
             nullcontext() if layout is ALONE else layout.quiet(),
             advise(),
-            refusing_steps_in_backward(hooked_among(run.parameters)),
+            refusing_steps_in_backward(run.parameters),
         ):
             yield
     except BaseException as error:
@@ -171,18 +174,15 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
     engine.learn(rows)
     engine.open(Run())
     for name, row in rows.items():
-        engine.capture.give(name, row)
+        engine.capture.fresh.add(name, row)
     engine.step.losses = {}
     engine.finish()
 
 
 def _refuse_cheap(engine: Engine, what: str) -> None:
-    """Refuse rows from outside in the modes that save backward passes: these choose which ones run."""
-    for option, value, off in (
-        ("refresh_every", engine.options.refresh_every, 1),
-        ("rotate", engine.options.rotate, None),
-    ):
-        if value != off:
+    """Refuse gradients that are computed already in the modes that choose which backward passes run."""
+    for option, off in (("refresh_every", 1), ("rotate", None)):
+        if (value := getattr(engine.options, option)) != off:
             raise MultiTaskError(
                 f"{what} brings gradients that are computed already, so {option}={value} could save nothing: use "
                 f"total() or backward(), or wrap without {option}="

@@ -1,4 +1,4 @@
-"""What one surgery needs to know, and what comes of it."""
+"""What one surgery is given and what it returns, for direction.py and its CUDA twin."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ __all__ = ["StepInputs", "StepResult", "plain_sum", "problem_of"]
 
 @dataclass(frozen=True)
 class StepInputs:
-    """All that an operation needs to know.
+    """All that one surgery needs to know. It writes to neither the rows nor the state.
 
     Attributes:
-        rows: The task gradients; left as they are.
-        parameters: What the optimizers train.
-        groups: The same, by parameter group.
-        losses: Name -> detached loss, of the tasks that had one.
-        settings: The options of wrap().
+        parameters: What the optimizers train, and in `groups` the same by parameter group.
+        losses: Name -> detached loss of the tasks that had one.
         step: Number of optimizer steps done before this one.
         state: What normaliser and surgery remember of earlier steps.
         skipped: Tasks left out of this step because of NaN or infinity.
-        names: id of a parameter -> what the report calls it, for granularity="tensor".
-        layout: What of rows and parameters this rank holds.
+        names: id of a parameter -> its name in the report, for granularity="tensor".
         recycled: Memory of the last direction.
     """
 
@@ -54,12 +50,11 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of it.
+    """What one surgery found.
 
     Attributes:
-        gradients: The new p.grad of every parameter that a task reached; of it what this rank holds.
-        report: What was found and done.
-        constraint: What the update must respect; None where there is nobody to protect.
+        gradients: The new p.grad of every parameter that a task reached: the part that this rank holds.
+        constraint: What the update must respect; None if there is no task to protect.
         state: The next state of normaliser and surgery; None leaves it as it is.
     """
 
@@ -72,14 +67,12 @@ class StepResult:
 def plain_sum(problem: Problem) -> Direction:
     """Return weights whose sum is as non-finite as its terms: GradScaler sees it and skips the step."""
     weights = problem.preferences.expand(problem.gramian.shape[:-1])
-    per_block = weights.shape[:-1]
-    return Direction(
-        weights, torch.ones_like(weights), torch.zeros(per_block, dtype=torch.bool), torch.ones(per_block), {}
-    )
+    ones = torch.ones_like(weights)
+    return Direction(weights, ones, torch.zeros(ones.shape[:-1], dtype=torch.bool), torch.ones(ones.shape[:-1]), {})
 
 
 def problem_of(inputs: StepInputs, G: Tensor) -> Problem:
-    """Return what the m x m part is asked, on the CPU."""
+    """Return the m x m problem, on the CPU."""
     tasks, options = tuple(inputs.rows), inputs.options
     losses = generator = None
     more = not knows(options.pipeline.normalizer, options.pipeline.surgery)

@@ -16,7 +16,7 @@ from gradsurg.gradients.compile import outside_compilation
 from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
 from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
-from gradsurg.optimizer.cheap.features import check_features, run_on_features
+from gradsurg.optimizer.cheap.features import check_features
 from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import Report
@@ -65,9 +65,8 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         engine = self._gradsurg
-        others = (
-            several_processes() and several_ranks()
-        )  # this one may have no task in a step, and takes part in what the others have
+        # With other ranks, this one may have no task in a step, and takes part in what the others have.
+        others = several_processes() and several_ranks()
         parsed = parse_losses(losses, engine.options.tasks, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
         value = value_of(parsed, engine.options.preferences, plain, lambda: engine.parameters()[0].device)
@@ -76,15 +75,15 @@ class MultiTaskOptimizer(Optimizer):
             return value.clone()
         given = None if features is None else check_features(features, engine.options)
         engine.check_names(parsed)
-        # Over several ranks now, and not only when the run begins: DDP's own reduction must be out of the way before
-        # any loss beside this total runs backward.
+        # Now, and not only when the run begins: DDP's own reduction must be switched off before any loss beside this
+        # total runs backward.
         engine.lay_out()
         engine.step.unrun += 1
         engine.told.add("no losses")
-        run = Run(parsed, plain, given, None if given is None else run_on_features, nested=True)
-        # On the loss's device: only then does autograd make later work wait for the streams of these backward passes.
+        run = Run(parsed, plain, given, nested=True)
+        # On the loss's device: only then autograd makes later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
-        # Found here, because torch.compile does not look here.
+        # Looked up here, which torch.compile does not trace.
         start = functools.partial(outside_compilation(run_backward), engine, run)
         return cast(Tensor, Total.apply(anchor, start, value))  # type: ignore[no-untyped-call]
 
@@ -109,7 +108,7 @@ class MultiTaskOptimizer(Optimizer):
             retain_graph: Keep the graph of the losses for another backward pass.
 
         Raises:
-            ValueError: As for `total`; also where no loss requires grad.
+            ValueError: As for `total`; also if no loss requires grad.
 
         Example:
             >>> import torch, gradsurg
@@ -132,8 +131,7 @@ class MultiTaskOptimizer(Optimizer):
         if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
         engine.check_names(parsed)
-        way = None if given is None else run_on_features
-        run_backward(engine, Run(parsed, plain, given, way, retain_graph=retain_graph))
+        run_backward(engine, Run(parsed, plain, given, retain_graph=retain_graph))
 
     @contextmanager
     def task(self, name: str) -> Iterator[None]:
@@ -141,7 +139,7 @@ class MultiTaskOptimizer(Optimizer):
 
         For separate loaders, alternating tasks, or code that calls backward itself. Surgery is redone at each exit,
         so that p.grad is final before unscaling and clipping; with `tasks=[...]` declared in wrap it is done once,
-        at the exit of the last of them. Where the block raises, nothing of it is kept.
+        at the exit of the last of them. If the block raises, nothing of it is kept.
 
         Args:
             name: The task.
@@ -192,7 +190,7 @@ class MultiTaskOptimizer(Optimizer):
         its time again.
 
         Raises:
-            MultiTaskError: At the end of the next backward pass, or at step(), where p.grad was changed meanwhile.
+            MultiTaskError: At the end of the next backward pass, or at step(), if p.grad was changed meanwhile.
 
         Example:
             >>> import torch, gradsurg
@@ -217,13 +215,14 @@ class MultiTaskOptimizer(Optimizer):
     def report(self) -> Report | None:
         """What the last surgery and step did, a Report; None before the first.
 
-        Reading it waits for the device where a step on CUDA left it there.
+        Reading it waits for the device if a step on CUDA left it there.
         """
         return self._gradsurg.report
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and rows alike; see torch.optim.Optimizer.zero_grad."""
-        if not self._gradsurg.step.stepped:  # else other optimizers have yet to step, and be judged by the same rows
+        # If one of several optimizers has stepped, the others have yet to step, on the same rows.
+        if not self._gradsurg.step.stepped:
             self._gradsurg.forget()
         super().zero_grad(set_to_none=set_to_none)
 

@@ -1,6 +1,6 @@
 """The two objects that a wrapped optimizer drops: Run after one backward, Step after one optimizer step.
 
-Passes is what every way of running backward passes offers.
+Passes is the interface of all ways to run backward passes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ class Run:
         losses: Task name -> loss, or a function that computes it, or None for a task that is absent.
         plain: A loss that takes no part in surgery.
         features: What total(losses, features=...) was given.
-        way: Runs the passes instead of what wrap() chose; takes the engine and this.
         nested: Whether it runs inside another backward pass, as total(losses).backward() does.
         retain_graph: Whether the graphs are kept for another run.
         gradient: What autograd scales every loss by; None is 1.
         parameters: What the optimizers train, listed once per run.
         known: Task name -> detached loss.
-        outer_pass: The number of the backward pass that it is part of; see gradients/total.py.
+        outer_pass: The number of the backward pass around it; see pass_in_progress().
         joins: Whether it adds rows to a run that another total opened in the same backward pass.
         joined: Whether another total did so to this one.
     """
@@ -45,7 +44,6 @@ class Run:
     losses: Mapping[str, Task] = field(default_factory=dict)
     plain: Tensor | None = None
     features: list[Tensor] | None = None
-    way: Callable[[Any, Run], None] | None = None
     nested: bool = False
     retain_graph: bool = False
     gradient: Tensor | None = None
@@ -57,7 +55,7 @@ class Run:
     _used: bool = False
 
     def begin(self, gradient: Tensor | None) -> None:
-        """Take the gradient that autograd handed to the total; None for optimizer.backward(losses).
+        """Begin with the gradient that autograd handed to the total; None for optimizer.backward(losses).
 
         Raises:
             MultiTaskError: The backward pass is to be differentiated again, or ran through this total before.
@@ -78,7 +76,7 @@ class Run:
         self.retain_graph = graph_is_kept()
 
     def end(self) -> None:
-        """Let the losses go, and their graphs with them, unless another run may come."""
+        """Drop the losses, and their graphs with them, unless another run may come."""
         if self.nested and not self.retain_graph:
             self.losses, self.plain, self.features, self._used = {}, None, None, True
 
@@ -106,16 +104,16 @@ class Run:
 
 @dataclass(eq=False)
 class Step:
-    """What waits for the optimizer's next step; that step drops it, and so does zero_grad().
+    """What waits for the optimizer's next step; dropped by this step and by zero_grad().
 
     Attributes:
         losses: Task name -> detached loss of the last run.
         skipped: Tasks that nonfinite="skip_task" left out.
         pending: Whether there are rows that no surgery has seen.
-        entered: Of the declared tasks, those that left task() since the last surgery.
+        entered: The declared tasks that left task() since the last surgery.
         constraint: What the update must respect; None if there is no task to protect.
         next_state: What normaliser and surgery will remember after the step.
-        stepped: id of each optimizer, of several, that used this surgery.
+        stepped: id of each of several optimizers that used this surgery.
         unrun: Number of totals that were built and whose backward never ran.
     """
 
@@ -143,5 +141,5 @@ class Passes(Protocol):
 
 
 def several_processes() -> bool:
-    """Tell whether torch.distributed runs; of its ranks there may still be but one."""
+    """Tell whether torch.distributed runs; it may still have a single rank."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,13 +1,12 @@
-"""The optimizer's own step: what comes before it, what its update is held to, and what is put back if it fails."""
+"""Around the optimizer's own step: copies before it, the guarantee on its update, and the undoing if it fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from gradsurg.errors import MultiTaskError, warn
@@ -25,9 +24,9 @@ class Attempt:
     """One call of step(), until it has worked or was undone.
 
     Attributes:
-        copies: The parameters before it, by which it is judged or undone; none if neither is asked for.
-        snapshot: With atomic=True, all that it may write.
-        first: After the first evaluation of a closure: by what the whole step is judged, and the report of it.
+        copies: The parameters before the step; none if neither the guarantee nor undoing needs them.
+        snapshot: With atomic=True, all that the step may write.
+        first: The constraint and the report of a closure's first evaluation, by which the whole step is judged.
     """
 
     copies: ParameterCopies
@@ -36,10 +35,11 @@ class Attempt:
 
 
 def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
-    """Finish what is pending and copy what the step is judged by, or undone with."""
+    """Finish pending surgery, and copy what the guarantee or the undoing of the step needs."""
     if engine.busy is not None and engine.busy[0] == "task":
         raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
-    engine.abort()  # a run whose backward pass died without telling us
+    # A run is open here only if its backward pass died without telling us.
+    engine.abort()
     engine.finish_pending()
     if not closure:
         _warn_of_unrun_totals(engine)
@@ -49,25 +49,31 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
 
 
 def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCopies:
-    if engine.options.guarantee != "update":
-        return ParameterCopies()
-    if closure:  # which parameters are shared is known only once the closure has run
-        return ParameterCopies(trained(optimizer))
-    if engine.step.constraint is None:
+    constraint = engine.step.constraint
+    if engine.options.guarantee != "update" or (constraint is None and not closure):
         return ParameterCopies()
     mine = trained(optimizer)
-    judged = engine.step.constraint.among(mine)
-    if not any(map(engine.capture.still_ours, judged)):
-        _warn_of_foreign_gradients(judged)
-        return ParameterCopies()
-    return ParameterCopies([p for p in mine if p.grad is not None], engine.step.constraint.packs())
+    # Which parameters are shared is known only once the closure has run.
+    if closure or constraint is None:
+        return ParameterCopies(mine)
+    judged = constraint.among(mine)
+    if any(map(engine.capture.still_ours, judged)):
+        return ParameterCopies([p for p in mine if p.grad is not None], constraint.packs())
+    if any(p.grad is not None for p in judged):
+        warn(
+            "p.grad was replaced between the surgery and step(), so this step is the optimizer's own, without "
+            "guarantee='update'. Change it in place, as in p.grad.mul_(0.5), or call optimizer.zero_grad() if the "
+            "losses were to be dropped."
+        )
+    return ParameterCopies()
 
 
 def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Callable[[], Any]:
     """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
 
     def watched() -> Any:
-        if attempt.first is not None:  # an optimizer that evaluates again: this evaluation gets rows of its own
+        # An optimizer that evaluates again, as LBFGS does: this evaluation gets rows of its own.
+        if attempt.first is not None:
             engine.capture.part_with_rows()
         value = closure()
         engine.finish_pending()
@@ -79,7 +85,7 @@ def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Calla
 
 
 def after_step(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
-    """Project the movement, then let the rows go."""
+    """Project the movement, then drop the rows."""
     if _only_builds_state(engine, optimizer):
         return
     _warn_of_unrun_totals(engine)
@@ -114,7 +120,7 @@ def _is_zero(rate: object) -> bool:
 
 
 def take_back(optimizer: Optimizer, attempt: Attempt) -> None:
-    """Undo what a failed step did to everything of which there is a copy; rows stay for another try."""
+    """Undo what a failed step did to everything that was copied; rows stay for another try."""
     if attempt.snapshot is not None:
         attempt.snapshot.restore()
         return
@@ -122,7 +128,7 @@ def take_back(optimizer: Optimizer, attempt: Attempt) -> None:
         for p, old in attempt.copies.row.items():
             p.copy_(old)
     if attempt.first is not None and isinstance(optimizer, LBFGS):
-        # It was in the middle of a line search, with its state half way to the next: torch's own cannot go on.
+        # It failed inside a line search, with its state half updated, from which torch's LBFGS cannot go on.
         optimizer.state.clear()
 
 
@@ -136,7 +142,7 @@ def _end_of_step(engine: Engine) -> None:
 
 
 def _warn_of_unrun_totals(engine: Engine) -> None:
-    """Say, each time, that a total of this step never ran."""
+    """Warn, each time, that a total of this step never ran."""
     if engine.step.unrun:
         engine.step.unrun = 0
         warn(
@@ -145,18 +151,8 @@ def _warn_of_unrun_totals(engine: Engine) -> None:
         )
 
 
-def _warn_of_foreign_gradients(judged: Iterable[Tensor]) -> None:
-    """Say, each time, that p.grad is no longer what the surgery wrote, so that the step cannot be judged by it."""
-    if any(p.grad is not None for p in judged):
-        warn(
-            "p.grad was replaced between the surgery and step(), so this step is the optimizer's own, without "
-            "guarantee='update'. Change it in place, as in p.grad.mul_(0.5), or call optimizer.zero_grad() where the "
-            "losses were to be dropped."
-        )
-
-
 def _warn_of_no_losses(engine: Engine) -> None:
-    """Say once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
+    """Warn once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
     if engine.latest is not None or "no losses" in engine.told or engine.checkpoint.tasks:
         return
     if any(p.grad is not None for p in engine.parameters()):
@@ -168,7 +164,7 @@ def _warn_of_no_losses(engine: Engine) -> None:
 
 
 def _warn_of_unknown_names(engine: Engine) -> None:
-    """Say once that an option names nobody: task() learns names one by one, and so cannot refuse."""
+    """Warn once that an option names an unknown task; task() learns the names one by one, so it cannot refuse."""
     if "names" in engine.told or not engine.options.names_tasks or not engine.checkpoint.tasks:
         return
     try:

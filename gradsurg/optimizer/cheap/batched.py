@@ -90,7 +90,7 @@ class Batched(OneByOne):
             for leaf, g in [pair for pair in row.items() if id(pair[0]) not in ours]:
                 deposit(leaf, g)
                 row.pop(leaf)
-            engine.capture.give(name, row)
+            engine.capture.fresh.add(name, row)
         return True
 
     def give_up(self, reason: str) -> None:
