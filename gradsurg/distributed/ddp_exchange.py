@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,23 +84,14 @@ class _Shipment:
     flights: list[tuple[Bucket, Tensor, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """What the ranks told each other at the end of the backward passes.
+class _Heard(NamedTuple):
+    """What the ranks told each other at the end of the backward passes."""
 
-    Attributes:
-        failed: The ranks that raised.
-        used: Of each task, which parameters it reached on any rank.
-        foreign: Which parameters have a gradient that takes no part in surgery, on any rank.
-        outside: The same of DDP's parameters that are not this optimizer's.
-        means: Name -> loss, mean over ranks.
-    """
-
-    failed: list[int]
-    used: list[frozenset[int]]
-    foreign: list[bool]
-    outside: list[bool]
-    means: dict[str, Tensor]
+    failed: list[int]  # the ranks that raised
+    used: list[frozenset[int]]  # of each task, which parameters it reached on any rank
+    foreign: list[bool]  # which parameters have a gradient outside surgery, on any rank
+    outside: list[bool]  # the same of DDP's parameters that are not this optimizer's
+    means: dict[str, Tensor]  # name -> loss, mean over ranks
 
 
 class SliceExchange:

@@ -117,8 +117,14 @@ class Ranks:
 
         from gradsurg.distributed.ddp_reducer import Replica
 
+        position = {id(p): k for k, p in enumerate(parameters)}
+
+        def first(module: nn.Module) -> int:
+            return min((position.get(id(p), len(position)) for p in module.parameters()), default=len(position))
+
+        # In the order of their parameters: that of the garbage collector differs from rank to rank.
         found = modules_of(DistributedDataParallel, parameters, self._named())
-        return [Replica(module) for module in sorted(found, key=_first_position(parameters))]
+        return [Replica(module) for module in sorted(found, key=first)]
 
     def _named(self) -> nn.Module | None:
         return None if self._model is None else self._model()
@@ -131,13 +137,3 @@ def _is_sharded(parameters: Sequence[Tensor]) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(p, DTensor) for p in parameters)
-
-
-def _first_position(parameters: Sequence[Tensor]) -> Any:
-    """Return a sort key that puts modules in the order of their parameters; the collector's order differs by rank."""
-    position = {id(p): k for k, p in enumerate(parameters)}
-
-    def key(module: nn.Module) -> int:
-        return min((position.get(id(p), len(position)) for p in module.parameters()), default=len(position))
-
-    return key
