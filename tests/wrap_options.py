@@ -13,4 +13,4 @@ DEFAULTS = {
 
 
 def options_from(given, optimizers):
-    return check_options(optimizers, **{**DEFAULTS, **given})
+    return check_options(optimizers, {**DEFAULTS, **given})

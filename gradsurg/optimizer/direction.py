@@ -1,4 +1,4 @@
-"""The operation itself: rows in, p.grad out, with the m x m problem solved in between."""
+"""Turns the rows into p.grad: Gramian, m x m problem, combination. For engine.py and features=."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradsurg.linalg.combine import combine
 from gradsurg.linalg.elementwise import elementwise_direction
 from gradsurg.linalg.gramian import gramian
 from gradsurg.linalg.kernels.dispatch import path_of
-from gradsurg.optimizer.inputs import StepInputs, StepResult, plain_sum, problem_of
+from gradsurg.optimizer.inputs import Partitions, StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import block_names, later, report_of, unmeasured
 from gradsurg.solvers.problem import Problem
 from gradsurg.solvers.tolerances import CANCELLATION_GRAMIAN, CANCELLATION_SUM, ROUNDING_EXACT, ROUNDING_QUICK
@@ -30,9 +30,10 @@ __all__ = ["compute_direction"]
 
 @torch.no_grad()
 def compute_direction(inputs: StepInputs) -> StepResult:
-    """Turn rows into gradients: surgery on what tasks share, everybody's own gradient elsewhere."""
+    """Turn rows into gradients: surgery on the parameters that tasks share, the plain gradients of all others."""
     rows = inputs.rows
-    if len(rows) == 1:  # no other task to protect from it: to the bit what the plain optimizer gets
+    # A single task has no other to protect: to the bit what the plain optimizer gets.
+    if len(rows) == 1:
         (name,) = rows
         preference = inputs.options.preferences.get(name, 1.0)
         own = Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items())
@@ -41,23 +42,23 @@ def compute_direction(inputs: StepInputs) -> StepResult:
     shared, own = rows.split(inputs.parameters, inputs.options.shared)
     if not shared:
         return StepResult(own, unmeasured(inputs))
-    blocks = _blocks(inputs, shared)
+    partitions = _partitions(inputs, shared)
     if _path(inputs, shared) == "triton":
         from gradsurg.optimizer.direction_cuda import compute_direction_cuda
 
-        outcome = compute_direction_cuda(inputs, blocks)
+        result = compute_direction_cuda(inputs, partitions)
     else:
-        outcome = _compute_on_host(inputs, blocks)
-    outcome.gradients.update(own)
-    return outcome
+        result = _compute_on_host(inputs, partitions)
+    result.gradients.update(own)
+    return result
 
 
 def _path(inputs: StepInputs, shared: list[Tensor]) -> str:
     options = inputs.options
+    # The usual case on the host, before path_of() looks at every gradient.
     if options.backend != "triton" and shared[0].device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
-        return "torch"  # before anything is asked of every gradient
-    surgery = options.pipeline.surgery
-    if isinstance(surgery, ElementwiseSurgery) or options.pipeline.margin:
+        return "torch"
+    if isinstance(options.pipeline.surgery, ElementwiseSurgery) or options.pipeline.margin:
         return "torch"
     if inputs.layout is not ALONE:
         if options.backend == "triton":
@@ -69,46 +70,46 @@ def _path(inputs: StepInputs, shared: list[Tensor]) -> str:
     return path_of(options.backend, inputs.rows.table(shared), shared)
 
 
-def _compute_on_host(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResult:
-    tables = [inputs.rows.table(block) for block in blocks]
-    problem = problem_of(inputs, _gramians(inputs, blocks, tables))
+def _compute_on_host(inputs: StepInputs, partitions: Partitions) -> StepResult:
+    tables = [inputs.rows.table(partition) for partition in partitions]
+    problem = problem_of(inputs, _gramians(inputs, partitions, tables))
     finite = all_finite(problem.gramian)
     if finite and isinstance(inputs.options.pipeline.surgery, ElementwiseSurgery):
-        return _elementwise(inputs, blocks, tables, problem)
+        return _elementwise(inputs, partitions, tables, problem)
     if finite:
-        problem, direction = _direction(inputs, problem, blocks, tables)
+        problem, direction = _direction(inputs, problem, partitions, tables)
     else:
         direction = plain_sum(problem)
     gradients = Row()
-    for block, table, weights, cancelled in zip(
-        blocks, tables, direction.weights.tolist(), direction.cancellation.tolist(), strict=True
+    for partition, table, weights, cancelled in zip(
+        partitions, tables, direction.weights.tolist(), direction.cancellation.tolist(), strict=True
     ):
-        u = combine(table, weights, block, exact=cancelled > CANCELLATION_SUM, into=inputs.recycled.take(block))
-        gradients.update(Row(zip(block, u, strict=True)))
-    if not inputs.layout.several:  # else these are slices, of which nobody has a use
+        u = combine(table, weights, partition, exact=cancelled > CANCELLATION_SUM, into=inputs.recycled.take(partition))
+        gradients.update(Row(zip(partition, u, strict=True)))
+    # Over several ranks these are slices, which never stand in p.grad.
+    if not inputs.layout.several:
         inputs.recycled.keep(gradients.items())
-    report = later(inputs, blocks, problem, direction)
+    report = later(inputs, partitions, problem, direction)
     if not finite:
         return StepResult(gradients, report)
-    protected = inputs.options.pipeline.protected(problem)
-    margin = inputs.options.pipeline.margin
-    constraint = UpdateConstraint(inputs.rows, blocks, problem.gramian, protected, inputs.layout, margin, tables)
+    protected, margin = inputs.options.pipeline.protected(problem), inputs.options.pipeline.margin
+    constraint = UpdateConstraint(inputs.rows, partitions, problem.gramian, protected, inputs.layout, margin, tables)
     return StepResult(gradients, report, constraint, direction.state)
 
 
-def _gramians(inputs: StepInputs, blocks: list[list[Tensor]], tables: Sequence[Rows], *, exact: bool = False) -> Tensor:
-    """Return one Gramian a block, over all ranks, in one message."""
+def _gramians(inputs: StepInputs, partitions: Partitions, tables: Sequence[Rows], *, exact: bool = False) -> Tensor:
+    """Return one Gramian per partition, over all ranks, in one message."""
     if inputs.layout is ALONE:
         return torch.stack([gramian(rows, exact=exact) for rows in tables])
-    measures = map(inputs.layout.measure, blocks)
+    measures = map(inputs.layout.measure, partitions)
     here = [gramian(measure.counted(rows), exact=exact) for measure, rows in zip(measures, tables, strict=True)]
-    return inputs.layout.total(torch.stack(here) if len(here) > 1 else here[0].unsqueeze(0))
+    return inputs.layout.total(torch.stack(here))
 
 
 def _direction(
-    inputs: StepInputs, problem: Problem, blocks: list[list[Tensor]], tables: Sequence[Rows]
+    inputs: StepInputs, problem: Problem, partitions: Partitions, tables: Sequence[Rows]
 ) -> tuple[Problem, Direction]:
-    """Solve on the quick Gramian; where its rounding could reach the promise, solve again on the exact one."""
+    """Solve on the quick Gramian; if its rounding could break the promise, solve again on the exact one."""
     pipeline = inputs.options.pipeline
     direction = pipeline.direction(problem, inputs.state, rounding=ROUNDING_QUICK)
     delicate = pipeline.conflict_free and any(
@@ -116,22 +117,20 @@ def _direction(
         for stationary, cancelled in zip(direction.stationary.tolist(), direction.cancellation.tolist(), strict=True)
     )
     if delicate:
-        problem = problem_of(inputs, _gramians(inputs, blocks, tables, exact=True))
+        problem = problem_of(inputs, _gramians(inputs, partitions, tables, exact=True))
         direction = pipeline.direction(problem, inputs.state, rounding=ROUNDING_EXACT)
     return problem, direction
 
 
-def _elementwise(
-    inputs: StepInputs, blocks: list[list[Tensor]], tables: Sequence[Rows], problem: Problem
-) -> StepResult:
-    """Operate number by number, where there are no weights: the report has NaN for them."""
+def _elementwise(inputs: StepInputs, partitions: Partitions, tables: Sequence[Rows], problem: Problem) -> StepResult:
+    """Do the surgery number by number. There are no weights, so the report has NaN for them."""
     pipeline = inputs.options.pipeline
     scales, state = pipeline.scales(problem, inputs.state)
     surgery, generator = pipeline.surgery, problem.generator
     assert isinstance(surgery, ElementwiseSurgery)
     assert generator is not None
     allowed, protect = pipeline.protected(problem), pipeline.guarantee == "gradient" or bool(pipeline.margin)
-    least: Sequence[Tensor | None] = [None] * len(blocks)
+    least: Sequence[Tensor | None] = [None] * len(partitions)
     kept = None
     if pipeline.margin:
         scaled = replace(problem, gramian=problem.gramian * scales.unsqueeze(-1) * scales.unsqueeze(-2))
@@ -142,37 +141,37 @@ def _elementwise(
         elementwise_direction(
             surgery.combine,
             table,
-            layout.held(block, block),
+            layout.held(partition, partition),
             each,
             problem.preferences,
-            layout.generators(block, generator),
+            layout.generators(partition, generator),
             guarantee=protect,
             allowed=allowed,
-            measure=layout.measure(block),
+            measure=layout.measure(partition),
             least=at_least,
         )
-        for table, block, each, at_least in zip(tables, blocks, scales.tolist(), least, strict=True)
+        for table, partition, each, at_least in zip(tables, partitions, scales.tolist(), least, strict=True)
     ]
     gradients = Row()
-    for block, each in zip(blocks, blends, strict=True):
-        gradients.update(Row(zip(block, each.direction, strict=True)))
+    for partition, each in zip(partitions, blends, strict=True):
+        gradients.update(Row(zip(partition, each.direction, strict=True)))
     unknown = torch.full_like(scales, float("nan"))
     stationary = torch.tensor([each.stationary for each in blends])
     direction = Direction(unknown, scales, stationary, unknown[..., 0], state, kept)
     report = replace(
-        report_of(inputs.step, inputs.losses, inputs.skipped, block_names(inputs, blocks), problem, direction),
+        report_of(inputs.step, inputs.losses, inputs.skipped, block_names(inputs, partitions), problem, direction),
         products=torch.stack([each.products for each in blends]).sum(0),
         square=torch.stack([each.square for each in blends]).sum(),
     )
-    constraint = UpdateConstraint(inputs.rows, blocks, problem.gramian, allowed, inputs.layout, pipeline.margin)
+    constraint = UpdateConstraint(inputs.rows, partitions, problem.gramian, allowed, inputs.layout, pipeline.margin)
     return StepResult(gradients, report, constraint, state)
 
 
-def _blocks(inputs: StepInputs, shared: list[Tensor]) -> list[list[Tensor]]:
+def _partitions(inputs: StepInputs, shared: list[Tensor]) -> Partitions:
     granularity = inputs.options.granularity
     if granularity == "model":
         return [shared]
     if granularity == "tensor":
         return [[p] for p in shared]
     members = set(map(id, shared))
-    return [block for block in ([p for p in group if id(p) in members] for group in inputs.groups) if block]
+    return [partition for partition in ([p for p in group if id(p) in members] for group in inputs.groups) if partition]

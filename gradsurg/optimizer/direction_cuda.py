@@ -1,8 +1,7 @@
-"""The operation on a device: Gramian, program and combination launched one after the other, nothing read back."""
+"""The CUDA twin of direction.py: launches Gramian, m x m problem and combination, and reads nothing back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +13,7 @@ from gradsurg.guarantee.constraint import UpdateConstraintCUDA
 from gradsurg.guarantee.movement import catch_up, stream_of
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.table import constant
-from gradsurg.optimizer.inputs import StepInputs, StepResult, plain_sum, problem_of
+from gradsurg.optimizer.inputs import Partitions, StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import later
 from gradsurg.solvers.problem import Problem, Solvers, State
 from gradsurg.solvers.tolerances import ROUNDING_CUDA
@@ -23,7 +22,7 @@ from gradsurg.surgery.pipeline import Direction
 __all__ = ["compute_direction_cuda"]
 
 
-def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> StepResult:
+def compute_direction_cuda(inputs: StepInputs, partitions: Partitions) -> StepResult:
     """Turn the rows of shared parameters into gradients, on the device that they are on.
 
     Nothing is read back, so nothing waits, unless the method finds its weights on the host (Surgery.waits).
@@ -32,10 +31,10 @@ def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> St
     from gradsurg.linalg.kernels.gramian import gramian
 
     pipeline = inputs.options.pipeline
-    parameters = [p for block in blocks for p in block]
-    where = [b for b, block in enumerate(blocks) for _ in block]
+    parameters = [p for partition in partitions for p in partition]
+    partition_of = [k for k, partition in enumerate(partitions) for _ in partition]
     table: Rows = inputs.rows.table(parameters)
-    G = gramian(table, partitions=where)
+    G = gramian(table, partitions=partition_of)
     finite = torch.isfinite(G).all()
     state: State | None
     if pipeline.waits(len(table)):
@@ -44,15 +43,18 @@ def compute_direction_cuda(inputs: StepInputs, blocks: list[list[Tensor]]) -> St
     else:
         problem = _problem(inputs, G)
         direction = pipeline.direction(problem, inputs.state, ROUNDING_CUDA)
-        # As where the host decides: the plain sum of something not finite is not finite, and a scaler sees it.
+        # As on the host: if a gradient is not finite, neither is the plain sum, and a scaler sees it.
         weights, state = torch.where(finite, direction.weights, problem.preferences), direction.state
-    gradients = [_like_first(column, p) for column, p in zip(zip(*table, strict=True), parameters, strict=True)]
-    combine(table, weights, gradients, partitions=where)
+    firsts = [next(g for g in column if g is not None) for column in zip(*table, strict=True)]
+    gradients = [torch.empty_like(g, dtype=p.dtype) for g, p in zip(firsts, parameters, strict=True)]
+    combine(table, weights, gradients, partitions=partition_of)
     protected = pipeline.protected(replace(problem, gramian=G))
     return StepResult(
         gradients=Row(zip(parameters, gradients, strict=True)),
-        report=later(inputs, blocks, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))),
-        constraint=UpdateConstraintCUDA(inputs.rows, blocks, G, protected, finite=finite),
+        report=later(
+            inputs, partitions, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))
+        ),
+        constraint=UpdateConstraintCUDA(inputs.rows, partitions, G, protected, finite=finite),
         state=state,
     )
 
@@ -77,12 +79,8 @@ def _on_the_host(inputs: StepInputs, G: Tensor) -> tuple[Problem, Direction, boo
     return problem, inputs.options.pipeline.direction(problem, inputs.state, ROUNDING_CUDA), True
 
 
-def _like_first(column: Sequence[Tensor | None], parameter: Tensor) -> Tensor:
-    return torch.empty_like(next(g for g in column if g is not None), dtype=parameter.dtype)
-
-
 def _fetched(stream: torch.cuda.Stream | None, problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
-    """Return both on the host, for which this waits; they were made on a stream."""
+    """Return both on the host, after waiting for the stream that made them."""
     catch_up(stream)
     problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
     if not bool(torch.isfinite(problem.gramian).all()):

@@ -18,7 +18,10 @@ from gradsurg.solvers.problem import Problem, State
 from gradsurg.surgery.pipeline import Direction
 from gradsurg.surgery.pipeline_small import knows
 
-__all__ = ["StepInputs", "StepResult", "plain_sum", "problem_of"]
+__all__ = ["Partitions", "StepInputs", "StepResult", "plain_sum", "problem_of"]
+
+# The shared parameters, in the parts that surgery treats apart; granularity= says which, reports call them blocks.
+Partitions = list[list[Tensor]]
 
 
 @dataclass(frozen=True)

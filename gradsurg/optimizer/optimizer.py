@@ -17,7 +17,8 @@ from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_
 from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features
-from gradsurg.optimizer.checkpoint import KEY, sealed, unsealed
+from gradsurg.optimizer.cheap.rotation import ROWS
+from gradsurg.optimizer.checkpoint import sealed, unsealed
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.run import Run, several_processes
@@ -232,7 +233,9 @@ class MultiTaskOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
-        super().load_state_dict(self._gradsurg.rotation.take_from(self, unsealed(state_dict), KEY))
+        state_dict, averages = unsealed(state_dict, ROWS)
+        self._gradsurg.rotation.replace_averages(self, averages)
+        super().load_state_dict(state_dict)
 
 
 def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:

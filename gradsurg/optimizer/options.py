@@ -1,4 +1,4 @@
-"""The options of wrap(), and the checking of them, all in one place."""
+"""The options of wrap(), and the checks of each one and of their combinations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,37 @@ from gradsurg.surgery.priority import AUXILIARY, check_names, parse_levels
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-__all__ = ["DEFAULT_GUARANTEE", "Options", "check_options", "naming_the_nearest_option"]
+__all__ = ["DEFAULT_GUARANTEE", "Options", "WrapOptions", "check_options", "naming_the_nearest_option"]
 
 GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
 # The default as an object of its own: this tells a guarantee that was asked for from one that was not.
 DEFAULT_GUARANTEE = str(b"update", "ascii")
 NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
+COUNT = "a whole number of at least 1"
+
+
+class WrapOptions(TypedDict, total=False):
+    """The options of `wrap`, for type checkers; a test compares them with its signature."""
+
+    normalize: str | Normalizer
+    surgery: str | Surgery
+    primary: str | Sequence[Any] | None
+    auxiliary: str
+    preferences: Mapping[str, float] | None
+    guarantee: str
+    margin: float | Mapping[str, float]
+    granularity: str
+    model: nn.Module | None
+    tasks: Sequence[str] | None
+    shared: nn.Module | Iterable[Tensor] | None
+    row_dtype: torch.dtype | None
+    nonfinite: str
+    atomic: bool
+    backend: str
+    seed: int
+    refresh_every: int
+    rotate: int | None
+    batched: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +78,8 @@ class Options:
     rotate: int | None
     batched: bool
     guarantee_asked: bool
-    names_tasks: bool  # whether any option names tasks, and so may name one that does not exist
+    # Whether any option names tasks, and so may name one that does not exist.
+    names_tasks: bool
 
 
 def naming_the_nearest_option(function: F) -> F:
@@ -75,70 +101,47 @@ def naming_the_nearest_option(function: F) -> F:
     return cast(F, checked)
 
 
-def check_options(
-    optimizers: Sequence[Optimizer],
-    *,
-    normalize: str | Normalizer,
-    surgery: str | Surgery,
-    primary: str | Sequence[Any] | None,
-    auxiliary: str,
-    preferences: Mapping[str, float] | None,
-    guarantee: str,
-    margin: float | Mapping[str, float],
-    granularity: str,
-    tasks: Sequence[str] | None,
-    shared: nn.Module | Iterable[Tensor] | None,
-    row_dtype: torch.dtype | None,
-    nonfinite: str,
-    atomic: bool,
-    backend: str,
-    seed: int,
-    refresh_every: int,
-    rotate: int | None,
-    batched: bool,
-) -> Options:
-    """Return checked options; the arguments are those of `wrap`, and a wrong one is an error that names the fix."""
-    asked = guarantee is not DEFAULT_GUARANTEE
-    guarantee = choose("guarantee", guarantee, GUARANTEES)
-    names = _names(tasks)
-    levels = parse_levels(_primary(primary))
-    checked = _preferences(preferences)
-    margins = parse_margin(margin)
-    if margins and guarantee == "none":
-        raise ValueError(f"margin={margin!r} is part of a guarantee: use guarantee='update' or 'gradient' with it")
+def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Options:
+    """Return checked options; `given` has all options of `wrap`, and a wrong one is an error that names the fix."""
+    guarantee = choose("guarantee", given["guarantee"], GUARANTEES)
+    names, levels = _names(given["tasks"]), parse_levels(_primary(given["primary"]))
+    preferences, margin = _preferences(given["preferences"]), parse_margin(given["margin"])
+    if margin and guarantee == "none":
+        raise ValueError(
+            f"margin={given['margin']!r} is part of a guarantee: use guarantee='update' or 'gradient' with it"
+        )
     if names is not None:
         check_names(levels, names)
-        check_names((tuple(checked),), names, "preferences")
-        check_names((tuple(named(margins)),), names, "margin")
-    if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
-        raise ValueError(f"row_dtype={row_dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
-    for option, flag in (("atomic", atomic), ("batched", batched)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{option}={flag!r}: pass True or False")
+        check_names((tuple(preferences),), names, "preferences")
+        check_names((tuple(named(margin)),), names, "margin")
+    dtype, rotate = given["row_dtype"], given["rotate"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"row_dtype={dtype!r}: pass a floating dtype such as torch.bfloat16, or None")
+    surgery = resolve_surgery(given["surgery"])
     options = Options(
         pipeline=Pipeline(
-            normalizer=resolve_normalizer(normalize),
-            surgery=resolve_surgery(surgery),
+            normalizer=resolve_normalizer(given["normalize"]),
+            surgery=surgery,
             levels=levels,
-            auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+            auxiliary=choose("auxiliary", given["auxiliary"], {name: name for name in AUXILIARY}),
             guarantee=guarantee,
-            margin=margins,
+            margin=margin,
         ),
         guarantee=guarantee,
-        preferences=checked,
-        granularity=choose("granularity", granularity, GRANULARITIES),
+        preferences=preferences,
+        granularity=choose("granularity", given["granularity"], GRANULARITIES),
         tasks=names,
-        shared=_shared(shared, optimizers),
-        row_dtype=row_dtype,
-        nonfinite=choose("nonfinite", nonfinite, NONFINITE),
-        atomic=atomic,
-        backend=_backend(backend, resolve_surgery(surgery), bool(margins), optimizers),
-        seed=_seed(seed),
-        refresh_every=_count("refresh_every", refresh_every),
-        rotate=None if rotate is None else _count("rotate", rotate),
-        batched=batched,
-        guarantee_asked=asked,
-        names_tasks=bool(levels or checked or margins),
+        shared=_shared(given["shared"], optimizers),
+        row_dtype=dtype,
+        nonfinite=choose("nonfinite", given["nonfinite"], NONFINITE),
+        atomic=_flag("atomic", given["atomic"]),
+        backend=_backend(given["backend"], surgery, bool(margin), optimizers),
+        seed=_whole("seed", given["seed"], 0, "a nonnegative integer"),
+        refresh_every=_whole("refresh_every", given["refresh_every"], 1, COUNT),
+        rotate=None if rotate is None else _whole("rotate", rotate, 1, COUNT),
+        batched=_flag("batched", given["batched"]),
+        guarantee_asked=given["guarantee"] is not DEFAULT_GUARANTEE,
+        names_tasks=bool(levels or preferences or margin),
     )
     _check_cheap(options)
     return options
@@ -162,22 +165,27 @@ def _check_cheap(options: Options) -> None:
         )
 
 
-def _count(argument: str, value: int) -> int:
-    try:
-        whole = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = 0
-    if whole < 1:
-        raise ValueError(f"{argument}={value!r}: pass a whole number of at least 1")
-    return whole
+def _whole(argument: str, value: int, least: int, what: str) -> int:
+    # Whole numbers of other types, such as numpy's, have an index; True has one too, and is no number here.
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+        raise ValueError(f"{argument}={value!r}: pass {what}")
+    return operator.index(value)
+
+
+def _flag(argument: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument}={value!r}: pass True or False")
+    return value
 
 
 def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
     if tasks is None:
         return None
-    if isinstance(tasks, str) or not _is_filled(tasks) or not all(isinstance(name, str) for name in tasks):
+    filled = isinstance(tasks, Collection) and len(tasks) > 0 and not isinstance(tasks, str)
+    if not filled or not all(isinstance(name, str) for name in tasks):
         raise ValueError(f"tasks={tasks!r}: pass the names as a list of strings, such as ['segment', 'depth']")
-    if isinstance(tasks, (set, frozenset)):  # names a list of losses, in another order in every process
+    # The names belong to a list of losses in this order, and a set has another order in each process.
+    if isinstance(tasks, (set, frozenset)):
         raise ValueError(f"tasks={tasks!r} is a set, which has no order: pass a list")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
@@ -222,20 +230,6 @@ def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[
             "backend='triton' cannot run: margin= is kept on the host so far. Use backend='auto' to fall back to torch."
         )
     return backend
-
-
-def _seed(seed: int) -> int:
-    try:
-        whole = -1 if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        whole = -1
-    if whole < 0:
-        raise ValueError(f"seed={seed!r}: pass a nonnegative integer")
-    return whole
-
-
-def _is_filled(value: object) -> bool:
-    return isinstance(value, Iterable) and isinstance(value, Sized) and len(value) > 0
 
 
 def _shared(shared: nn.Module | Iterable[Tensor] | None, optimizers: Sequence[Optimizer]) -> tuple[Tensor, ...] | None:

@@ -18,18 +18,16 @@ from gradsurg.optimizer.step import after_step, before_step, take_back, watch
 __all__ = ["extend", "inner_class", "patch_for_scheduler", "restore_class", "scheduler_patch"]
 
 _EXTENDED: dict[type[Optimizer], type[MultiTaskOptimizer]] = {}
-STATE = "_gradsurg"  # the attribute that holds the Engine
-UNTRACED = ("total", "backward", "task", "set_gradients", "zero_grad")  # besides step
+# The attribute that holds the Engine.
+STATE = "_gradsurg"
+# What torch.compile must not trace, besides step().
+UNTRACED = ("total", "backward", "task", "set_gradients", "zero_grad")
 
 
 def _extended_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
-    """Return the class that `wrap` gives an optimizer; the same one for the same class, always."""
-    if inner not in _EXTENDED:
-        _EXTENDED[inner] = _extend_class(inner)
-    return _EXTENDED[inner]
-
-
-def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
+    """Return the class that `wrap` gives an optimizer of class `inner`, always the same one."""
+    if inner in _EXTENDED:
+        return _EXTENDED[inner]
     step = functools.wraps(_step)(Optimizer.profile_hook_step(_step))
     # Hooks registered on the optimizer run around the whole of our step: post hooks (EMA, logging) see the parameters
     # that the guarantee left, not those before it.
@@ -44,21 +42,23 @@ def _extend_class(inner: type[Optimizer]) -> type[MultiTaskOptimizer]:
         "__doc__": MultiTaskOptimizer.__doc__,
     }
     name, bases = f"MultiTask{inner.__name__}", (MultiTaskOptimizer, inner)
-    return type(name, bases, namespace) if _grew_from_optimizer(inner) else _laid_out_like(inner, name, namespace)
+    usual = _grew_from_optimizer(inner)
+    _EXTENDED[inner] = type(name, bases, namespace) if usual else _laid_out_like(inner, name, namespace)
+    return _EXTENDED[inner]
 
 
 def _grew_from_optimizer(inner: type) -> bool:
-    """Tell whether instances are laid out in memory as torch's Optimizer, and ours, are."""
+    """Tell whether instances are laid out in memory like those of torch's Optimizer, and ours."""
     while inner not in (Optimizer, object):
         inner = cast(type, inner.__base__)
     return inner is Optimizer
 
 
 def _laid_out_like(inner: type[Optimizer], name: str, namespace: dict[str, Any]) -> type[MultiTaskOptimizer]:
-    """Make the extended class of one such as class Lion(ABC, Optimizer), for which Python refuses the usual bases.
+    """Return the extended class if Python refuses the usual bases, as for class Lion(ABC, Optimizer).
 
-    An object's class can be exchanged only where both lay out memory alike, and the first base decides how. So `inner`
-    comes first among the bases, and the order in which methods are looked up is the usual one all the same.
+    An object's class can be exchanged only if both classes lay out memory alike, and the first base decides how. So
+    `inner` comes first among the bases, while methods are looked up in the usual order.
     """
     usual = type(name, (MultiTaskOptimizer, inner), {}).__mro__[1:]
     bases = (inner, MultiTaskOptimizer)
@@ -83,14 +83,15 @@ def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
 
 
 def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
-    """Give the optimizer the extended class, in place, and the engine that it shares with others."""
+    """Give the optimizer the extended class, in place, and the engine that several optimizers may share."""
     patched = scheduler_patch(optimizer)
     vars(optimizer).pop("step", None)
     optimizer.__class__ = _extended_class(type(optimizer))
     wrapped = cast(MultiTaskOptimizer, optimizer)
     wrapped.__dict__[STATE] = engine
     engine.optimizers.append(wrapped)
-    engine.checkpoint.touch()
+    # A state dict that is taken before the first step has the entry too.
+    engine.checkpoint.home()
     if patched:
         patch_for_scheduler(wrapped)
     return wrapped
@@ -107,12 +108,12 @@ def restore_class(wrapped: MultiTaskOptimizer) -> Optimizer:
 
 
 def scheduler_patch(optimizer: Optimizer) -> bool:
-    """Tell whether step() on the instance is the one that a learning-rate scheduler put there."""
+    """Tell whether a learning-rate scheduler replaced step() on the instance."""
     return hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
 
 
 def patch_for_scheduler(optimizer: Optimizer) -> None:
-    """Do to step() what LRScheduler.__init__ did to the one it saw, so that it notices steps and does not warn."""
+    """Patch step() as LRScheduler.__init__ does, so that the scheduler notices steps and does not warn."""
     vars(optimizer).pop("step", None)
     owner = weakref.ref(optimizer)
     method = type(optimizer).step
@@ -129,10 +130,7 @@ def patch_for_scheduler(optimizer: Optimizer) -> None:
 
 
 def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *more: Any, **named: Any) -> Any:
-    """Do the surgery if it is pending, step the optimizer, then hold the update to the guarantee.
-
-    Arguments beyond the closure are the optimizer's own.
-    """
+    """Do the surgery if it is pending, step the optimizer, then enforce the guarantee on the update."""
     engine = self._gradsurg
     attempt = before_step(engine, self, closure is not None)
     watched = None if closure is None else watch(engine, closure, attempt)

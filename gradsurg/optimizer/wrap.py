@@ -7,7 +7,7 @@ real optimizer, and nothing held in two places can go stale.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from gradsurg.optimizer.cheap.batched import Batched
 from gradsurg.optimizer.cheap.reuse import Reused
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
-from gradsurg.optimizer.options import DEFAULT_GUARANTEE, Options, check_options, naming_the_nearest_option
+from gradsurg.optimizer.options import (
+    DEFAULT_GUARANTEE,
+    Options,
+    WrapOptions,
+    check_options,
+    naming_the_nearest_option,
+)
 from gradsurg.optimizer.run import Passes
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 from gradsurg.surgery import Surgery
@@ -28,31 +34,7 @@ from gradsurg.surgery import Surgery
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["WrapOptions", "unwrap", "wrap"]
-
-
-class WrapOptions(TypedDict, total=False):
-    """The options of `wrap`, for type checkers; a test compares them with its signature."""
-
-    normalize: str | Normalizer
-    surgery: str | Surgery
-    primary: str | Sequence[Any] | None
-    auxiliary: str
-    preferences: Mapping[str, float] | None
-    guarantee: str
-    margin: float | Mapping[str, float]
-    granularity: str
-    model: nn.Module | None
-    tasks: Sequence[str] | None
-    shared: nn.Module | Iterable[Tensor] | None
-    row_dtype: torch.dtype | None
-    nonfinite: str
-    atomic: bool
-    backend: str
-    seed: int
-    refresh_every: int
-    rotate: int | None
-    batched: bool
+__all__ = ["unwrap", "wrap"]
 
 
 @overload
@@ -145,7 +127,7 @@ def wrap(
         >>> isinstance(optimizer, torch.optim.AdamW)
         True
     """
-    given = {name: value for name, value in locals().items() if name not in ("optimizer", "model")}
+    given = cast(WrapOptions, {name: value for name, value in locals().items() if name != "optimizer"})
     several = isinstance(optimizer, (list, tuple))
     optimizers: list[Optimizer] = list(optimizer) if several else [optimizer]  # type: ignore[list-item, arg-type]
     if not optimizers:
@@ -155,7 +137,7 @@ def wrap(
     if len(set(map(id, optimizers))) < len(optimizers):
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     checked = check_model(model)
-    options = check_options(optimizers, **given)
+    options = check_options(optimizers, given)
     engine = Engine(options, _way_of_passing(options), checked)
     wrapped = [extend(each, engine) for each in optimizers]
     engine.session.ranks.know_early(engine.parameters())

@@ -129,7 +129,7 @@ def gradsurg_entry(optimizer: Any) -> Any:
     """Return what a state dict says of the surgery."""
     from gradsurg.optimizer.checkpoint import unsealed
 
-    return unsealed(optimizer.state_dict())["param_groups"][0]["gradsurg"]
+    return unsealed(optimizer.state_dict(), "none")[0]["param_groups"][0]["gradsurg"]
 
 
 def failing(options: dict[str, Any], features: bool) -> tuple[list[str], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from torch import nn
 import gradsurg
 from gradsurg.linalg.kernels import dispatch
 from gradsurg.normalize import NORMALIZERS
-from gradsurg.optimizer import wrap as wrapping
+from gradsurg.optimizer.options import WrapOptions
 from gradsurg.surgery import SURGERIES, Cone
 from tests.networks import build
 from tests.wrap_options import options_from
@@ -35,10 +35,10 @@ def test_every_option_is_documented_in_wrap():
 
 def test_checkers_see_the_options_of_the_signature():
     spelled = list(inspect.signature(gradsurg.wrap).parameters.values())[1:]
-    assert list(wrapping.WrapOptions.__annotations__) == [p.name for p in spelled]
+    assert list(WrapOptions.__annotations__) == [p.name for p in spelled]
     assert all(p.kind is p.KEYWORD_ONLY for p in spelled)
     assert {p.name: str(p.annotation) for p in spelled} == {
-        name: hint.__forward_arg__ for name, hint in wrapping.WrapOptions.__annotations__.items()
+        name: hint.__forward_arg__ for name, hint in WrapOptions.__annotations__.items()
     }
 
 

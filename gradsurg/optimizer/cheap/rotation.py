@@ -21,9 +21,9 @@ from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.optimizer.checkpoint import Checkpoint
 from gradsurg.optimizer.report import DeferredReport, Report, settled
 
-__all__ = ["Rotation"]
+__all__ = ["ROWS", "Rotation"]
 
-# Keys of the checkpoint's entry.
+# Keys of the checkpoint's entry; the averages lie under ROWS.
 KEY, ROWS = "rotate", "rows"
 # Decay of the averages, β_1 in the paper. The n-th gradient of a task enters with the share (1 - β) / (1 - β^n), so
 # the first averages are not biased towards zero.
@@ -132,25 +132,16 @@ class Rotation:
         averages = self.averages_of(optimizer).items()
         return {ROWS: {name: [None if t is None else t.cpu() for t in tensors] for name, tensors in averages}}
 
-    def take_from(self, optimizer: Optimizer, state_dict: dict[str, Any], key: str) -> dict[str, Any]:
-        """Take the averages out of a state dict, and return a copy without them."""
-        groups = state_dict.get("param_groups") or [{}]
-        entry = groups[0].get(key)
+    def replace_averages(self, optimizer: Optimizer, averages: Mapping[str, Sequence[Tensor | None]] | None) -> None:
+        """Drop an optimizer's averages, and take those of a checkpoint; None if it has none."""
         self._unpack()
         for name, row in list(self._averages.items()):
             for p in _held(optimizer):
                 row.pop(p)
             if not len(row):
                 del self._averages[name]
-        if not isinstance(entry, dict) or ROWS not in entry:
-            return state_dict
-        if self.count is not None:
-            self.set_averages(optimizer, entry[ROWS])
-        rest = {k: v for k, v in entry.items() if k != ROWS}
-        first = {**groups[0], key: rest}
-        if not rest:
-            del first[key]
-        return {**state_dict, "param_groups": [first, *groups[1:]]}
+        if averages is not None and self.count is not None:
+            self.set_averages(optimizer, averages)
 
     def _unpack(self) -> None:
         for optimizer, averages in self._arrived:
