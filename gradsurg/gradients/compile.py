@@ -113,7 +113,8 @@ class Watch:
         if all(function in _SOUND for function in _compiled_functions()):
             return
         for loss in losses:
-            self._nodes[loss] = [node for node in _compiled_nodes(loss) if _function_of(node) not in _SOUND]
+            compiled = (node for node in walk([loss.grad_fn])[0] if type(node).__name__ == "CompiledFunctionBackward")
+            self._nodes[loss] = [node for node in compiled if _function_of(node) not in _SOUND]
             for node in self._nodes[loss]:
                 if node not in self._sums:
                     self._sums[node] = _checksums(node)
@@ -222,11 +223,6 @@ def _compiled_functions() -> list[type]:
     if "torch._functorch.aot_autograd" not in sys.modules:
         return []
     return [cls for cls in torch.autograd.Function.__subclasses__() if cls.__name__ == "CompiledFunction"]
-
-
-def _compiled_nodes(loss: Tensor) -> list[Any]:
-    """Return the nodes of compiled code in the graph of a loss."""
-    return [node for node in walk([loss.grad_fn])[0] if type(node).__name__ == "CompiledFunctionBackward"]
 
 
 def _function_of(node: Any) -> type:

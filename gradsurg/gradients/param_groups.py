@@ -26,7 +26,7 @@ def parameter_names(optimizers: Iterable[Optimizer]) -> dict[int, str]:
 
 
 def signs_of(optimizer: Optimizer) -> dict[int, float]:
-    """Return id(parameter) -> −1 if the optimizer maximises, else 1: times this, its movement is a descent."""
+    """Return id(parameter) -> −1 if the optimizer maximises, else 1; a movement times its sign is a descent."""
     signs: dict[int, float] = {}
     for group in optimizer.param_groups:
         signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))

@@ -122,7 +122,7 @@ class TaskRows:
         return self._rows[name]
 
     def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor]) -> None:
-        """Add a task's gradients to its row. The tensors now belong to the rows, and so does a Row itself."""
+        """Add a task's gradients to its row. The tensors, and a Row itself, now belong to the rows."""
         row = self._rows.get(name)
         if row is None:
             row = self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
@@ -209,7 +209,7 @@ def is_finite(gradient: Tensor) -> bool:
 
 
 class HeldGradients:
-    """What stood in p.grad of some parameters; p.grad is None from now on.
+    """Takes away what stands in p.grad of some parameters, and can put it back; p.grad is None meanwhile.
 
     Args:
         parameters: The parameters. The list itself is kept.

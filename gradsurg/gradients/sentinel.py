@@ -26,7 +26,8 @@ class Sentinel:
         self.parameter = parameter
         self._signal: float | None = None
         if parameter.grad is None:
-            self._signal = _small(parameter.dtype)
+            # It vanishes in any sum, yet is not zero after a division by a loss scale of 2²⁴.
+            self._signal = 2.0**-24 if parameter.dtype == torch.float16 else 2.0**-100
             parameter.grad = torch.zeros_like(parameter)
             numbers = local_of(parameter.grad)
             numbers[_first(numbers)] = self._signal
@@ -70,8 +71,3 @@ def _is_shrunk(now: Tensor, before: Tensor) -> bool:
 
 def _first(tensor: Tensor) -> tuple[int, ...]:
     return (0,) * tensor.dim()
-
-
-def _small(dtype: torch.dtype) -> float:
-    """Return a number that vanishes in any sum, yet is not zero after a division by a scale of 2²⁴."""
-    return 2.0**-24 if dtype == torch.float16 else 2.0**-100

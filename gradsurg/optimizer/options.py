@@ -148,7 +148,6 @@ def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Option
 
 
 def _check_cheap(options: Options) -> None:
-    """Refuse what a mode that saves backward passes cannot do."""
     if options.refresh_every == 1:
         return
     if options.rotate is not None:

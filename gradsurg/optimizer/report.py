@@ -144,19 +144,14 @@ class Report:
     def scalars(self) -> dict[str, float]:
         """Return one flat dict of numbers, for loggers such as TensorBoard."""
         result = {f"loss/{name}": float(loss) for name, loss in self.losses.items()}
-        columns = {
-            "norm": self.norms,
-            "weight": self.weights.mean(0),
-            "cos_direction": self.direction_cosines,
-        }
+        columns = {"norm": self.norms, "weight": self.weights.mean(0), "cos_direction": self.direction_cosines}
         if self.update_cosines is not None:
             columns["cos_update"] = self.update_cosines
         for title, column in columns.items():
             result |= {f"{title}/{name}": value for name, value in zip(self.tasks, column.tolist(), strict=True)}
-        unknown = math.isnan(self.conflict_rate)
-        result["conflicting_pairs"] = float("nan") if unknown else float(len(self.conflicts))
-        result["conflict_rate"] = self.conflict_rate
-        result["change"] = self.change
+        rate = self.conflict_rate
+        result["conflicting_pairs"] = rate if math.isnan(rate) else float(len(self.conflicts))
+        result |= {"conflict_rate": rate, "change": self.change}
         if self.margin_kept is not None:
             result["margin_kept"] = float(self.margin_kept.min())
         return result
@@ -177,7 +172,8 @@ def _cosines(gramian: Tensor) -> Tensor:
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    zero = denominator == 0  # and not "> 0": NaN, which is not measured, stays NaN
+    # Not "> 0": NaN, which was not measured, stays NaN.
+    zero = denominator == 0
     return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
 
 
@@ -219,19 +215,20 @@ class DeferredReport:
 
 
 def settled(report: Report | DeferredReport) -> Report:
-    """Return the report itself, which may wait for the device."""
+    """Return the report itself, waiting for the device if it is there."""
     return report.read() if isinstance(report, DeferredReport) else report
 
 
 def _joined(movements: Sequence[DeferredMovement | Movement]) -> Movement | None:
-    there = [movement for movement in movements if isinstance(movement, DeferredMovement)]
-    if not there:  # one constraint makes all movements, either on a device or not
-        return joined([movement for movement in movements if isinstance(movement, Movement)])
+    there = [each for each in movements if isinstance(each, DeferredMovement)]
+    # One constraint makes all movements, so either all are on a device or none is.
+    if not there:
+        return joined([each for each in movements if isinstance(each, Movement)])
     for movement in there:
         catch_up(movement.stream)
     return Movement(
-        inner=torch.cat([movement.inner for movement in there]).sum(0).cpu(),
-        square=float(torch.cat([movement.square for movement in there]).sum()),
-        corrected=bool(torch.cat([movement.corrected for movement in there]).any()),
-        held=bool(torch.cat([movement.held for movement in there]).any()),
+        inner=torch.cat([each.inner for each in there]).sum(0).cpu(),
+        square=float(torch.cat([each.square for each in there]).sum()),
+        corrected=bool(torch.cat([each.corrected for each in there]).any()),
+        held=bool(torch.cat([each.held for each in there]).any()),
     )

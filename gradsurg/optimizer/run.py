@@ -5,7 +5,7 @@ Passes is the interface of all ways to run backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.compile import graph_is_kept
-from gradsurg.gradients.losses import Compute
+from gradsurg.gradients.compile import Watch, advise, graph_is_kept
+from gradsurg.gradients.losses import Compute, seed_of
+from gradsurg.gradients.rows import HeldGradients, Row
 from gradsurg.gradients.total import at_end_of_backward
 from gradsurg.guarantee.constraint import UpdateConstraint
 
@@ -86,6 +87,16 @@ class Run:
             at_end_of_backward(finish, abandoned)
         else:
             finish()
+
+    def run_plain(self, held: HeldGradients, losses: Iterable[Tensor]) -> tuple[Watch, Row]:
+        """Run the plain loss's backward pass before those of the losses; return their watch, and its gradients."""
+        plain = None if self.plain is None or not self.plain.requires_grad else self.plain
+        watch = Watch([*losses] if plain is None else [*losses, plain])
+        if plain is not None:
+            with advise():
+                torch.autograd.backward(plain, seed_of(self.gradient, plain), retain_graph=True)
+            watch.check(plain, "plain=")
+        return watch, held.lift()
 
     @property
     def present(self) -> dict[str, Tensor | Compute]:

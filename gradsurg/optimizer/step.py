@@ -142,7 +142,6 @@ def _end_of_step(engine: Engine) -> None:
 
 
 def _warn_of_unrun_totals(engine: Engine) -> None:
-    """Warn, each time, that a total of this step never ran."""
     if engine.step.unrun:
         engine.step.unrun = 0
         warn(
@@ -152,7 +151,6 @@ def _warn_of_unrun_totals(engine: Engine) -> None:
 
 
 def _warn_of_no_losses(engine: Engine) -> None:
-    """Warn once that a wrapped optimizer steps on gradients of a plain backward(), as if it were not wrapped."""
     if engine.latest is not None or "no losses" in engine.told or engine.checkpoint.tasks:
         return
     if any(p.grad is not None for p in engine.parameters()):

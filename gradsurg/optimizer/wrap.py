@@ -20,14 +20,7 @@ from gradsurg.optimizer.cheap.batched import Batched
 from gradsurg.optimizer.cheap.reuse import Reused
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
-from gradsurg.optimizer.options import (
-    DEFAULT_GUARANTEE,
-    Options,
-    WrapOptions,
-    check_options,
-    naming_the_nearest_option,
-)
-from gradsurg.optimizer.run import Passes
+from gradsurg.optimizer.options import DEFAULT_GUARANTEE, WrapOptions, check_options, naming_the_nearest_option
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 from gradsurg.surgery import Surgery
 
@@ -138,7 +131,9 @@ def wrap(
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     checked = check_model(model)
     options = check_options(optimizers, given)
-    engine = Engine(options, _way_of_passing(options), checked)
+    full = Batched() if options.batched else OneByOne()
+    passes = full if options.refresh_every == 1 else Reused(options.refresh_every, full)
+    engine = Engine(options, passes, checked)
     wrapped = [extend(each, engine) for each in optimizers]
     engine.session.ranks.know_early(engine.parameters())
     return wrapped if several else wrapped[0]
@@ -161,11 +156,6 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     for group in wrapped.param_groups:
         group.pop("gradsurg", None)
     return restore_class(wrapped)
-
-
-def _way_of_passing(options: Options) -> Passes:
-    full = Batched() if options.batched else OneByOne()
-    return full if options.refresh_every == 1 else Reused(options.refresh_every, full)
 
 
 def _check_optimizer(optimizer: object) -> None:

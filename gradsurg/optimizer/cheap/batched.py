@@ -38,10 +38,11 @@ OBSTACLES = {
 
 
 class Batched(OneByOne):
-    """Runs the passes of all tasks as one, or one by one if that fails at the first attempt."""
+    """Runs the passes of all tasks as one, or one by one if the first attempt fails."""
 
     def __init__(self) -> None:
-        self.works: bool | None = None  # None until the first attempt
+        # None until the first attempt.
+        self.works: bool | None = None
 
     def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:
         """Run the passes of all tasks, and return those that are left."""
@@ -54,7 +55,7 @@ class Batched(OneByOne):
         return passes
 
     def fill(self, engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
-        """Fill the rows of these tasks; return False if they have to run one by one and nothing has happened.
+        """Fill the rows of these tasks; return False, with nothing changed, if they have to run one by one.
 
         Raises:
             MultiTaskError: The pass failed although earlier ones worked, so the graph is used up.
@@ -105,11 +106,10 @@ class Batched(OneByOne):
 
 
 def _obstacle(layout: Layout, parameters: Sequence[Tensor], graph: Map) -> str | None:
-    """Return why passes cannot be batched, or None."""
     if layout is not ALONE:
         return "the model is trained by several ranks, which exchange rows as each pass ends"
     if hooked_among(parameters):
-        return "hooks of register_post_accumulate_grad_hook run once a task's pass"
+        return "hooks of register_post_accumulate_grad_hook run once per task"
     if in_compiled_autograd():
         return "compiled autograd traces passes one by one"
     return next((OBSTACLES[kind] for kind in graph.kinds if kind in OBSTACLES), None)
@@ -184,8 +184,7 @@ def _heads(
         for hook in hooks:
             hook.remove()
     for (i, node), g in zip(own, found, strict=False):
-        leaf = leaf_of(node)
-        if g is not None and leaf is not None:
+        if g is not None and (leaf := leaf_of(node)) is not None:
             # The tensor may be expanded, or the same one for several leaves.
             rows[i][leaf] = g.clone()
     for i, root in enumerate(graph.roots):
@@ -199,12 +198,9 @@ def _heads(
 
 
 def _reading(slots: Mapping[int, list[Tensor]]) -> Callable[[Sent, Sent], None]:
-    """Return a hook that keeps what a node sends along some of its edges."""
-
     def read(sent: Sent, _: Sent) -> None:
         for k, slot in slots.items():
-            g = sent[k]
-            if g is not None:
+            if (g := sent[k]) is not None:
                 slot.append(g)
 
     return read

@@ -70,7 +70,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
     """
     engine.settle()
     _warn_of_update(engine)
-    losses, plain, gradient, features = run.tensors, run.plain, run.gradient, run.features
+    losses, features = run.tensors, run.features
     assert features is not None
     options, layout = _options(engine.options, features), engine.session.layout
     spread = layout.of_features()
@@ -79,18 +79,13 @@ def run_on_features(engine: Engine, run: Run) -> None:
     with Averaged(engine.parameters(), layout) as averaged:
         held_gradients = averaged.held_gradients
         with _on_all_ranks(layout, known) as done:
-            watch = Watch(present.values() if plain is None else [*present.values(), plain])
-            if plain is not None and plain.requires_grad:
-                with advise():
-                    torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
-                watch.check(plain, "plain=")
-            penalty = held_gradients.lift()
-            rows, own = _heads(engine, present, features, held_gradients, gradient, watch)
+            watch, penalty = run.run_plain(held_gradients, present.values())
+            rows, own = _heads(engine, present, features, held_gradients, run.gradient, watch)
             done.extend(rows)
         averaged.begin()
         known = layout.mean_losses(known)
         engine.screen(rows, own)
-        outcome = compute_direction(
+        found = compute_direction(
             StepInputs(
                 rows=rows,
                 parameters=features,
@@ -103,24 +98,24 @@ def run_on_features(engine: Engine, run: Run) -> None:
                 layout=spread,
             )
         )
-        reached = list(outcome.gradients.items())
+        reached = list(found.gradients.items())
         if reached:
             torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=run.retain_graph)
-        report = settled(outcome.report)
+        report = settled(found.report)
         result = _joined(held_gradients.lift(), own, rows, _weights(report, options))
         averaged.add(penalty, result)
 
     def end() -> None:
         averaged.complete()
         engine.checkpoint.learn(report.tasks if layout.several else ())
-        engine.record(replace(report, level="features"), outcome.state)
+        engine.record(replace(report, level="features"), found.state)
 
     run.when_done(end, averaged.drop)
 
 
 @contextmanager
 def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
-    """Let ranks compare, at the end of the block, what they put into the list; if one raised, all do."""
+    """Compare, at the end of this block, what all ranks put into the list; if one raised, all do."""
     done: list[str] = []
     try:
         yield done
@@ -136,7 +131,7 @@ def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _options(options: Options, features: list[Tensor]) -> Options:
-    """Return the options for surgery on the features: u keeps the promise that is made of the update elsewhere."""
+    """Return the options for surgery on the features: the guarantee holds for the direction, not for the update."""
     guarantee = "gradient" if options.guarantee == "update" else options.guarantee
     pipeline = replace(options.pipeline, guarantee=guarantee)
     return replace(options, pipeline=pipeline, guarantee=guarantee, shared=tuple(features))
@@ -233,5 +228,5 @@ def _warn_of_update(engine: Engine) -> None:
     engine.told.add("features")
     warn(
         "guarantee='update' was asked for, and a step with features= cannot hold the update to it: that takes each "
-        "task's gradient of every parameter. It is held of the direction in the features instead; the report says so."
+        "task's gradient of every parameter. It holds for the direction in the features instead; the report says so."
     )

@@ -15,11 +15,11 @@ from torch import Tensor
 from gradsurg.distributed.averaging import Averaged
 from gradsurg.distributed.collectives import fingerprint
 from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.compile import Watch, advise
+from gradsurg.gradients.compile import advise
 from gradsurg.gradients.dtensor import local_of
 from gradsurg.gradients.graph import Border, Map, leaf_of, map_of
 from gradsurg.gradients.losses import detached, seed_of
-from gradsurg.gradients.rows import Row, is_finite
+from gradsurg.gradients.rows import is_finite
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.recording import of_reused_weights
@@ -42,7 +42,8 @@ class Reused:
 
     def __init__(self, every: int, full: OneByOne) -> None:
         self.every, self.full = every, full
-        self._reused = False  # whether this step used the weights of an earlier one
+        # Whether this step used the weights of an earlier one.
+        self._reused = False
 
     def fresh(self) -> Reused:
         """Return the same way without memory."""
@@ -93,20 +94,14 @@ class Reused:
         """
         engine.settle()
         weights: Mapping[str, float] = engine.checkpoint.recall(KEY)["weights"]
-        layout, plain, gradient = engine.session.layout, run.plain, run.gradient
+        layout = engine.session.layout
         watchful = engine.options.nonfinite != "propagate"
         with Averaged(engine.parameters(), layout).begin() as averaged:
-            held = averaged.held_gradients
-            penalty = Row()
-            if plain is not None and plain.requires_grad:
-                watch = Watch([plain, *losses.values()])
-                with advise():
-                    torch.autograd.backward(plain, seed_of(gradient, plain), retain_graph=True)
-                watch.check(plain, "plain=")
-                penalty = held.lift()
+            # With a single pass and no plain loss, no graph runs twice, and there is nothing to watch.
+            _, penalty = run.run_plain(averaged.held_gradients, losses.values() if run.plain is not None else ())
             with advise():
-                _weighted_backward(losses, weights, gradient, graph, run.retain_graph or watchful)
-            result = held.lift()
+                _weighted_backward(losses, weights, run.gradient, graph, run.retain_graph or watchful)
+            result = averaged.held_gradients.lift()
             broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
             if watchful and layout.on_any_rank([KEY], broken):
                 averaged.drop()
@@ -145,8 +140,6 @@ def _weighted_backward(
 
 
 def _scaling(border: Border, weight: float) -> Callable[[Gradients, Gradients], Gradients]:
-    """Return a hook that multiplies what a node sends along the border's edges."""
-
     def scaled(into: Gradients, _: Gradients) -> Gradients:
         return tuple(g * weight if k in border.edges and g is not None else g for k, g in enumerate(into))
 
