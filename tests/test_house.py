@@ -58,7 +58,6 @@ COVERED = {
     "gradsurg.distributed.collectives": "tests/distributed/test_refusals.py",
     "gradsurg.distributed.ddp_exchange": "tests/distributed/test_ddp.py",
     "gradsurg.distributed.ddp_reducer": "tests/distributed/test_ddp.py",
-    "gradsurg.distributed.ddp_whole": "tests/distributed/test_ddp.py",
     "gradsurg.distributed.detect": "tests/distributed/test_refusals.py",
     "gradsurg.distributed.layout": "tests/distributed/test_ddp.py",
     "gradsurg.distributed.modules": "tests/distributed/test_fsdp.py",

@@ -16,7 +16,7 @@ from gradsurg.distributed.ddp_reducer import Replica
 from gradsurg.distributed.layout import Layout, generator_of
 from gradsurg.gradients.rows import Row
 
-__all__ = ["DDPLayout"]
+__all__ = ["DDPLayout", "DDPWholeLayout"]
 
 
 class SpreadFeatures(Layout):
@@ -71,7 +71,8 @@ class DDPLayout(Layout):
         for replica in self.replicas:
             replica.cancel()
         if not self._quiet:
-            self._synced = all(replica.synced for replica in self.replicas)
+            # DDP unsets this inside no_sync().
+            self._synced = all(replica.module.require_backward_grad_sync for replica in self.replicas)
 
     def sends(self, waiting: bool) -> bool:
         """Whether rows are exchanged now: not inside no_sync(), nor while surgery waits anyway."""
@@ -131,3 +132,22 @@ class DDPLayout(Layout):
         """Gather every owner's piece of the parameters, and write them on all ranks."""
         for p, value in self.whole(Row(zip(parameters, held, strict=True))).items():
             p.detach().copy_(value)
+
+
+class DDPWholeLayout(DDPLayout):
+    """Every rank receives all of every row, and does with it what one process does.
+
+    For rows that outlive their step and are part of every rank's state dict. For k rows a rank sends 2 k P (W - 1) / W
+    numbers, and nothing for the combination or the projection of the update.
+    """
+
+    whole_rows = True
+    # Nothing is cut and nothing gathered: as in one process, the held parts are the parameters themselves.
+    held, generators, whole, put_back = Layout.held, Layout.generators, Layout.whole, Layout.put_back
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Return what the first rank measured of its rows, which all ranks have.
+
+        Kernels may add up in another order on another device.
+        """
+        return self.group.first(numbers)

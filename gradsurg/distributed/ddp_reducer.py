@@ -52,11 +52,6 @@ class Replica:
         assert module is not None
         return module
 
-    @property
-    def synced(self) -> bool:
-        """Whether gradients are to be averaged now: not inside no_sync()."""
-        return bool(self.module.require_backward_grad_sync)
-
     def parameters(self) -> list[Tensor]:
         """Return what DDP keeps equal: its parameters that require grad and are not ignored."""
         ignored = self.module.parameters_to_ignore

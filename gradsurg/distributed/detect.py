@@ -81,8 +81,7 @@ class Ranks:
 
             return ShardedLayout(parameters, self._named())
         from gradsurg.distributed.collectives import Group
-        from gradsurg.distributed.ddp import DDPLayout
-        from gradsurg.distributed.ddp_whole import DDPWholeLayout
+        from gradsurg.distributed.ddp import DDPLayout, DDPWholeLayout
 
         replicas = self._early or self._replicas(parameters)
         if not replicas:

@@ -36,11 +36,14 @@ class ShardedLayout(Layout):
     group: Group
 
     def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+        # check_sync imports this file under every torch; before 2.6 it has no FSDPModule.
+        from torch.distributed.fsdp import FSDPModule
+
         self.parameters = list(parameters)
         self.group = _group_of(parameters)
         self._cuts = {id(p): cut for p, cut in zip(parameters, _cuts(parameters, self.group), strict=True)}
         self._position = {id(p): k for k, p in enumerate(parameters)}
-        self._modules = _sharded_modules(parameters, model)
+        self._modules = modules_of(FSDPModule, parameters, model)
         self.plain = [p for p in parameters if not isinstance(p, DTensor)]
         self.compared = not self.plain  # whether plain parameters were seen to have equal gradients on all ranks
 
@@ -202,7 +205,7 @@ def _cuts(parameters: Sequence[Tensor], group: Group) -> list[slice | None]:
     Ranks hold equal numbers along the Replicate dimensions of a parameter's mesh. They also do if the parameter is on
     several meshes (FSDP2 beside tensor parallel), or on none.
     """
-    mine = [_ranks_of(p) for p in parameters]
+    mine = [tuple(p.device_mesh.mesh.flatten().tolist()) if isinstance(p, DTensor) else () for p in parameters]
     of_ranks = group.objects(mine)
     cuts: list[slice | None] = []
     for k, p in enumerate(parameters):
@@ -220,13 +223,3 @@ def _cuts(parameters: Sequence[Tensor], group: Group) -> list[slice | None]:
         size = -(-local(p, p).numel() // copies)
         cuts.append(None if copies == 1 else slice(which * size, (which + 1) * size))
     return cuts
-
-
-def _ranks_of(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else ()
-
-
-def _sharded_modules(parameters: Sequence[Tensor], model: nn.Module | None) -> list[Any]:
-    from torch.distributed.fsdp import FSDPModule
-
-    return modules_of(FSDPModule, parameters, model)

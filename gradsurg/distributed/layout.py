@@ -1,6 +1,6 @@
 """Which part of parameters and rows each rank holds, and which part of these it counts: the base class of all layouts.
 
-`Layout` itself is one process, which holds and counts everything; ddp.py, ddp_whole.py and fsdp.py derive from it.
+`Layout` itself is one process, which holds and counts everything; ddp.py and fsdp.py derive from it.
 """
 
 from __future__ import annotations

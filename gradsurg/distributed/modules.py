@@ -66,8 +66,5 @@ def check_model(model: object) -> nn.Module | None:
             "DistributedDataParallel(model) or one that fully_shard was applied to, or leave it out"
         )
     if torch.distributed.is_available():
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            refuse_fsdp1((), model)
+        refuse_fsdp1((), model)
     return model

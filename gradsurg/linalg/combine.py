@@ -92,7 +92,9 @@ def combine(
     for key, indices in ((key, part) for key, every in grouped.items() for part in _groups(every, like)):
         used = [int(i) for i in key[:-2]]  # type: ignore[call-overload]
         dtype = like[indices[0]].dtype
-        first, *others = (_all_of([rows[i][k] for k in indices], dtype) for i in used)
+        first, *others = (
+            [g if g.dtype == dtype else g.to(dtype) for k in indices if (g := rows[i][k]) is not None] for i in used
+        )
         summed = torch._foreach_mul(first, weights[used[0]])
         for i, tensors in zip(used[1:], others, strict=True):
             torch._foreach_add_(summed, tensors, alpha=weights[i])
@@ -181,10 +183,6 @@ def _groups(indices: list[int], like: Sequence[Tensor]) -> Iterator[list[int]]:
             group, room = [], GROUPED
     if group:
         yield group
-
-
-def _all_of(gradients: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    return [g if g.dtype == dtype else g.to(dtype) for g in gradients if g is not None]
 
 
 def _too_large(weights: Sequence[float]) -> bool:

@@ -21,6 +21,18 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLOAT = (torch.float32, torch.float32)
 
 
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what dispatch finds: whether Triton is there, whether it interprets, and why a card is unfit for it."""
+
+    def is_found(*, available=True, interpreted=False, misfit=""):
+        monkeypatch.setattr(dispatch, "triton_is_available", lambda: available)
+        monkeypatch.setattr(dispatch, "is_interpreted", lambda: interpreted)
+        monkeypatch.setattr(dispatch, "unfit", lambda device: misfit)
+
+    return is_found
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "available", "interpreted", "wanted"),
     [
@@ -33,8 +45,9 @@ FLOAT = (torch.float32, torch.float32)
         ("triton", CPU, True, True, "triton"),
     ],
 )
-def test_path(backend, device, available, interpreted, wanted):
-    found = path(backend, device, dtypes=[FLOAT], available=available, interpreted=interpreted, misfit="")
+def test_path(machine, backend, device, available, interpreted, wanted):
+    machine(available=available, interpreted=interpreted)
+    found = path(backend, device, dtypes=[FLOAT])
     assert found == wanted
 
 
@@ -48,18 +61,19 @@ def test_path(backend, device, available, interpreted, wanted):
         (CUDA, True, False, [(torch.float8_e5m2, torch.float32)], "no kernel"),
     ],
 )
-def test_triton_asked_for_where_it_cannot_run(device, available, sparse, dtypes, message):
-    arguments = {"dtypes": dtypes, "sparse": sparse, "available": available, "interpreted": False, "misfit": ""}
+def test_triton_asked_for_where_it_cannot_run(machine, device, available, sparse, dtypes, message):
+    machine(available=available)
+    arguments = {"dtypes": dtypes, "sparse": sparse}
     with pytest.raises(ValueError, match=message):
         path("triton", device, **arguments)
     assert path("auto", device, **arguments) == "torch"
 
 
-def test_a_card_that_cannot_run_kernels():
-    arguments = {"dtypes": [FLOAT], "available": True, "interpreted": False, "misfit": "it is too old"}
-    assert path("auto", CUDA, **arguments) == "torch"
+def test_a_card_that_cannot_run_kernels(machine):
+    machine(misfit="it is too old")
+    assert path("auto", CUDA, dtypes=[FLOAT]) == "torch"
     with pytest.raises(ValueError, match=r"cannot run: it is too old\. Use backend='auto'"):
-        path("triton", CUDA, **arguments)
+        path("triton", CUDA, dtypes=[FLOAT])
 
 
 @pytest.fixture
@@ -78,7 +92,7 @@ def card(monkeypatch):
 
 def test_a_card_that_can(card):
     assert dispatch.unfit(CUDA) == ""
-    assert path("triton", CUDA, dtypes=[FLOAT], available=True, interpreted=False) == "triton"
+    assert path("triton", CUDA, dtypes=[FLOAT]) == "triton"
 
 
 def test_a_card_of_another_maker(card):
@@ -116,9 +130,10 @@ def test_unknown_backend():
 
 @pytest.mark.parametrize("row", list(dispatch.DTYPES))
 @pytest.mark.parametrize("out", list(dispatch.DTYPES))
-def test_every_pair_of_dtypes_has_a_path(row, out):
+def test_every_pair_of_dtypes_has_a_path(machine, row, out):
+    machine()
     wanted = "triton" if out in dispatch.DTYPES[row] else "torch"
-    assert path("auto", CUDA, dtypes=[(row, out)], available=True, interpreted=False, misfit="") == wanted
+    assert path("auto", CUDA, dtypes=[(row, out)]) == wanted
 
 
 def test_dtypes_of_rows():

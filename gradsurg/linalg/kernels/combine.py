@@ -1,9 +1,5 @@
 """Σ w_i g_i, written to p.grad, added to it, or subtracted from the parameters: one pass, one rounding."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: PIE808, RET505, RUF005, SIM300
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 from collections.abc import Sequence
 
 import torch

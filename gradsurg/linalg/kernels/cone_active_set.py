@@ -1,9 +1,5 @@
 """The active-set method of one nonnegative or simplex program, in Triton. cone.py launches it for many at once."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: PIE808
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 import triton
 import triton.language as tl
 

@@ -64,9 +64,6 @@ def path(
     *,
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = (),
     sparse: bool = False,
-    available: bool | None = None,
-    interpreted: bool | None = None,
-    misfit: str | None = None,
 ) -> str:
     """Return "triton" or "torch".
 
@@ -75,9 +72,6 @@ def path(
         device: Where the rows are.
         dtypes: The pairs (dtype of a row, dtype of p.grad) that occur; complex ones count as their real parts.
         sparse: Whether some row is sparse.
-        available: Whether Triton can be imported; None looks.
-        interpreted: Whether Triton runs in its interpreter, which takes CPU tensors; None looks.
-        misfit: Why kernels cannot run on this CUDA device, "" if they can; None asks `unfit`.
 
     Raises:
         ValueError: backend="triton", but it cannot run; the message says what to change.
@@ -85,7 +79,7 @@ def path(
     backend = choose("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
-    problem = _problem(device, dtypes, sparse, available, interpreted, misfit)
+    problem = _problem(device, dtypes, sparse)
     if problem and backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
     return "torch" if problem else "triton"
@@ -174,20 +168,13 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 
-def _problem(
-    device: torch.device,
-    dtypes: Iterable[tuple[torch.dtype, torch.dtype]],
-    sparse: bool,
-    available: bool | None,
-    interpreted: bool | None,
-    misfit: str | None,
-) -> str:
-    if not (triton_is_available() if available is None else available):
+def _problem(device: torch.device, dtypes: Iterable[tuple[torch.dtype, torch.dtype]], sparse: bool) -> str:
+    if not triton_is_available():
         return "Triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if problem := unfit(device) if misfit is None else misfit:
+        if problem := unfit(device):
             return problem
-    elif device.type != "cpu" or not (is_interpreted() if interpreted is None else interpreted):
+    elif device.type != "cpu" or not is_interpreted():
         return f"the gradients are on {device}, not on a CUDA device"
     if sparse:
         return "there are sparse gradients"

@@ -1,9 +1,5 @@
 """Gramian of more tasks: tiles of 16 rows, multiplied on the float64 tensor cores."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RET505, RUF005
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 import triton
 import triton.language as tl
 

@@ -1,9 +1,5 @@
 """The effect of an update on every task: ⟨d, g_i⟩ and ‖d‖² of the movement d, in one pass. Twin of movement.py."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 from collections.abc import Sequence
 
 import torch

@@ -1,9 +1,5 @@
 """Gramian of few tasks: each row is loaded once, and each pair of rows has its own chain of multiply-adds."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 import triton
 import triton.language as tl
 

@@ -1,8 +1,5 @@
 """The second stage of every sum over parameters: adds up partial sums of items in float64, in a fixed order."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 import triton
 import triton.language as tl
 

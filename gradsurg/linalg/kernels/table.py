@@ -107,12 +107,11 @@ def plan(
     for k, column in enumerate(zip(*lists, strict=True)):
         # The flat view of a[:, ::2] has a stride, but kernels read neighbours.
         flat = [None if t is None else t.contiguous() for t in flat_column(column)]
-        flat = _same_dtypes(flat, roles)
+        flat, dtypes = _one_dtype_per_role(flat, roles)
         columns.append(flat)
         present = [t for t in flat if t is not None]
         here = [0 if t is None else t.data_ptr() for t in flat]
         addresses.extend(here)
-        dtypes = _dtypes(flat, roles)
         aligned = all(address % 16 == 0 for address in here)
         size = present[0].numel() if present else 0
         sign = 1 if signs is None else int(signs[k])
@@ -232,21 +231,14 @@ def _items(shapes: Sequence[Shape], partitions: int, device: torch.device) -> tu
     return launches, len(pieces), _upload(bounds, device)
 
 
-def _dtypes(flat: Block, roles: Sequence[int]) -> tuple[torch.dtype, ...]:
-    """Return one dtype per role; a role without a tensor here takes another role's."""
-    found: dict[int, torch.dtype] = {}
+def _one_dtype_per_role(flat: Block, roles: Sequence[int]) -> tuple[Block, tuple[torch.dtype, ...]]:
+    """Return the tensors in the widest dtype of their role, and these dtypes."""
+    wide: dict[int, torch.dtype] = {}
     for t, role in zip(flat, roles, strict=True):
-        if t is not None:
-            found.setdefault(role, t.dtype)
-    return tuple(found.get(role, next(iter(found.values()))) for role in range(max(roles) + 1)) if found else ()
-
-
-def _same_dtypes(flat: Block, roles: Sequence[int]) -> Block:
-    first: dict[int, torch.dtype] = {}
-    for t, role in zip(flat, roles, strict=True):
-        if t is not None and t.dtype != first.setdefault(role, t.dtype):
-            wide = torch.promote_types(t.dtype, first[role])
-            return _same_dtypes(
-                [u.to(wide) if u is not None and r == role else u for u, r in zip(flat, roles, strict=True)], roles
-            )
-    return flat
+        if t is not None and t.dtype != (known := wide.setdefault(role, t.dtype)):
+            wide[role] = torch.promote_types(known, t.dtype)
+    # A kernel is compiled for one dtype per role: a role without a tensor here takes another role's.
+    dtypes = tuple(wide.get(role, next(iter(wide.values()))) for role in range(max(roles) + 1)) if wide else ()
+    if any(t is not None and t.dtype != wide[role] for t, role in zip(flat, roles, strict=True)):
+        flat = [None if t is None else t.to(wide[role]) for t, role in zip(flat, roles, strict=True)]
+    return flat, dtypes

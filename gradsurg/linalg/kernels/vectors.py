@@ -5,10 +5,6 @@ pointer's divisibility, stated after the cast from the address; and a mask that 
 bound (n // V) * V as the last operand.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RET505
-# Kernels are written in Triton's language: its types and idioms are not Python's.
-
 import triton
 import triton.language as tl
 
