@@ -22,7 +22,7 @@ __all__ = ["Bucket", "cut", "flat_reals", "pack", "plan", "share", "unpack"]
 CAPACITY = 2**25
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bucket:
     """Gradients that travel together.
 
@@ -34,8 +34,8 @@ class Bucket:
         device: The device of the parameters.
     """
 
-    members: tuple[int, ...]
-    offsets: tuple[int, ...]
+    members: list[int]
+    offsets: list[int]
     width: int
     dtype: torch.dtype
     device: torch.device
@@ -49,22 +49,17 @@ def share(parameter: Tensor, ranks: int) -> int:
 def plan(parameters: Sequence[Tensor], members: Sequence[int], ranks: int) -> list[Bucket]:
     """Return buckets for these members, each of one dtype and device; only a single large member exceeds CAPACITY."""
     buckets: list[Bucket] = []
-    open_: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[int], int]] = {}
-
-    def close(key: tuple[torch.dtype, torch.device]) -> None:
-        indices, offsets, width = open_.pop(key)
-        buckets.append(Bucket(tuple(indices), tuple(offsets), width, *key))
-
+    latest: dict[tuple[torch.dtype, torch.device], Bucket] = {}
     for k in members:
         p = parameters[k]
         key = (p.dtype.to_real() if p.is_complex() else p.dtype, p.device)
         size = share(p, ranks)
-        if key in open_ and (open_[key][2] + size) * ranks > CAPACITY:
-            close(key)
-        indices, offsets, width = open_.get(key, ([], [], 0))
-        open_[key] = ([*indices, k], [*offsets, width], width + size)
-    for key in list(open_):
-        close(key)
+        if key not in latest or (latest[key].width + size) * ranks > CAPACITY:
+            latest[key] = Bucket([], [], 0, *key)
+            buckets.append(latest[key])
+        latest[key].members.append(k)
+        latest[key].offsets.append(latest[key].width)
+        latest[key].width += size
     return buckets
 
 

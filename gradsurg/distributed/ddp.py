@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurg.distributed.buckets import cut, flat_reals, plan, share
+from gradsurg.distributed.buckets import Bucket, cut, flat_reals, plan, share
 from gradsurg.distributed.collectives import Group, listening, start_all_gather
 from gradsurg.distributed.ddp_exchange import SliceExchange, Slicing
 from gradsurg.distributed.ddp_reducer import Replica
@@ -109,16 +109,14 @@ class DDPLayout(Layout):
     def whole(self, result: Row) -> Row:
         """Gather the pieces of all ranks into tensors like the parameters."""
         parameters, ranks = list(result), self.group.size
-        buckets = plan(parameters, range(len(parameters)), ranks)
-        sent: list[tuple[Tensor, Any]] = []
+        sent: list[tuple[Bucket, Tensor, Any]] = []
         whole = Row()
         with listening("gathering what the owners of the slices computed"):
-            for bucket in buckets:
+            for bucket in plan(parameters, range(len(parameters)), ranks):
                 part = torch.cat([flat_reals(result[parameters[k]]).to(bucket.dtype) for k in bucket.members])
                 message = torch.empty(ranks, bucket.width, dtype=bucket.dtype, device=bucket.device)
-                work = start_all_gather(message, part, self.group.group)
-                sent.append((message, work))
-            for bucket, (message, work) in zip(buckets, sent, strict=True):
+                sent.append((bucket, message, start_all_gather(message, part, self.group.group)))
+            for bucket, message, work in sent:
                 work.wait()
                 for k, offset in zip(bucket.members, bucket.offsets, strict=True):
                     p = parameters[k]

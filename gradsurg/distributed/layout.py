@@ -38,10 +38,6 @@ class Delivery:
 class Exchange(Protocol):
     """The exchange of rows between ranks in one step."""
 
-    @property
-    def names(self) -> list[str]:
-        """The tasks of all ranks, in an order that all ranks share."""
-
     def offer(self, name: str, *parts: Row) -> None:
         """Hand over a task's row, in parts to be added up; may start to send it."""
 

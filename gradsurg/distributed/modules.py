@@ -13,12 +13,6 @@ from gradsurg.errors import MultiTaskError
 
 __all__ = ["check_model", "modules_of", "refuse_fsdp1", "refuse_optimizer"]
 
-ZERO = (
-    "{name} keeps a part of the optimizer's state on each rank, and its step() trains only that part, so the update "
-    "cannot be held to what the tasks want. Shard parameters, gradients and state together with FSDP2 instead: "
-    "torch.distributed.fsdp.fully_shard(model), then wrap(torch.optim.AdamW(model.parameters()))"
-)
-
 
 def modules_of(kind: type, parameters: Iterable[Tensor], model: nn.Module | None) -> list[Any]:
     """Return the modules of a kind that own some of the parameters: inside `model`, or else anywhere in the process.
@@ -39,7 +33,12 @@ def refuse_optimizer(optimizer: object) -> None:
     """Refuse optimizers that shard themselves (ZeRO)."""
     for each in type(optimizer).__mro__:
         if each.__name__ == "ZeroRedundancyOptimizer" or each.__module__.split(".")[0] == "deepspeed":
-            raise TypeError(f"wrap() was given a {type(optimizer).__name__}: {ZERO.format(name=each.__name__)}")
+            raise TypeError(
+                f"wrap() was given a {type(optimizer).__name__}: {each.__name__} keeps a part of the optimizer's state "
+                "on each rank, and its step() trains only that part, so the update cannot be held to what the tasks "
+                "want. Shard parameters, gradients and state together with FSDP2 instead: "
+                "torch.distributed.fsdp.fully_shard(model), then wrap(torch.optim.AdamW(model.parameters()))"
+            )
 
 
 def refuse_fsdp1(parameters: Sequence[Tensor], model: nn.Module | None) -> None:

@@ -77,10 +77,7 @@ def blocks(
             if t is not None:
                 some = t
                 packable = packable and t.is_contiguous()
-        if some is None:
-            continue
-        count = some.numel()
-        if count == 0:
+        if some is None or (count := some.numel()) == 0:
             continue
         if not packable or some.is_complex():
             columns[k] = column = flat_column(column)

@@ -15,7 +15,7 @@ from gradsurg.linalg.blocks import Rows, block_for, blocks
 from gradsurg.linalg.buffers import BUFFERS, ROWS, Matrix, inner_product
 from gradsurg.linalg.packing import packed
 
-__all__ = ["MANY_FROM", "GramianSum", "PairwiseSum", "gramian", "strip_for"]
+__all__ = ["MANY_FROM", "GramianSum", "PairwiseSum", "gramian"]
 
 # The lower half of a product is computed in strips of FEW rows, or of MANY from MANY_FROM tasks on. Time on one core of
 # an EPYC, in ns per number:
@@ -61,11 +61,6 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
     return total.result()
 
 
-def strip_for(m: int) -> int:
-    """Return how many rows of a matrix of m are multiplied at a time."""
-    return MANY if m >= MANY_FROM else FEW
-
-
 class GramianSum:
     """The lower half of a symmetric m x m float64 matrix, as a sum over blocks.
 
@@ -86,7 +81,7 @@ class GramianSum:
                 for b, j in enumerate(present[: a + 1]):
                     self.put(i, j, inner_product(matrix.rows[a], matrix.rows[b]))
             return
-        strips = matrix.strips(strip_for(len(present)))
+        strips = matrix.strips(MANY if len(present) >= MANY_FROM else FEW)
         key = tuple(present), len(matrix.lanes)
         if key not in self.strips:
             self.strips[key] = [PairwiseSum() for _ in strips]
@@ -145,10 +140,8 @@ class PairwiseSum:
 
     def total(self) -> Tensor:
         """Return the sum; something must have been added."""
-        if self._running is None:
-            return torch.stack(self._done).sum(0)
-        running = self._running.sum(0)
-        return torch.stack([*self._done, running]).sum(0) if self._done else running
+        sums = self._done if self._running is None else [*self._done, self._running.sum(0)]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 @functools.lru_cache(maxsize=64)

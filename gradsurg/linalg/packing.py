@@ -7,7 +7,7 @@ the Gramian, for u, for the movement and for its correction.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import add, attrgetter
 
@@ -33,9 +33,7 @@ class GradientTable(list[list["Tensor | None"]]):
     The tensors must not be written to while the table is in use.
     """
 
-    def __init__(self, rows: Iterable[list[Tensor | None]]) -> None:
-        super().__init__(rows)
-        self._packed: PackedRows | None = None
+    _packed: PackedRows | None = None
 
     @functools.cached_property
     def plain(self) -> bool:

@@ -188,9 +188,7 @@ def _launch(
 ) -> Plan:
     m, device = len(rows), device_of([out])
     if layout is None:
-        layout = plan(
-            [*rows, out, start, before], roles=[0] * m + [1] * 3, partitions=partitions, signs=signs, device=device
-        )
+        layout = plan([*rows, out, start, before], roles=[0] * m + [1] * 3, partitions=partitions, signs=signs)
     weights = weights.expand(layout.partitions, m).contiguous()
     if weights.dtype != torch.float64:
         raise ValueError(f"weights are {weights.dtype}: they must be float64")

@@ -13,19 +13,7 @@ from torch import Tensor
 
 from gradsurg.errors import choose
 
-__all__ = [
-    "BACKENDS",
-    "PROGRAM_UP_TO",
-    "GramianKernel",
-    "gramian_kernel",
-    "is_interpreted",
-    "path",
-    "path_of",
-    "row_dtypes",
-    "task_tiles",
-    "unfit",
-    "vector",
-]
+__all__ = ["BACKENDS", "PROGRAM_UP_TO", "GramianKernel", "gramian_kernel", "path", "path_of", "task_tiles", "vector"]
 
 BACKENDS = {name: name for name in ("auto", "torch", "triton")}
 
@@ -99,7 +87,8 @@ def path_of(backend: str, rows: Iterable[Iterable[Tensor | None]], like: Sequenc
         return "torch"
     rows = [list(row) for row in rows]
     sparse = any(g is not None and g.is_sparse for row in rows for g in row)
-    return path(backend, like[0].device, dtypes=row_dtypes(rows, like), sparse=sparse)
+    pairs = {(_real(g.dtype), _real(p.dtype)) for row in rows for g, p in zip(row, like, strict=True) if g is not None}
+    return path(backend, like[0].device, dtypes=pairs, sparse=sparse)
 
 
 def gramian_kernel(m: int) -> GramianKernel:
@@ -124,11 +113,6 @@ def task_tiles(m: int) -> list[tuple[int, int]]:
 def vector(dtypes: Sequence[torch.dtype], aligned: bool) -> int:
     """Return how many elements one thread loads at once: 16 bytes of the narrowest dtype; one if unaligned."""
     return 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
-
-
-def row_dtypes(rows: Iterable[Iterable[Tensor | None]], like: Sequence[Tensor]) -> set[tuple[torch.dtype, torch.dtype]]:
-    """Return the pairs of dtypes that `path` takes."""
-    return {(_real(g.dtype), _real(p.dtype)) for row in rows for g, p in zip(row, like, strict=True) if g is not None}
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def sum_partials(partials: Tensor, layout: Plan, places: Sequence[tuple[int, int
 
 def _write(rows: Rows, partitions: Sequence[int] | None, G: Tensor) -> None:
     m = len(rows)
-    layout = plan(rows, partitions=partitions, device=G.device)
+    layout = plan(rows, partitions=partitions)
     kernel = gramian_kernel(m)
     pairs_of = pairs.pair_places(kernel.tasks) if kernel.name == "pairs" else dots.dot_places(kernel.tasks // dots.TILE)
     partials = torch.empty(max(layout.slots, 1), len(pairs_of), dtype=torch.float64, device=G.device)

@@ -169,7 +169,7 @@ def layout_of(
     """Return the tables of a pass of `inner`."""
     moved: list[Sequence[Tensor | None]] = [before, [None] * len(before) if after is None else after]
     roles = [0] * len(rows) + [1, 1]
-    return plan([*rows, *moved], roles=roles, partitions=partitions, signs=signs, device=device_of([before]))
+    return plan([*rows, *moved], roles=roles, partitions=partitions, signs=signs)
 
 
 def registers_for(tasks: int, aligned: bool) -> int | None:

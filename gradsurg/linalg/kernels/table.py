@@ -85,7 +85,6 @@ def plan(
     partitions: Sequence[int] | None = None,
     signs: Sequence[float] | None = None,
     roles: Sequence[int] | None = None,
-    device: torch.device | None = None,
 ) -> Plan:
     """Lay out one pass over parallel lists of tensors.
 
@@ -96,7 +95,6 @@ def plan(
         signs: +1 or −1 per parameter; None is +1.
         roles: The number of each list's role; None is one role. Lists of one role share a dtype, and a launch has one
             dtype per role. A tensor whose dtype differs from the first one of its role is copied.
-        device: Where the tensors are; None takes the first tensor's.
 
     Returns:
         The tables. A parameter without elements, or that no list has, has no items.
@@ -109,14 +107,13 @@ def plan(
         flat = [None if t is None else t.contiguous() for t in flat_column(column)]
         flat, dtypes = _one_dtype_per_role(flat, roles)
         columns.append(flat)
-        present = [t for t in flat if t is not None]
         here = [0 if t is None else t.data_ptr() for t in flat]
         addresses.extend(here)
         aligned = all(address % 16 == 0 for address in here)
-        size = present[0].numel() if present else 0
+        size = next((t.numel() for t in flat if t is not None), 0)
         sign = 1 if signs is None else int(signs[k])
         shapes.append((dtypes, aligned, size, 0 if partitions is None else partitions[k], sign))
-    device = device_of(lists) if device is None else device
+    device = device_of(lists)
     count = (1 + (partitions[-1] if partitions else 0)) if columns else 1
     launches, slots, bounds = _cached((device, count, tuple(shapes)), device, lambda: _items(shapes, count, device))
     pointers = _cached(
