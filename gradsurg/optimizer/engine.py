@@ -158,10 +158,11 @@ class Engine:
     def open_or_join(self, run: Run) -> list[tuple[str | None, Tensor | Compute]]:
         """Open a run, or join the one that another total of this backward pass opened; return the passes to run."""
         self.refuse_scaled_sentinel()
-        passes: list[tuple[str | None, Tensor | Compute]] = list(run.present.items())
+        present = run.present
+        due = list(present)
         if self.options.rotate is not None:
-            due = self.rotation.choose(self.session.agree_on([str(name) for name, _ in passes]), run.gradient)
-            passes = [(name, task) for name, task in sorted(passes, key=_place_in(due)) if name in due]
+            due = self.rotation.choose(self.session.agree_on(due), run.gradient)
+        passes: list[tuple[str | None, Tensor | Compute]] = [(name, present[name]) for name in due if name in present]
         if run.plain is not None and run.plain.requires_grad:
             passes.append((None, run.plain))
         run.known = {name: detached(loss) for name, loss in run.tensors.items()}
@@ -293,8 +294,3 @@ class Engine:
         if self.options.rotate is not None:
             self.rotation.forget()
         self.run, self.step = None, Step(stepped=self.step.stepped, unrun=self.step.unrun)
-
-
-def _place_in(names: list[str]) -> Any:
-    place = {name: k for k, name in enumerate(names)}
-    return lambda item: place.get(item[0], len(place))
