@@ -171,6 +171,7 @@ def _cone() -> Iterator[Specialisation]:
                     "turns": "*i32",
                     "m": "i32",
                     "shared": "i32",
+                    "attempts": "i32",
                 },
                 {"M": tasks, "SIMPLEX": simplex},
                 cone.warps_for(tasks),

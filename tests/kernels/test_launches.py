@@ -1,5 +1,6 @@
 """What the launchers ask Triton for: every launch is of a specialisation that ships, compiled to the same code."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,9 +100,13 @@ def compare_code():
     assert not compiled
 
 
-def test_what_is_launched_is_compiled_to_the_same_code():
-    # In a process of its own: what Triton caches for this card must not reach a real one.
+def test_what_is_launched_is_compiled_to_the_same_code(tmp_path):
+    # In a process and a cache of its own: what Triton caches for this card must not reach a real one, and cached code
+    # names the lines of the file as it was.
     root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     code = "from tests.kernels.test_launches import compare_code; compare_code()"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

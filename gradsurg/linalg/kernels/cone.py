@@ -6,7 +6,7 @@ from torch import Tensor
 from gradsurg.linalg.kernels.cone_active_set import cone_kernel
 from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.linalg.kernels.table import on_device
-from gradsurg.solvers.tolerances import ROUNDING_EXACT
+from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT
 
 __all__ = [
     "MOST_TASKS",
@@ -131,6 +131,7 @@ def _solve(gramian: Tensor, linear: Tensor | None, mask: Tensor, sizes: Tensor |
             torch.empty(programs, dtype=torch.int32, device=device),
             m,
             max(shared, 1),
+            1 + sum(coarser > rounding for coarser in COARSER),
             M=tasks_for(m),
             SIMPLEX=linear is None,
             num_warps=warps_for(tasks_for(m)),

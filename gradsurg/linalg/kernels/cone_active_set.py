@@ -3,10 +3,14 @@
 import triton
 import triton.language as tl
 
+from gradsurg.solvers.tolerances import COARSER
+
 __all__ = ["cone_kernel"]
 
+COARSER_0, COARSER_1, COARSER_2 = map(tl.constexpr, COARSER)
 
-@triton.jit(do_not_specialize=["m", "shared"])
+
+@triton.jit(do_not_specialize=["m", "shared", "attempts"])
 def cone_kernel(
     gramians,  # float64 (programs / shared, m, m)
     linears,  # float64 (programs, m): b; not read if SIMPLEX
@@ -17,6 +21,7 @@ def cone_kernel(
     turns,  # int32 (programs,): how many steps were done
     m,
     shared,  # how many consecutive programs have one Gramian
+    attempts,  # 1, and one for each of COARSER above the rounding
     M: tl.constexpr,  # m rounded up to a power of two
     SIMPLEX: tl.constexpr,
 ):
@@ -71,6 +76,7 @@ def cone_kernel(
     multipliers = tl.zeros([M], tl.float64)
     best = tl.zeros([M], tl.float64)
     best_worst = tl.sum(best, axis=0) - float("inf")
+    attempt = 0
     turn = 0
     left = 8 * m + 16
     going = 1 - idle
@@ -133,9 +139,10 @@ def cone_kernel(
             worst = tl.where(violated > 0, worst, 0.0)
             best = tl.where(worst > best_worst, multipliers, best)
             best_worst = tl.maximum(worst, best_worst)
-            going = tl.where(rounding < 1e-10, violated, 0)
-            coarser = tl.where(rounding < 1e-12, 1e-12, rounding * 0.0 + 1e-10)
-            rounding = tl.where(rounding < 1e-14, 1e-14, coarser)
+            attempt += 1
+            going = tl.where(attempt < attempts, violated, 0)
+            coarser = tl.where(rounding < _exact(COARSER_1), _exact(COARSER_1), _exact(COARSER_2))
+            rounding = tl.where(rounding < _exact(COARSER_0), _exact(COARSER_0), coarser)
             passive = tl.zeros([M], tl.int32)
             banned = tl.zeros([M], tl.int32)
             multipliers = tl.zeros([M], tl.float64)
@@ -150,6 +157,12 @@ def cone_kernel(
     answer = tl.where(wrong > 0, float("nan"), answer)
     tl.store(answers + program * m + i, answer, mask=inside)
     tl.store(turns + program, turn)
+
+
+@triton.jit
+def _exact(constant: tl.constexpr):
+    """Return a float64: a constant in an expression may be one of float32, and 1e-10 is not exact there."""
+    return tl.full([], constant, tl.float64)
 
 
 @triton.jit

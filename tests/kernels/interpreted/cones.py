@@ -8,6 +8,7 @@ import torch
 
 from gradsurg.linalg.kernels import cone
 from gradsurg.solvers.problem import HOST
+from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT
 from tests.balanced import balanced
 from tests.matrices import FAMILIES, draw
 
@@ -98,6 +99,18 @@ def test_optimal_and_the_same_as_the_solver(kind, m):
 @pytest.mark.parametrize("m", [4, 8, 11, 32])
 def test_optimal_for_more_tasks(kind, m):
     check(kind, m, range(2 if m <= 11 else 1))
+
+
+@pytest.mark.parametrize("rounding", [ROUNDING_EXACT, 1e-14, 5e-11, 1e-10, 1e-6])
+def test_attempts_end_where_no_answer_keeps_every_task(rounding):
+    """Two opposed rows and a target that both must gain from. Coarser roundings are tried, each once."""
+    G = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
+    with steps_taken() as turns:
+        mine = cone.nonnegative(G, b, rounding=rounding)
+    attempts = 1 + sum(coarser > rounding for coarser in COARSER)
+    assert attempts <= int(turns[0]) <= attempts * (8 * 3 + 16)
+    assert (mine - HOST.nonnegative(G, b, rounding=rounding)).abs().max() <= 1e-12
 
 
 def test_nearly_opposite_pairs_that_elimination_both_ways_cannot_solve():
