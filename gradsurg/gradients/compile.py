@@ -131,7 +131,8 @@ class Watch:
             MultiTaskError: The pass overwrote something that the graph keeps.
         """
         for node in self._nodes.get(loss, ()):
-            if not torch.equal(_checksums(node), self._sums[node]):
+            now, before = _checksums(node), self._sums[node]
+            if bool(((now != before) & (now >= 0) & (before >= 0)).any()):
                 raise MultiTaskError(
                     f"the compiled backward pass of {label} overwrote what its graph keeps for the losses that share "
                     f"it, so that their gradients would be wrong; p.grad is as before. {ADVICE}"
@@ -230,7 +231,24 @@ def _function_of(node: Any) -> type:
 
 
 def _checksums(node: Any) -> Tensor:
-    """Return the exact sum of all bytes of each tensor that a node saved, on the first one's device."""
+    """Return the exact sum of all bytes of each tensor that a node saved, on the first one's device; −1 if unreadable.
+
+    FSDP2 frees the memory of gathered parameters between passes, behind tensors that keep their shape: to read one
+    would end the process.
+    """
     saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
-    sums = [t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in saved if isinstance(t, Tensor)]
+    sums = [
+        t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
+        if _has_memory(t)
+        else torch.tensor(-1, device=t.device)
+        for t in saved
+        if isinstance(t, Tensor)
+    ]
     return torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the storage reaches as far as the tensor's last number."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() >= needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -84,6 +85,50 @@ def fsdp_compiled_alone() -> dict[str, Tensor]:
     model = nets.build(HalfBlind)
     model.trunk.compile(backend="aot_eager")
     train(model, nets.optimizer_of(model), "total", lambda data: data)
+    return nets.state_of(model)
+
+
+class Blocks(Mixed):
+    """Two blocks of a class of our own, each compiled as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(2))
+        self.trunk = nn.Sequential(self.trunk, *self.blocks)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def fsdp_compiled_blocks(how: str, reshards: bool) -> dict[str, Tensor]:
+    """The usual recipe: every block is compiled and sharded, in one order or the other, then the root is sharded."""
+    model = nets.build(Blocks)
+    for k in range(2):
+        if how == "sharded first":
+            fully_shard(model.blocks[k], reshard_after_forward=reshards)
+        if how == "torch.compile":
+            model.blocks[k] = model.trunk[k + 1] = torch.compile(model.blocks[k], backend="aot_eager")
+        else:
+            model.blocks[k].compile(backend="aot_eager")
+        if how != "sharded first":
+            fully_shard(model.blocks[k], reshard_after_forward=reshards)
+    fully_shard(model, reshard_after_forward=reshards)
+    with warnings.catch_warnings():
+        # torch.compile looks at .grad of what the first layers return, and warns of that itself.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+        train(model, nets.optimizer_of(model), "total", nets.mine, steps=2)
+    return nets.state_of(model)
+
+
+def fsdp_compiled_blocks_alone() -> dict[str, Tensor]:
+    model = nets.build(Blocks)
+    train(model, nets.optimizer_of(model), "total", lambda data: data, steps=2)
     return nets.state_of(model)
 
 

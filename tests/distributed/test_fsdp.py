@@ -28,6 +28,15 @@ def test_fsdp2_with_a_compiled_trunk(ranks):
     nets.assert_close(results[0], jobs_sharded.fsdp_compiled_alone())
 
 
+@pytest.mark.parametrize("reshards", [True, False])
+@pytest.mark.parametrize("how", ["compiled first", "sharded first", "torch.compile"])
+def test_fsdp2_with_compiled_blocks(ranks, how, reshards):
+    """FSDP2 frees the memory of gathered parameters, which a compiled graph keeps as saved tensors."""
+    results = ranks(2).run(jobs_sharded.fsdp_compiled_blocks, how, reshards)
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], jobs_sharded.fsdp_compiled_blocks_alone())
+
+
 def test_copies_of_shards_count_once(ranks):
     results = ranks(4).run(jobs_sharded.fsdp, "replicas of shards", "total", {})
     nets.equal_everywhere([state for state, _ in results])
