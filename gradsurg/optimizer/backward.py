@@ -43,10 +43,6 @@ def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> No
 class OneByOne:
     """One ordinary backward pass per task, in the order of the losses."""
 
-    def fresh(self) -> OneByOne:
-        """Return the same way without memory."""
-        return type(self)()
-
     def run(self, engine: Engine, run: Run) -> None:
         """Fill one row per task; the surgery follows when the backward pass around it is complete."""
         passes = engine.open_or_join(run)

@@ -57,13 +57,15 @@ class Engine:
         self.step = Step()
         # What a call in progress does: ("task", name), ("function", name) or ("total", ""); else None.
         self.busy: tuple[str, str] | None = None
-        self.deferring = 0  # depth of accumulate()
-        self.told: set[str] = set()  # warnings that are given once, and ("task " + name) of each task() block met
+        # Depth of accumulate().
+        self.deferring = 0
+        # What happened once: warnings given, "batched works", and "task " + name for each task() block met.
+        self.told: set[str] = set()
 
     def __reduce__(self) -> Any:
         # Copies start with the same options and no rows, and look for a DDP or FSDP2 module of their own; several
         # optimizers copied together share one copy.
-        return Engine, (self.options, self.passes.fresh())
+        return Engine, (self.options, self.passes)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -186,7 +188,7 @@ class Engine:
             return
         try:
             # linalg/ for the Gramian, normalize/, surgery/ and solvers/ for the weights, linalg/ for their sum.
-            result = compute_direction(self._inputs(rows, run.parameters))
+            result = compute_direction(self.inputs(rows, run.parameters))
             whole = result.gradients if self.session.layout is ALONE else self.session.layout.whole(result.gradients)
             self.capture.write(whole)
         except BaseException:
@@ -213,7 +215,8 @@ class Engine:
         self.run, self.step.pending = None, True
         return (None if waiting or sent is False else self.capture.rows), held
 
-    def _inputs(self, rows: TaskRows, parameters: list[Tensor]) -> StepInputs:
+    def inputs(self, rows: TaskRows, parameters: list[Tensor]) -> StepInputs:
+        """Return what a surgery on these rows of these parameters has to know."""
         options = self.options
         return StepInputs(
             rows=rows if options.rotate is None else self.rotation.completed(rows),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import numbers
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = ["DEFAULT_GUARANTEE", "Options", "WrapOptions", "check_options", "naming_the_nearest_option"]
 
-GRANULARITIES = {"model": "model", "group": "group", "tensor": "tensor"}
+GRANULARITIES = {name: name for name in ("model", "group", "tensor")}
 # The default as an object of its own: this tells a guarantee that was asked for from one that was not.
 DEFAULT_GUARANTEE = str(b"update", "ascii")
-NONFINITE = {"propagate": "propagate", "skip_task": "skip_task", "raise": "raise"}
+NONFINITE = {name: name for name in ("propagate", "skip_task", "raise")}
 COUNT = "a whole number of at least 1"
 
 
@@ -104,8 +103,8 @@ def naming_the_nearest_option(function: F) -> F:
 def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Options:
     """Return checked options; `given` has all options of `wrap`, and a wrong one is an error that names the fix."""
     guarantee = choose("guarantee", given["guarantee"], GUARANTEES)
-    names, levels = _names(given["tasks"]), parse_levels(_primary(given["primary"]))
-    preferences, margin = _preferences(given["preferences"]), parse_margin(given["margin"])
+    names, levels = _names(given["tasks"]), parse_levels(given["primary"])
+    preferences, margin = check_mapping("preferences", given["preferences"]), parse_margin(given["margin"])
     if margin and guarantee == "none":
         raise ValueError(
             f"margin={given['margin']!r} is part of a guarantee: use guarantee='update' or 'gradient' with it"
@@ -123,7 +122,7 @@ def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Option
             normalizer=resolve_normalizer(given["normalize"]),
             surgery=surgery,
             levels=levels,
-            auxiliary=choose("auxiliary", given["auxiliary"], {name: name for name in AUXILIARY}),
+            auxiliary=choose("auxiliary", given["auxiliary"], AUXILIARY),
             guarantee=guarantee,
             margin=margin,
         ),
@@ -189,28 +188,6 @@ def _names(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks={list(tasks)!r} has a name twice: names must differ")
     return tuple(tasks)
-
-
-def _primary(primary: str | Sequence[Any] | None) -> str | Sequence[Any] | None:
-    if primary is None or isinstance(primary, str):
-        return primary
-    members = primary if isinstance(primary, (list, tuple)) else [None]
-    flat = [name for item in members for name in (item if isinstance(item, (list, tuple)) else [item])]
-    if not all(isinstance(name, str) for name in flat):
-        raise ValueError(
-            f"primary={primary!r}: pass a task's name, or levels of names such as [['main'], ['aux1', 'aux2'], ['reg']]"
-        )
-    return primary
-
-
-def _preferences(preferences: Mapping[str, float] | None) -> dict[str, float]:
-    given: Mapping[Any, Any] = preferences if isinstance(preferences, Mapping) else {}
-    for name, number in given.items():
-        if not isinstance(name, str):
-            raise ValueError(f"preferences[{name!r}]: the keys are task names, such as {{'depth': 0.5}}")
-        if not isinstance(number, numbers.Real):
-            raise ValueError(f"preferences[{name!r}]={number!r}: pass a number")
-    return check_mapping("preferences", preferences)
 
 
 def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[Optimizer]) -> str:

@@ -14,7 +14,10 @@ from gradsurg.optimizer.report import DeferredReport, Report
 from gradsurg.solvers.problem import Problem
 from gradsurg.surgery.pipeline import Direction
 
-__all__ = ["block_names", "later", "of_reused_weights", "report_of", "unmeasured"]
+__all__ = ["REUSED", "block_names", "later", "of_reused_weights", "report_of", "unmeasured"]
+
+# The level of a report whose step used the weights of an earlier one.
+REUSED = "reused weights"
 
 
 def block_names(inputs: StepInputs, partitions: list[list[Tensor]]) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ def of_reused_weights(step: int, losses: Mapping[str, Tensor], weights: Mapping[
     given = torch.tensor([[weights[name] for name in losses]], dtype=torch.float64)
     unknown = torch.full_like(given, float("nan"))
     G = unknown.unsqueeze(-1).expand(1, len(losses), len(losses))
-    return _report(step, losses, tuple(losses), G, unknown, given, level="reused weights", fresh=())
+    return _report(step, losses, tuple(losses), G, unknown, given, level=REUSED, fresh=())
 
 
 def _report(

@@ -139,10 +139,10 @@ class Step:
 
 
 class Passes(Protocol):
-    """The way in which tasks' backward passes run: one by one, batched, or with the weights of an earlier step."""
+    """The way in which tasks' backward passes run: one by one, batched, or with the weights of an earlier step.
 
-    def fresh(self) -> Passes:
-        """Return the same way without memory, for a copy of the optimizer."""
+    It remembers nothing itself, so that copies of an optimizer can share it.
+    """
 
     def run(self, engine: Any, run: Run) -> None:
         """Fill the rows of a run and do the surgery, or whatever this way does instead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,7 @@ def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
 
 def _copy(self: MultiTaskOptimizer) -> MultiTaskOptimizer:
     # Rows are never shared with a copy.
-    copied = _rebuild(inner_class(self), Engine(self._gradsurg.options, self._gradsurg.passes.fresh()))
+    copied = _rebuild(inner_class(self), copy.copy(self._gradsurg))
     copied.__setstate__(self.__getstate__())
     return copied
 

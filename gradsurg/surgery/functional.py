@@ -245,7 +245,7 @@ def _pipeline(
         normalizer=resolve_normalizer(normalize),
         surgery=resolve_surgery(surgery),
         levels=levels,
-        auxiliary=choose("auxiliary", auxiliary, {name: name for name in AUXILIARY}),
+        auxiliary=choose("auxiliary", auxiliary, AUXILIARY),
         guarantee=choose("guarantee", guarantee, GUARANTEES),
         margin=margin,
     )

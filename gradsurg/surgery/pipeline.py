@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,7 @@ from gradsurg.surgery.priority import Levels, levels_of, order, protected
 
 __all__ = ["GUARANTEES", "Direction", "Pipeline", "check_mapping", "settled"]
 
-
-GUARANTEES: dict[str, Literal["update", "gradient", "none"]] = {
-    "update": "update",
-    "gradient": "gradient",
-    "none": "none",
-}
+GUARANTEES = {name: name for name in ("update", "gradient", "none")}
 
 
 @dataclass(frozen=True)
@@ -247,13 +243,15 @@ def settled(problem: Problem, weights: Tensor, allowed: Tensor | None = None) ->
     return _settle(problem, weights, ROUNDING_EXACT, True, allowed)[0]
 
 
-def check_mapping(argument: str, value: Mapping[str, float] | None) -> dict[str, float]:
+def check_mapping(argument: str, value: Mapping[Any, Any] | None) -> dict[str, float]:
     """Return positive, finite numbers per task name, or raise a ValueError that names the task."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError(f"{argument}={value!r}: pass a dict from task name to number, such as {{'depth': 0.5}}")
     for name, number in value.items():
-        if not 0 < float(number) < float("inf"):
-            raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite")
+        if not isinstance(name, str):
+            raise ValueError(f"{argument}[{name!r}]: the keys are task names, such as {{'depth': 0.5}}")
+        if not isinstance(number, Real) or not 0 < float(number) < float("inf"):
+            raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite, such as 0.5")
     return {name: float(number) for name, number in value.items()}

@@ -7,6 +7,7 @@ normalisation. A level's own direction comes from the surgery applied to that le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +18,28 @@ from gradsurg.solvers.problem import HOST, Solvers
 
 __all__ = ["AUXILIARY", "levels_of", "order", "parse_levels", "protected"]
 
-AUXILIARY = {
-    "protect": "auxiliaries are constraints: the primary's direction must not hurt them",
-    "help": "auxiliaries add what does not hurt the primary",
-}
+# "protect": auxiliaries are constraints that the primary's direction must not hurt. "help": they add what does not hurt
+# the primary.
+AUXILIARY = {name: name for name in ("protect", "help")}
 
 Levels = tuple[tuple[str, ...], ...]
 
 
-def parse_levels(primary: str | Sequence[str | Sequence[str]] | None) -> Levels | None:
+def parse_levels(primary: str | Sequence[Any] | None) -> Levels | None:
     """Return levels of task names from what a user may write: a name, the names of one level, or lists of names."""
     if primary is None:
         return None
     if isinstance(primary, str):
         return ((primary,),)
-    if all(isinstance(item, str) for item in primary):
-        levels: Levels = (tuple(str(item) for item in primary),)
-    elif not any(isinstance(item, str) for item in primary):
-        levels = tuple(tuple(level) for level in primary)
-    else:
+    items = primary if isinstance(primary, (list, tuple)) else [None]
+    flat = [name for item in items for name in (item if isinstance(item, (list, tuple)) else [item])]
+    if not all(isinstance(name, str) for name in flat):
+        raise ValueError(
+            f"primary={primary!r}: pass a task's name, or levels of names such as [['main'], ['aux1', 'aux2'], ['reg']]"
+        )
+    if len({isinstance(item, str) for item in items}) > 1:
         raise ValueError(f"primary={primary!r} mixes names and lists: use [['main'], ['aux1', 'aux2'], ['reg']]")
-    flat = [name for level in levels for name in level]
+    levels = (tuple(flat),) if flat == list(items) else tuple(map(tuple, items))
     if not flat or not all(levels):
         raise ValueError(f"primary={primary!r} has an empty level: name at least one task in each")
     if len(set(flat)) < len(flat):

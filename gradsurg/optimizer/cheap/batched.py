@@ -40,16 +40,12 @@ OBSTACLES = {
 class Batched(OneByOne):
     """Runs the passes of all tasks as one, or one by one if the first attempt fails."""
 
-    def __init__(self) -> None:
-        # None until the first attempt.
-        self.works: bool | None = None
-
     def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:
         """Run the passes of all tasks, and return those that are left."""
         losses = {name: task for name, task in passes if name is not None and isinstance(task, Tensor)}
         tasks = sum(name is not None for name, _ in passes)
         if len(losses) < tasks:
-            self.give_up("functions are computed and run one by one")
+            self.give_up(engine, "functions are computed and run one by one")
         elif self.fill(engine, losses, run.gradient, run.retain_graph or len(passes) > tasks):
             return [(name, task) for name, task in passes if name is None]
         return passes
@@ -60,31 +56,31 @@ class Batched(OneByOne):
         Raises:
             MultiTaskError: The pass failed although earlier ones worked, so the graph is used up.
         """
-        if self.works is False or len(losses) < 2:
+        if "batched fails" in engine.told or len(losses) < 2:
             return False
         parameters = engine.parameters() if engine.run is None else engine.run.parameters
         seeds = [seed_of(gradient, loss) for loss in losses.values()]
         graph = map_of(list(losses.values()))
         obstacle = _obstacle(engine.session.layout, parameters, graph)
         if obstacle is not None:
-            self.give_up(obstacle)
+            self.give_up(engine, obstacle)
             return False
-        tried = self.works is None
+        first = "batched works" not in engine.told
         try:
             # The graph is kept the first time: if the batched pass fails, passes one by one still need it.
-            rows = _rows(list(losses.values()), seeds, graph, keep or tried)
+            rows = _rows(list(losses.values()), seeds, graph, keep or first)
             if any(p.grad is not None for p in parameters):
                 raise MultiTaskError("a backward pass within the backward pass wrote to p.grad")
         except Exception as error:
-            if not tried:
+            if not first:
                 raise MultiTaskError(
                     f"batched=True: the pass over all tasks failed where earlier ones went through "
                     f"({_first_line(error)}). p.grad is as before. Leave out batched= to run the tasks one by one."
                 ) from error
             engine.capture.lift()
-            self.give_up(_first_line(error))
+            self.give_up(engine, _first_line(error))
             return False
-        self.works = True
+        engine.told.add("batched works")
         ours = set(map(id, parameters))
         for name, row in zip(losses, rows, strict=True):
             # A leaf that the optimizer does not train gets its gradient as from an ordinary pass.
@@ -94,11 +90,11 @@ class Batched(OneByOne):
             engine.capture.fresh.add(name, row)
         return True
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, engine: Engine, reason: str) -> None:
         """Run passes one by one from now on, and say why."""
-        if self.works is False:
+        if "batched fails" in engine.told:
             return
-        self.works = False
+        engine.told.add("batched fails")
         warn(
             f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
             "batched= to ask for that."

@@ -23,11 +23,11 @@ from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.compile import Watch, advise, anything_compiled
 from gradsurg.gradients.graph import blocking, edge_of, leaves_past
 from gradsurg.gradients.losses import detached, seed_of
+from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import HeldGradients, Row, TaskRows
 from gradsurg.linalg.sparse import added
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.engine import Engine
-from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import Report, settled
 from gradsurg.optimizer.run import Run
@@ -85,18 +85,9 @@ def run_on_features(engine: Engine, run: Run) -> None:
         averaged.begin()
         known = layout.mean_losses(known)
         engine.screen(rows, own)
+        inputs = engine.inputs(rows, features)
         found = compute_direction(
-            StepInputs(
-                rows=rows,
-                parameters=features,
-                groups=[features],
-                losses=known,
-                options=options,
-                step=engine.checkpoint.step,
-                state=engine.checkpoint.state,
-                skipped=engine.step.skipped,
-                layout=spread,
-            )
+            replace(inputs, groups=[features], losses=known, options=options, layout=spread, recycled=Recycler())
         )
         reached = list(found.gradients.items())
         if reached:

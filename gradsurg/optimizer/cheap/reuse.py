@@ -22,7 +22,7 @@ from gradsurg.gradients.losses import detached, seed_of
 from gradsurg.gradients.rows import is_finite
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.engine import Engine
-from gradsurg.optimizer.recording import of_reused_weights
+from gradsurg.optimizer.recording import REUSED, of_reused_weights
 from gradsurg.optimizer.run import Run
 
 __all__ = ["Reused"]
@@ -42,12 +42,6 @@ class Reused:
 
     def __init__(self, every: int, full: OneByOne) -> None:
         self.every, self.full = every, full
-        # Whether this step used the weights of an earlier one.
-        self._reused = False
-
-    def fresh(self) -> Reused:
-        """Return the same way without memory."""
-        return Reused(self.every, self.full.fresh())
 
     def run(self, engine: Engine, run: Run) -> None:
         """Run one pass of the weighted sum, or a full step if new weights have to be found."""
@@ -58,14 +52,15 @@ class Reused:
 
     def end_step(self, engine: Engine) -> None:
         """Keep the weights of a full step, or count that they were used once more."""
-        fresh = engine.report if engine.step.constraint is not None else None
-        if fresh is not None and len(fresh.tasks) > 1 and not fresh.nonfinite:
-            weights = dict(zip(fresh.tasks, fresh.weights[0].tolist(), strict=True))
-            engine.checkpoint.keep(KEY, weights=weights, age=1)
-        elif self._reused:
+        report = engine.report
+        if report is None or report.step != engine.checkpoint.step:  # the report of an earlier step
+            return
+        if report.level == REUSED:
             kept = engine.checkpoint.recall(KEY)
             engine.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
-        self._reused = False
+        elif engine.step.constraint is not None and len(report.tasks) > 1 and not report.nonfinite:
+            weights = dict(zip(report.tasks, report.weights[0].tolist(), strict=True))
+            engine.checkpoint.keep(KEY, weights=weights, age=1)
 
     def _reusable(self, engine: Engine, losses: Mapping[str, Tensor]) -> Map | None:
         """Return where the losses' graphs meet; None if this step has to find new weights, on any rank.
@@ -111,7 +106,6 @@ class Reused:
 
         def end() -> None:
             averaged.complete()
-            self._reused = True
             engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(known), weights), None)
 
         run.when_done(end, averaged.drop)
