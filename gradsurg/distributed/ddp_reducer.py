@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from gradsurg.errors import MultiTaskError
 
@@ -36,6 +39,7 @@ class Replica:
         self._cancels = hasattr(module.reducer, RESET)
         self._seen_forward = self._cancels
         self._armed: bool | None = None
+        self._miscounted, self._prepared, self._watched = False, False, False
         if not self._cancels:
             module.register_forward_pre_hook(self._before_forward)
             module.register_forward_hook(self._after_forward, always_call=True)
@@ -65,7 +69,13 @@ class Replica:
     def cancel(self) -> None:
         """Cancel what forward() prepared; the reducer's hooks then do nothing during backward passes."""
         if self._cancels:
-            getattr(self.module.reducer, RESET)()
+            module, self._prepared = self.module, False
+            getattr(module.reducer, RESET)()
+            if getattr(module, ENQUEUED, None) is False:
+                self._miscounted = True
+                if not self._watched:
+                    module.register_forward_hook(torch.compiler.disable(self._watch_outputs))
+                    self._watched = True
         elif not self._seen_forward:
             raise MultiTaskError(
                 "this version of torch cannot cancel the reduction that DDP prepared in forward(): pass the DDP module "
@@ -89,6 +99,35 @@ class Replica:
             module.require_forward_param_sync = sync
             if enqueued is not None:
                 setattr(module, ENQUEUED, enqueued)
+            if self._cancels:
+                # Our passes are not to be part of what a plain pass finds used.
+                getattr(module.reducer, RESET)()
+
+    # With a static graph, the reducer counts in the first backward pass how often each parameter is reached, and later
+    # reduces a parameter when that number is reached. If the first passes were a surgery's, the count is theirs, and
+    # plain passes would reduce nothing, silently. So the first plain pass gets a reducer that has counted nothing.
+
+    def _watch_outputs(self, module: DistributedDataParallel, _: Any, output: Any) -> None:
+        self._prepared = torch.is_grad_enabled() and module.require_backward_grad_sync
+        if self._prepared and self._miscounted and not getattr(module, ENQUEUED):
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._renew)
+
+    def _renew(self, _: Tensor) -> None:
+        if not (self._prepared and self._miscounted):
+            return
+        module, self._miscounted = self.module, False
+        module.reducer._remove_autograd_hooks()
+        parameters, sparse = module._build_params_for_reducer()
+        names = module._build_debug_param_to_name_mapping(parameters)
+        module._ddp_init_helper(parameters, sparse, names, True)
+        module.reducer._set_static_graph()
+        module.logger._set_static_graph()
+        for hook, state in module._comm_hooks:
+            dist._register_comm_hook(module.reducer, state, hook)
+        module.reducer.prepare_for_forward()
+        module.reducer.prepare_for_backward([])
 
     def _before_forward(self, module: DistributedDataParallel, _: Any) -> None:
         self._armed = module.require_backward_grad_sync

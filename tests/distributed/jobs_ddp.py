@@ -237,6 +237,30 @@ def with_plain_alone(how: str) -> dict[str, Tensor]:
     return nets.state_of(model)
 
 
+def turns(plan: str, model: nn.Module, optimizer: Any, part: Any) -> None:
+    """One step per letter: T a total of all tasks, t of the first two, P and p a plain sum of them."""
+    for step, turn in enumerate(plan):
+        optimizer.zero_grad()
+        losses = model(*part(nets.batch(step)))
+        losses = losses if turn in "TP" else dict(list(losses.items())[:2])
+        total = getattr(optimizer, "total", None)
+        (total(losses) if total is not None and turn in "Tt" else sum(losses.values())).backward()
+        optimizer.step()
+
+
+def in_turns(plan: str, flags: dict[str, Any]) -> dict[str, Tensor]:
+    model = ddp_of(nets.build(), **flags)
+    turns(plan, model, nets.optimizer_of(model, "SGD", surgery="sum", normalize="none", guarantee="none"), nets.mine)
+    return nets.state_of(model)
+
+
+def in_turns_alone(plan: str) -> dict[str, Tensor]:
+    """Plain torch: the surgery is that of a plain sum."""
+    model = nets.build()
+    turns(plan, model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), lambda data: data)
+    return nets.state_of(model)
+
+
 # -- what surrounds a model ---------------------------------------------------------------------------------------
 
 

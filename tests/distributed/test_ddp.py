@@ -84,6 +84,21 @@ def test_plain_steps_between_ours(ranks, flags):
     nets.assert_close(results[0], jobs_ddp.with_plain_alone("mixed"))
 
 
+@pytest.mark.parametrize("plan", ["TPP", "TTPTPP"])
+@pytest.mark.parametrize("flags", FLAGS[1:3] + [{"static_graph": True, "gradient_as_bucket_view": True}], ids=str)
+def test_plain_steps_after_totals(ranks, flags, plan):
+    """A static graph is counted in the first backward pass, which was a task's."""
+    results = ranks(2).run(jobs_ddp.in_turns, plan, flags)
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], jobs_ddp.in_turns_alone(plan))
+
+
+def test_a_plain_step_that_reaches_less_than_the_total_before_it(ranks):
+    results = ranks(2).run(jobs_ddp.in_turns, "TptpTp", {"find_unused_parameters": True})
+    nets.equal_everywhere(results)
+    nets.assert_close(results[0], jobs_ddp.in_turns_alone("TptpTp"))
+
+
 def test_buffers_are_those_of_plain_ddp(ranks):
     for plain, ours in ranks(2).run(jobs_ddp.buffers):
         nets.assert_close(ours, plain)
