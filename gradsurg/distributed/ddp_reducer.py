@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -123,9 +122,10 @@ class Replica:
         names = module._build_debug_param_to_name_mapping(parameters)
         module._ddp_init_helper(parameters, sparse, names, True)
         module.reducer._set_static_graph()
+        assert module.logger is not None
         module.logger._set_static_graph()
         for hook, state in module._comm_hooks:
-            dist._register_comm_hook(module.reducer, state, hook)
+            torch._C._distributed_c10d._register_comm_hook(module.reducer, state, hook)
         module.reducer.prepare_for_forward()
         module.reducer.prepare_for_backward([])
 

@@ -85,7 +85,7 @@ def test_plain_steps_between_ours(ranks, flags):
 
 
 @pytest.mark.parametrize("plan", ["TPP", "TTPTPP"])
-@pytest.mark.parametrize("flags", FLAGS[1:3] + [{"static_graph": True, "gradient_as_bucket_view": True}], ids=str)
+@pytest.mark.parametrize("flags", [*FLAGS[1:3], {"static_graph": True, "gradient_as_bucket_view": True}], ids=str)
 def test_plain_steps_after_totals(ranks, flags, plan):
     """A static graph is counted in the first backward pass, which was a task's."""
     results = ranks(2).run(jobs_ddp.in_turns, plan, flags)
