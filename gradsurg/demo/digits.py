@@ -204,6 +204,7 @@ def train(job: Job, data: Data, *, wrapped: bool, progress: Callable[[], object]
         optimizer = gradsurg.wrap(optimizer, seed=job.seed, **job.options)
     scheduler = job.schedule(optimizer) if job.schedule else None
     generator = torch.Generator().manual_seed(job.seed)
+    # Test losses are measured between epochs, outside of the time of the steps.
     losses, steps = [_test_losses(model, data)], []
     for _ in range(job.epochs):
         for batch in data.train.batches(generator):
@@ -263,6 +264,7 @@ def _step(model: Model, optimizer: Optimizer, batch: Pairs, clip: float | None) 
 
     began = time.perf_counter()
     optimizer.zero_grad()
+    # The only difference between the two runs.
     if isinstance(optimizer, gradsurg.MultiTaskOptimizer):
         optimizer.total(losses).backward()
     else:

@@ -83,6 +83,7 @@ def plot(runs: dict[str, list[Run]], path: Path, title: str) -> None:
 
 
 def _per_epoch(run: Run, cosines: Tensor) -> Tensor:
+    # All epochs have equally many steps, because only full batches are used.
     return 100 * conflicts(cosines).double().reshape(len(run.losses) - 1, -1).mean(1)
 
 

@@ -74,6 +74,7 @@ class Capture:
 
     def part_with(self, name: str) -> tuple[Row, ...]:
         """Return a task's fresh row, and what of it was not sent before; the fresh one belongs to the caller now."""
+        # What all ranks made of the row comes back through `arrived`.
         fresh = self.fresh.drop(name) if name in self.fresh else Row()
         return (fresh, self.unsent[name]) if name in self.to_send() else (fresh,)
 
@@ -196,6 +197,7 @@ class Capture:
 
     def _foreign_among(self, parameters: list[Tensor]) -> Row:
         """Return what others put into p.grad, or what we knew of it if all of p.grad is ours."""
+        # What we wrote stands there untouched, so the foreign part of it is the one that we remember.
         if self._was_live and self._sentinel is None:
             return self._foreign.copy()
         standing = Row((p, p.grad) for p in parameters if p.grad is not None)

@@ -173,6 +173,7 @@ def noticing_kept_graphs(parameters: Sequence[Tensor]) -> Iterator[None]:
         if graph_is_kept():
             kept.append(True)
 
+    # A hook on each parameter runs inside of every backward pass that reaches it, where the flag can be read.
     hooks = [p.register_hook(notice) for p in parameters]
     try:
         yield

@@ -58,6 +58,7 @@ def walk(
     while waiting:
         node = waiting.pop()
         if node in known:
+            # What comes after it was walked before.
             met.add(node)
         elif node not in visited:
             visited[node] = edges = node.next_functions if edges_of is None else edges_of(node)

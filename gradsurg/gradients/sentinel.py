@@ -42,6 +42,7 @@ class Sentinel:
         untouched = version_of(gradient) == self._version
         if self._before is None:
             return "there" if untouched else "added to"
+        # Zeroed in place, as zero_grad(set_to_none=False) does.
         numbers = local_of(gradient)
         if not bool(numbers.any()):
             return "gone"

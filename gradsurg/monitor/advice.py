@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from gradsurg.optimizer.report import Report
 
@@ -76,6 +75,7 @@ def _loudness(reports: Sequence[Report], found: Sequence[Pair]) -> str | None:
     ratio = medians[loud] / medians[quiet]
     if ratio < LOUD:
         return None
+    # The same ratio after normalisation.
     left = _median(scaled[loud]) / max(_median(scaled[quiet]), 1e-300)
     said = f"The gradient of {loud} is about {ratio:.0f} times as long as that of {quiet}"
     if left > ratio / 2:
@@ -156,14 +156,13 @@ def pairs(reports: Sequence[Report]) -> list[Pair]:
     for report in reports:
         matrix = report.cosines.tolist()
         for (i, a), (j, b) in itertools.combinations(enumerate(report.tasks), 2):
+            # Tasks may come in another order in another step.
             key, value = ((a, b) if (b, a) not in cosines else (b, a)), matrix[i][j]
             if not math.isnan(value):
                 cosines.setdefault(key, []).append(value)
-    found = [_pair(names, torch.tensor(values, dtype=torch.float64)) for names, values in cosines.items()]
+    found = []
+    for names, values in cosines.items():
+        hurt = torch.tensor([value < 0 for value in values], dtype=torch.float64)
+        thirds = tuple(float(part.mean()) for part in hurt.tensor_split(3) if len(part))
+        found.append(Pair(names, float(hurt.mean()), float(torch.tensor(values, dtype=torch.float64).mean()), thirds))
     return sorted(found, key=lambda pair: (-pair.share, pair.cosine))
-
-
-def _pair(names: tuple[str, str], cosines: Tensor) -> Pair:
-    hurt = (cosines < 0).double()
-    thirds = tuple(float(part.mean()) for part in hurt.tensor_split(3) if len(part))
-    return Pair(names, float(hurt.mean()), float(cosines.mean()), thirds)

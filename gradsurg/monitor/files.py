@@ -99,12 +99,11 @@ def _mapped(report: Report, change: Callable[[Tensor], Tensor]) -> Report:
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return nested dicts, lists, strings and numbers; NaN and infinities, which JSON lacks, become None."""
-    return {
-        field.name: _plain(getattr(report, field.name))
-        for field in dataclasses.fields(report)
-        # The sum of the gramians is not written beside them.
-        if not (field.name == "gramian" and report.gramians is not None)
-    }
+    entry: dict[str, Any] = _plain(report)
+    # It is the sum of the gramians, which from_json adds up again.
+    if report.gramians is not None:
+        del entry["gramian"]
+    return entry
 
 
 def from_json(entry: object) -> Report:
@@ -147,6 +146,7 @@ def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
         if field.name not in entry:
             continue
         value, kind = entry[field.name], str(field.type)
+        # A field that may be None keeps it; in a list of numbers None stands for NaN.
         if value is None and "None" in kind:
             pass
         elif kind.startswith("Tensor"):
@@ -170,6 +170,7 @@ def _with_nan(value: Any) -> Any:
 def write_csv(path: Path, reports: Sequence[Report]) -> None:
     """Write a table with a row per step and task; a cell is empty if there is no number."""
     rows = [row for report in reports for row in _rows(report)]
+    # Cosines come last: there are more of them whenever a new task appears.
     columns = dict.fromkeys(name for row in rows for name in row)
     last = [name for name in columns if name.startswith(_COSINE)]
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -108,6 +108,7 @@ def _pictures(reports: Sequence[Report]) -> list[str]:
         # The reports lack what this picture shows, such as blocks or a measured update.
         except ValueError:
             continue
+        # Each picture has a number of its own, for the ids inside of it.
         figures.append(f"<figure>{_svg(ax, f'p{number}-')}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return figures
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gradsurg.monitor.advice import ALOOF, PEACE, Pair, advice, pairs
+from gradsurg.monitor.plot.numbers import several
 from gradsurg.optimizer.report import Report
 
 __all__ = ["verdict"]
@@ -40,9 +41,7 @@ def verdict(reports: Sequence[Report]) -> dict[str, list[str]]:
         >>> verdict(history.reports)["Which tasks fight"]
         ['a and b fight: in conflict in 100% of the steps, at 108° on average.']
     """
-    measured = [report for report in reports if len(report.tasks) > 1 and not report.norms.isnan().all()]
-    if not measured:
-        raise ValueError("no recorded step has several tasks that share parameters: there is nothing to judge")
+    measured = several(reports, "judge")
     found = pairs(measured)
     return {
         "Which tasks fight": _who(found),
@@ -86,6 +85,7 @@ def _when(found: Sequence[Pair]) -> list[str]:
 def _changed(reports: Sequence[Report]) -> list[str]:
     sentences = []
     changes = torch.tensor([report.change for report in reports], dtype=torch.float64)
+    # NaN: no weights were found in that step.
     changes = changes[~changes.isnan()]
     if len(changes):
         touched = changes[changes > 0]

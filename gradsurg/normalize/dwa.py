@@ -55,6 +55,7 @@ class DWA(Normalizer):
         for task, loss in zip(problem.tasks, losses, strict=True):
             memory = state.get(task, {"sum": 0.0, "count": 0, "means": []})
             means = memory["means"]
+            # Read before this step's loss enters: the epoch in progress has no say in its own scales.
             ratios.append(means[1] / means[0] if len(means) == 2 else 1.0)
             total, count = memory["sum"] + loss, memory["count"] + 1
             # The epoch is over. Only the last two means are ever read.

@@ -58,6 +58,7 @@ class FAMO(Normalizer):
         before: dict[str, float] = state.get("logs", {})
         logits: dict[str, dict[str, Any]] = {task: unlearned(0.0) for task in problem.tasks} | state.get("logits", {})
         stayed = [task for task in problem.tasks if task in before]
+        # A task that was absent in the last step has no fall to learn from.
         if stayed:
             z = torch.softmax(torch.tensor([logits[task]["value"] for task in stayed], dtype=torch.float64), 0)
             fall = torch.tensor([before[task] - now[task] for task in stayed], dtype=torch.float64)

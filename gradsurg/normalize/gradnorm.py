@@ -64,11 +64,13 @@ class GradNorm(Normalizer):
         initial = torch.tensor([memory["initial"] for memory in memories], dtype=torch.float64, device=losses.device)
         # Over all partitions of the parameters: each task learns one scale.
         norms = problem.norms.reshape(-1, len(problem.tasks)).square().sum(0).sqrt()
+        # How far each task is behind the mean, by the share of its first loss that is left.
         behind = losses / initial / (losses / initial).mean()
         scaled = weights * norms
         gradients = torch.sign(scaled - scaled.mean() * behind**self.alpha) * norms
         moved = [descended(memory, g, rate=self.rate) for memory, g in zip(memories, gradients.tolist(), strict=True)]
         next_weights = [max(memory["value"], LEAST) for memory in moved]
+        # Only the tasks of this step are rescaled; the others keep their weight until they come back.
         factor = len(next_weights) / sum(next_weights)
         next_state: dict[str, Any] = dict(state)
         for task, old, new, weight in zip(problem.tasks, memories, moved, next_weights, strict=True):

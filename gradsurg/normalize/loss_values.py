@@ -72,6 +72,7 @@ class InitialLoss(Normalizer):
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         next_state: dict[str, Any] = dict(state)
+        # Once all are measured, losses are not read, so they need not be there nor be positive.
         if any(state.get(task, {}).get("count", 0) < self.steps for task in problem.tasks):
             losses = losses_of(problem, self.name, positive=True).tolist()
             for task, loss in zip(problem.tasks, losses, strict=True):

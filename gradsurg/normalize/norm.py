@@ -70,6 +70,7 @@ class Norm(Normalizer):
         for task, column in zip(problem.tasks, norms.reshape(-1, len(problem.tasks)).unbind(1), strict=True):
             now = column.tolist()
             memory = state.get(task, {})
+            # Another number of blocks: averages are known by position, so they fit no longer.
             if len(memory.get("average", ())) != len(now):
                 memory = {"average": [0.0] * len(now), "weight": [0.0] * len(now)}
             # A norm of 0 is an absent task, whose average stays.

@@ -48,6 +48,7 @@ class Tchebycheff(Normalizer):
 
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         distances = _distances(problem, self.name, self.ideal)
+        # max() returns one of the numbers as it is, so == finds it, and all that tie with it.
         return per_block(problem, (distances == distances.max()).double()), state
 
 

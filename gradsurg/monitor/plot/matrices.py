@@ -64,6 +64,7 @@ def layers(history: Reports, *, ax: Axes | None = None) -> Axes:
     names = tasks_of(reports)
     pairs = list(itertools.combinations(range(len(names)), 2))
     cosines = torch.full((len(reports), len(blocks), len(names), len(names)), math.nan, dtype=torch.float64)
+    # What a report lacks stays NaN: a task that was absent, or a block that no task reached.
     for k, report in enumerate(reports):
         rows = torch.tensor([blocks.index(name) for name in report.blocks])
         place = torch.tensor([names.index(name) for name in report.tasks])

@@ -35,11 +35,11 @@ def reports_of(history: Reports) -> list[Report]:
     return list(history)
 
 
-def several(history: Reports) -> list[Report]:
-    """Return the reports that have several tasks over shared parameters."""
+def several(history: Reports, use: str = "draw") -> list[Report]:
+    """Return the reports that have several tasks over shared parameters; `use` says in the error what for."""
     reports = [report for report in reports_of(history) if len(report.tasks) > 1 and not report.norms.isnan().all()]
     if not reports:
-        raise ValueError("no recorded step has several tasks that share parameters: there is nothing to draw")
+        raise ValueError(f"no recorded step has several tasks that share parameters: there is nothing to {use}")
     return reports
 
 

@@ -39,8 +39,10 @@ def conflicts(history: Reports, *, ax: Axes | None = None) -> Axes:
     reports = several(history)
     names = tasks_of(reports)
     cosines = aligned_cosines(reports, names)
-    pairs = {f"{names[i]} – {names[j]}": cosines[:, i, j] for i, j in itertools.combinations(range(len(names)), 2)}
-    curves = {name: share_in_conflict(c) for name, c in pairs.items()}
+    curves = {
+        f"{names[i]} – {names[j]}": share_in_conflict(cosines[:, i, j])
+        for i, j in itertools.combinations(range(len(names)), 2)
+    }
     worst = sorted(curves, key=lambda name: -float(curves[name].nan_to_num(0).mean()))[:6]
     # A single step has a share of 0 or 100 %, so each point is the mean of at least eight.
     points = min(24, max(1, len(reports) // 8))
@@ -68,6 +70,7 @@ def angles(history: Reports, *, of: str = "update", ax: Axes | None = None) -> A
         reports = [report for report in reports if report.update_cosines is not None]
         if not reports:
             raise ValueError("no update was measured: that needs guarantee='update'. of='direction' is always there")
+    # Both are properties of a report: update_cosines and direction_cosines.
     curves = per_task(reports, lambda r: degrees(getattr(r, f"{of}_cosines")))
     ax = curves_over_time(ax, reports, curves)
     ax.axhline(90, color="black", linewidth=1)
@@ -92,10 +95,9 @@ def weights(history: Reports, *, ax: Axes | None = None) -> Axes:
     """
     reports = several(history)
     curves = per_task(reports, lambda r: r.weights.mean(0))
-    ax = curves_over_time(ax, reports, curves, log=True)
+    ax = curves_over_time(ax, reports, curves, log=True, title="Weights", ylabel="weight of the raw gradient")
     # The weight in a plain sum.
     ax.axhline(1, color="black", linewidth=0.8, zorder=0)
-    ax.set(title="Weights", ylabel="weight of the raw gradient")
     return ax
 
 
@@ -111,9 +113,7 @@ def norms(history: Reports, *, ax: Axes | None = None) -> Axes:
     """
     reports = several(history)
     curves = per_task(reports, lambda r: r.norms)
-    ax = curves_over_time(ax, reports, curves, log=True)
-    ax.set(title="Length of each task's gradient", ylabel="norm")
-    return ax
+    return curves_over_time(ax, reports, curves, log=True, title="Length of each task's gradient", ylabel="norm")
 
 
 def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
@@ -134,6 +134,4 @@ def losses(history: Reports, *, ax: Axes | None = None) -> Axes:
         name: torch.tensor([float(r.losses[name]) if name in r.losses else math.nan for r in reports]).double()
         for name in names
     }
-    ax = curves_over_time(ax, reports, curves, log=True)
-    ax.set(title="Losses of the batches", ylabel="loss")
-    return ax
+    return curves_over_time(ax, reports, curves, log=True, title="Losses of the batches", ylabel="loss")

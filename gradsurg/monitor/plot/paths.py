@@ -53,6 +53,7 @@ def trajectory(
     x, y = (torch.linspace(float(low[i]), float(high[i]), resolution, dtype=torch.float64) for i in range(2))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
     ax = axes_or_new(ax, (5.4, 4.6))
+    # Each loss is called once, with all points of the grid.
     surfaces = {name: loss(grid).detach() for name, loss in losses.items()}
     if surfaces:
         total = torch.stack(list(surfaces.values())).sum(0)

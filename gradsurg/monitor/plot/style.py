@@ -49,14 +49,22 @@ def styles() -> Iterator[dict[str, Any]]:
 
 
 def curves_over_time(
-    ax: Axes | None, reports: Sequence[Report], curves: Mapping[str, Tensor], *, points: int = POINTS, log: bool = False
+    ax: Axes | None,
+    reports: Sequence[Report],
+    curves: Mapping[str, Tensor],
+    *,
+    points: int = POINTS,
+    log: bool = False,
+    **labels: Any,
 ) -> Axes:
     """Draw each curve, one value per report (NaN is a gap), as means over bins of equally many steps.
 
-    With `log` the axis is logarithmic if all values are positive and span more than a factor of 20.
+    With `log` the axis is logarithmic if all values are positive and span more than a factor of 20; `labels` go to
+    ax.set().
     """
     ax = axes_or_new(ax)
     steps = torch.tensor([report.step for report in reports], dtype=torch.float64)
+    # Equally many steps in each bin, wherever they lie: reports may come at uneven intervals.
     bins = torch.arange(len(steps)).tensor_split(min(points, len(steps)))
     at = torch.stack([steps[each].mean() for each in bins])
     for (name, values), style in zip(curves.items(), styles(), strict=False):
@@ -68,7 +76,7 @@ def curves_over_time(
     values = values[values.isfinite()]
     if log and len(values) and 0 < 20 * float(values.min()) < float(values.max()):
         ax.set_yscale("log")
-    ax.set_xlabel("step")
+    ax.set(xlabel="step", **labels)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
