@@ -52,10 +52,11 @@ def plan(parameters: Sequence[Tensor], members: Sequence[int], ranks: int) -> li
     latest: dict[tuple[torch.dtype, torch.device], Bucket] = {}
     for k in members:
         p = parameters[k]
-        key = (p.dtype.to_real() if p.is_complex() else p.dtype, p.device)
+        # Complex numbers travel by themselves: a pair of reals is seen as one only if it lies at an even offset.
+        key = (p.dtype, p.device)
         size = share(p, ranks)
         if key not in latest or (latest[key].width + size) * ranks > CAPACITY:
-            latest[key] = Bucket([], [], 0, *key)
+            latest[key] = Bucket([], [], 0, p.dtype.to_real(), p.device)
             buckets.append(latest[key])
         latest[key].members.append(k)
         latest[key].offsets.append(latest[key].width)

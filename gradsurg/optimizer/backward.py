@@ -165,8 +165,9 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
         check_names((tuple(gradients),), engine.options.tasks, "gradients")
     parameters = engine.parameters() if engine.options.shared is None else list(engine.options.shared)
     rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
-    engine.check_names(rows)
     engine.lay_out()
+    if not engine.session.layout.several:
+        engine.check_names(rows)
     engine.learn(rows)
     engine.open(Run())
     for name, row in rows.items():

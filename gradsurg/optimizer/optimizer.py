@@ -75,7 +75,8 @@ class MultiTaskOptimizer(Optimizer):
         if not torch.is_grad_enabled() or not (trainable or others):
             return value.clone()
         given = None if features is None else check_features(features, engine.options)
-        engine.check_names(parsed)
+        if not others:  # which may have the tasks that this rank lacks: step() warns of names that none has
+            engine.check_names(parsed)
         # Now, and not only when the run begins: DDP's own reduction must be switched off before any loss beside this
         # total runs backward.
         engine.lay_out()
@@ -131,7 +132,8 @@ class MultiTaskOptimizer(Optimizer):
         trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
         if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
-        engine.check_names(parsed)
+        if not others:  # which may have the tasks that this rank lacks: step() warns of names that none has
+            engine.check_names(parsed)
         run_backward(engine, Run(parsed, plain, given, retain_graph=retain_graph))
 
     @contextmanager

@@ -166,11 +166,26 @@ def without_any_alone(ranks: int) -> dict[str, Tensor]:
     return nets.state_of(model)
 
 
-def uneven_alone(ranks: int) -> dict[str, Tensor]:
+def named_later(options: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The first batch of rank 0 lacks two tasks, the first of rank 1 another, though options name them."""
+    model = ddp_of(nets.build())
+    optimizer = nets.optimizer_of(model, **options)
+    for step, presence in enumerate(PRESENCE[2:4]):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        optimizer.total({name: losses[name] for name in presence[dist.get_rank()]}).backward()
+        try:
+            optimizer.step()
+        except UserWarning as warning:  # the workers make errors of them
+            return nets.state_of(model), str(warning)
+    return nets.state_of(model), ""
+
+
+def uneven_alone(ranks: int, first: int = 0, last: int = 7, **options: Any) -> dict[str, Tensor]:
     """A rank without the task counts as a loss of 0 in the mean."""
     model = nets.build()
-    optimizer = nets.optimizer_of(model)
-    for step, presence in enumerate(PRESENCE):
+    optimizer = nets.optimizer_of(model, **options)
+    for step, presence in enumerate(PRESENCE[first:last]):
         optimizer.zero_grad()
         parts = [model(*nets.mine(nets.batch(step), rank, ranks)) for rank in range(ranks)]
         names = dict.fromkeys(name for rank in range(ranks) for name in presence[rank % 2])
@@ -340,13 +355,31 @@ class CheckpointedAnew(Checkpointed):
     reentrant = False
 
 
+class Complex(nets.Net):
+    """A complex layer beside real ones, with odd numbers of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64) / 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = x.to(torch.complex64) @ self.layer
+        return super().forward(z.real + z.imag, y)
+
+
 class Compiled(nets.Net):
     def __init__(self) -> None:
         super().__init__()
         self.trunk.compile(backend="aot_eager")
 
 
-KINDS = {"reentrant": Checkpointed, "non-reentrant": CheckpointedAnew, "compiled": Compiled, "compiled whole": nets.Net}
+KINDS = {
+    "reentrant": Checkpointed,
+    "non-reentrant": CheckpointedAnew,
+    "compiled": Compiled,
+    "compiled whole": nets.Net,
+    "complex": Complex,
+}
 
 
 def special(kind: str) -> dict[str, Tensor]:

@@ -95,7 +95,8 @@ def assert_close(ours: dict[str, Tensor], alone: dict[str, Tensor], tolerance: f
     assert list(ours) == list(alone)
     for name, t in ours.items():
         scale = max(1.0, float(alone[name].abs().max())) if t.is_floating_point() else 1.0
-        difference = float((t.double() - alone[name].double()).abs().max())
+        wide = torch.complex128 if t.is_complex() else torch.float64
+        difference = float((t.to(wide) - alone[name].to(wide)).abs().max())
         assert difference <= tolerance * scale, f"{name} differs by {difference:.1e}"
 
 

@@ -60,6 +60,22 @@ def test_a_task_missing_on_some_ranks(ranks, count, form):
     assert all(memory == results[0][2] for _, _, memory in results)
 
 
+@pytest.mark.parametrize(
+    "options", [{"preferences": {"task2": 2.0}}, {"primary": "task0"}, {"margin": {"task1": 0.1}}], ids=str
+)
+def test_a_task_that_options_name_may_be_missing_on_a_rank(ranks, options):
+    results = ranks(2).run(jobs_ddp.named_later, options)
+    nets.equal_everywhere([state for state, _ in results])
+    nets.assert_close(results[0][0], jobs_ddp.uneven_alone(2, 2, 4, **options))
+    assert [warning for _, warning in results] == ["", ""]
+
+
+def test_an_option_that_names_no_rank_s_task_is_warned_of_on_all(ranks):
+    for state, warning in ranks(2).run(jobs_ddp.named_later, {"preferences": {"tusk0": 2.0}}):
+        assert "preferences names the task 'tusk0'" in warning
+        nets.assert_close(state, nets.state_of(nets.build()), 0)
+
+
 @pytest.mark.parametrize("form", ["total", "backward"])
 def test_ranks_without_any_task(ranks, form):
     results = ranks(2).run(jobs_ddp.without_any, form)
@@ -122,8 +138,8 @@ def test_a_task_that_is_not_finite_where_others_lack_it(ranks, options):
         assert all(t.isfinite().all() for t in state.values())
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled", "compiled whole"])
-def test_checkpointed_and_compiled_models(ranks, kind):
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled", "compiled whole", "complex"])
+def test_checkpointed_compiled_and_complex_models(ranks, kind):
     results = ranks(2).run(jobs_ddp.special, kind)
     nets.equal_everywhere(results)
     nets.assert_close(results[0], jobs_ddp.special_alone(kind))
