@@ -81,10 +81,6 @@ class Group:
             work.wait()
         return there.to(numbers.device)
 
-    def first(self, numbers: Tensor) -> Tensor:
-        """Return the first rank's numbers on all ranks."""
-        return self.total(numbers if self.rank == 0 else torch.zeros_like(numbers))
-
     def mean(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean over ranks of numbers that all ranks have, by name; they stay on the device."""
         if not named:
@@ -106,22 +102,12 @@ class Group:
             work.wait()
         return there.cpu()
 
-    def agree(self, number: int) -> bool:
-        """Whether all ranks gave this one number, and it is not 0."""
-        heard = self.gather(torch.tensor(number))  # asked with 0 too: the others wait for the answer
-        return number != 0 and bool((heard == number).all())
-
     def objects(self, mine: object) -> list[Any]:
         """Return the object of each rank: slow, for what happens once or seldom."""
         found: list[Any] = [None] * self.size
         with listening("comparing names over the ranks"):
             dist.all_gather_object(found, mine, group=self.group)
         return found
-
-    def union(self, names: Sequence[str]) -> list[str]:
-        """Return the names of all ranks, in the order of the lowest rank that has them."""
-        heard = self.gather(torch.tensor(fingerprint(names)))
-        return merged([names] if bool((heard == heard[0]).all()) else self.objects(list(names)))
 
 
 def merged(lists: Iterable[Iterable[str]]) -> list[str]:

@@ -38,7 +38,7 @@ class Ranks:
 
     def __init__(self, model: nn.Module | None = None, *, whole_rows: bool = False) -> None:
         self._whole_rows = whole_rows
-        self._model = None if model is None else weakref.ref(model)
+        self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
         self._layout: Layout | None = None
         self._key: tuple[int, ...] = ()
         self._group: Any = None
@@ -66,27 +66,23 @@ class Ranks:
             self._layout, self._key = None, ()
             return ALONE
         key, group = tuple(map(id, parameters)), torch.distributed.group.WORLD
-        if self._layout is None or key != self._key or group is not self._group or not self._alive():
+        gone = any(not replica.alive for replica in getattr(self._layout, "replicas", ()))
+        if self._layout is None or key != self._key or group is not self._group or gone:
             self._layout, self._key, self._group = self._find(parameters), key, group
         return self._layout
-
-    def _alive(self) -> bool:
-        from gradsurg.distributed.ddp import DDPLayout
-
-        return not isinstance(self._layout, DDPLayout) or all(replica.alive for replica in self._layout.replicas)
 
     def _find(self, parameters: Sequence[Tensor]) -> Layout:
         if _is_sharded(parameters):
             from gradsurg.distributed.fsdp import ShardedLayout
 
-            return ShardedLayout(parameters, self._named())
+            return ShardedLayout(parameters, self._model())
         from gradsurg.distributed.collectives import Group
         from gradsurg.distributed.ddp import DDPLayout, DDPWholeLayout
 
         replicas = self._early or self._replicas(parameters)
         if not replicas:
-            refuse_fsdp1(parameters, self._named())
-            inside = "" if self._named() is None else " inside the module given as model="
+            refuse_fsdp1(parameters, self._model())
+            inside = "" if self._model() is None else " inside the module given as model="
             raise MultiTaskError(
                 f"{torch.distributed.get_world_size()} ranks are initialised, but no DistributedDataParallel module"
                 f"{inside} owns these parameters, and they are not sharded: every rank would train alone. Build "
@@ -122,11 +118,8 @@ class Ranks:
             return min((position.get(id(p), len(position)) for p in module.parameters()), default=len(position))
 
         # In the order of their parameters: that of the garbage collector differs from rank to rank.
-        found = modules_of(DistributedDataParallel, parameters, self._named())
+        found = modules_of(DistributedDataParallel, parameters, self._model())
         return [Replica(module) for module in sorted(found, key=first)]
-
-    def _named(self) -> nn.Module | None:
-        return None if self._model is None else self._model()
 
 
 def _is_sharded(parameters: Sequence[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradsurg.distributed.collectives import Group, RanksError, fingerprint
+from gradsurg.distributed.collectives import Group, RanksError, fingerprint, merged
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.measure import Measure
 
@@ -130,11 +130,18 @@ class Layout:
 
     def agree(self, number: int) -> bool:
         """Whether all ranks gave this one number, and it is not 0."""
-        return number != 0 if self.group is None else self.group.agree(number)
+        if self.group is None:
+            return number != 0
+        # Asked with 0 too: the others wait for the answer.
+        heard = self.group.gather(torch.tensor(number))
+        return number != 0 and bool((heard == number).all())
 
     def agreed(self, names: Sequence[str]) -> list[str]:
-        """Return the tasks of all ranks, in an order that all ranks share."""
-        return list(names) if self.group is None else self.group.union(names)
+        """Return the tasks of all ranks, in the order of the lowest rank that has them."""
+        if self.group is None:
+            return list(names)
+        heard = self.group.gather(torch.tensor(fingerprint(names)))
+        return merged([names] if bool((heard == heard[0]).all()) else self.group.objects(list(names)))
 
 
 def generator_of(generator: torch.Generator, *what: object) -> torch.Generator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
@@ -111,13 +112,7 @@ def _after(node: Node) -> Edges:
 
 @dataclass(frozen=True)
 class Border:
-    """A node that only one task reaches, with edges to nodes that several tasks reach.
-
-    Attributes:
-        node: The node.
-        task: The number of the task.
-        edges: Which of its edges lead across.
-    """
+    """A node that only one task reaches, by its number, and which of its edges lead to nodes that several reach."""
 
     node: Node
     task: int
@@ -151,7 +146,7 @@ class Map:
 
 def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     """Return what one loss reaches alone and what several reach; `declared` are leaves that count as the latter."""
-    roots = [_root_edge(loss) for loss in losses]
+    roots = [cast(Edge, past_sink(edge_of(loss))) for loss in losses]
     owner, after, met = _owners(roots)
     kinds = {type(node).__name__ for node in owner}
     # Looked for once, instead of at every edge.
@@ -175,12 +170,6 @@ def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     leaves = _leaves(node for node in owner if node in common)
     nested = len(entered) > 1 and any(other in entered for node in common for other, _ in after.get(node, ()))
     return Map(borders, common, own, leaves, roots, kinds, nested, hidden)
-
-
-def _root_edge(tensor: Tensor) -> Edge:
-    node, output = past_sink(edge_of(tensor))
-    assert node is not None
-    return node, output
 
 
 def _owners(

@@ -73,7 +73,10 @@ def combine(
             grouped.setdefault((*nonzero, parameter.dtype, parameter.device), []).append(k)
             continue
         if plain and parameter.numel() <= DIRECT:
-            result[k] = _sum_whole([rows[i][k] for i in nonzero], [weights[i] for i in nonzero], into[k])
+            whole = [g for i in nonzero if (g := rows[i][k]) is not None]
+            result[k] = u = torch.mul(whole[0], weights[nonzero[0]], out=into[k])
+            for i, g in zip(nonzero[1:], whole[1:], strict=True):
+                u.add_(g, alpha=weights[i])
             continue
         present = [(i, g) for i, row in enumerate(rows) if (g := row[k]) is not None]
         some, any_sparse = present[0][1], any(g.is_sparse for _, g in present)
@@ -134,15 +137,6 @@ def correct_(
                 parameter.add_(g.to(parameter.dtype), alpha=c)
         elif present:
             _sum_blocks([g for g, _ in present], [c for _, c in present], parameter, exact, add=True)
-
-
-def _sum_whole(column: Sequence[Tensor | None], weights: Sequence[float], out: Tensor | None) -> Tensor:
-    """Return Σ w_i g_i of dense tensors of one dtype, none of them missing."""
-    first, *others = [g for g in column if g is not None]
-    u = torch.mul(first, weights[0], out=out)
-    for g, weight in zip(others, weights[1:], strict=True):
-        u.add_(g, alpha=weight)
-    return u
 
 
 def _sum_blocks(

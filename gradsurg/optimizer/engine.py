@@ -128,7 +128,7 @@ class Engine:
             known = {*self.checkpoint.tasks, *(self.options.tasks or ()), *names}
             check_names(self.options.pipeline.levels, known)
             check_names((tuple(self.options.preferences),), known, "preferences")
-            check_names((tuple(named(self.options.pipeline.margin)),), known, "margin")
+            check_names((named(self.options.pipeline.margin),), known, "margin")
 
     def learn(self, names: Iterable[str]) -> None:
         """Note the tasks that this process met; over several ranks they are learnt in the order agreed on."""

@@ -112,7 +112,7 @@ def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Option
     if names is not None:
         check_names(levels, names)
         check_names((tuple(preferences),), names, "preferences")
-        check_names((tuple(named(margin)),), names, "margin")
+        check_names((named(margin),), names, "margin")
     dtype, rotate = given["row_dtype"], given["rotate"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"row_dtype={dtype!r}: pass a floating dtype such as torch.bfloat16, or None")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -193,10 +193,7 @@ def _ratio(part: float, whole: float) -> float:
 class DeferredReport:
     """A report that is made when it is read; if its numbers are on a device, reading waits for it.
 
-    Attributes:
-        step: As in the report.
-        make: Makes the report, without the movement.
-        movements: The movements of the optimizers that share it.
+    `make` leaves out the movements, one of each optimizer that shares the report.
     """
 
     step: int
@@ -210,8 +207,7 @@ class DeferredReport:
 
     def read(self) -> Report:
         """Return the report, on the CPU."""
-        report = self.make()
-        return replace(report, movement=_joined(self.movements)) if self.movements else report
+        return replace(self.make(), movement=joined([_on_host(movement) for movement in self.movements]))
 
 
 def settled(report: Report | DeferredReport) -> Report:
@@ -219,16 +215,10 @@ def settled(report: Report | DeferredReport) -> Report:
     return report.read() if isinstance(report, DeferredReport) else report
 
 
-def _joined(movements: Sequence[DeferredMovement | Movement]) -> Movement | None:
-    there = [each for each in movements if isinstance(each, DeferredMovement)]
-    # One constraint makes all movements, so either all are on a device or none is.
-    if not there:
-        return joined([each for each in movements if isinstance(each, Movement)])
-    for movement in there:
-        catch_up(movement.stream)
-    return Movement(
-        inner=torch.cat([each.inner for each in there]).sum(0).cpu(),
-        square=float(torch.cat([each.square for each in there]).sum()),
-        corrected=bool(torch.cat([each.corrected for each in there]).any()),
-        held=bool(torch.cat([each.held for each in there]).any()),
-    )
+def _on_host(movement: DeferredMovement | Movement) -> Movement:
+    """Return the movement of all partitions together, waiting for the device if it is there."""
+    if isinstance(movement, Movement):
+        return movement
+    catch_up(movement.stream)
+    corrected, held = bool(movement.corrected.any()), bool(movement.held.any())
+    return Movement(movement.inner.sum(0).cpu(), float(movement.square.sum()), corrected, held)

@@ -97,8 +97,14 @@ def after_step(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
         if engine.latest is not None and movement is not None:
             engine.latest = engine.latest.with_movement(movement)
     engine.step.stepped.add(id(optimizer))
-    if all(id(other) in engine.step.stepped for other in engine.optimizers):
-        _end_of_step(engine)
+    if not all(id(other) in engine.step.stepped for other in engine.optimizers):
+        return
+    engine.passes.end_step(engine)
+    if engine.options.rotate is not None:
+        engine.rotation.end_step(engine.step.constraint)
+    engine.checkpoint.end_step(engine.step.next_state)
+    engine.step.stepped.clear()
+    engine.forget()
 
 
 def _only_builds_state(engine: Engine, optimizer: Optimizer) -> bool:
@@ -130,15 +136,6 @@ def take_back(optimizer: Optimizer, attempt: Attempt) -> None:
     if attempt.first is not None and isinstance(optimizer, LBFGS):
         # It failed inside a line search, with its state half updated, from which torch's LBFGS cannot go on.
         optimizer.state.clear()
-
-
-def _end_of_step(engine: Engine) -> None:
-    engine.passes.end_step(engine)
-    if engine.options.rotate is not None:
-        engine.rotation.end_step(engine.step.constraint)
-    engine.checkpoint.end_step(engine.step.next_state)
-    engine.step.stepped.clear()
-    engine.forget()
 
 
 def _warn_of_unrun_totals(engine: Engine) -> None:

@@ -77,12 +77,6 @@ def inner_class(optimizer: MultiTaskOptimizer) -> type[Optimizer]:
     return cast("type[Optimizer]", mro[mro.index(MultiTaskOptimizer) + 1])
 
 
-def _inner_step(inner: type[Optimizer]) -> Callable[..., Any]:
-    step: Callable[..., Any] = inner.step
-    # torch wraps each class's step once to run hooks; ours runs them, so the inner one must not run them again.
-    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
-
-
 def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
     """Give the optimizer the extended class, in place, and the engine that several optimizers may share."""
     patched = scheduler_patch(optimizer)
@@ -137,7 +131,10 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
     watched = None if closure is None else watch(engine, closure, attempt)
     arguments = () if watched is None and not more else (watched, *more)
     try:
-        result = _inner_step(inner_class(self))(self, *arguments, **named)
+        # torch wraps each class's step once to run hooks; ours runs them, so the inner one must not run them again.
+        inner: Callable[..., Any] = inner_class(self).step
+        inner = getattr(inner, "__wrapped__", inner) if getattr(inner, "hooked", False) else inner
+        result = inner(self, *arguments, **named)
     except BaseException:
         take_back(self, attempt)
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from numbers import Real
 from typing import Any
@@ -35,10 +35,9 @@ def parse_margin(value: float | Mapping[str, float]) -> Margin:
     return float(value)
 
 
-def named(margin: Margin) -> Iterator[str]:
-    """Yield the tasks that a margin names."""
-    if isinstance(margin, tuple):
-        yield from (name for name, _ in margin)
+def named(margin: Margin) -> tuple[str, ...]:
+    """Return the tasks that a margin names."""
+    return tuple(name for name, _ in margin) if isinstance(margin, tuple) else ()
 
 
 def attainable(

@@ -56,12 +56,10 @@ class Direction:
 class Pipeline:
     """The options of a step that concern m x m numbers, and the function that they make.
 
-    A margin τ_i, one number for all tasks or (name, number) pairs, 0 for the tasks not named, asks for more than no
-    conflict: u is moved as little as possible until ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m for every task a guarantee would
-    protect, with t = Σ r_i g_i over the normalised rows. The √m is there because m orthogonal gradients of one length
-    can just have τ = 1. If no direction of length ‖t‖ satisfies all margins, all are scaled down by one common factor,
-    `Direction.margin_kept`. It goes to 0 at a Pareto stationary point, so that ‖u‖ is at most ‖t‖ plus twice what it
-    was before. Source: kexue.fm 8907.
+    With a margin, u is moved as little as possible until ⟨u, g_i⟩ ≥ τ_i ‖g_i‖ ‖t‖ / √m for every task a guarantee would
+    protect, with t = Σ r_i g_i over the normalised rows; see margin.attainable. The √m is there because m orthogonal
+    gradients of one length can just have τ = 1. The share of the margins that is kept goes to 0 at a Pareto stationary
+    point, so that ‖u‖ is at most ‖t‖ plus twice what it was before.
     """
 
     normalizer: Normalizer
@@ -117,11 +115,8 @@ class Pipeline:
         """
         # If the solvers are a device's, nothing may be read back; so too in Triton's interpreter.
         usual = self.levels is None and not self.margin and problem.solvers is HOST
-        if usual and applies(problem.gramian, self.normalizer, self.surgery):
-            return self._quick(problem, state, rounding)
-        return self._general(problem, state, rounding)
-
-    def _quick(self, problem: Problem, state: State, rounding: float) -> Direction:
+        if not (usual and applies(problem.gramian, self.normalizer, self.surgery)):
+            return self._general(problem, state, rounding)
         weights, scales, nothing, cancellation = solve_quickly(
             problem.gramian[0].tolist(), problem.preferences.tolist(), self.normalizer, self.conflict_free, rounding
         )

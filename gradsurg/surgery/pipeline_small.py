@@ -71,12 +71,8 @@ def solve(
 ) -> tuple[Vector, Vector, bool, float]:
     """Return weights over the raw gradients, scales, whether only u = 0 is left, and the cancellation in u.
 
-    Args:
-        gramian: Finite.
-        preferences: r.
-        normalizer: One that `applies` accepts.
-        project: Whether the sum is projected onto the dual cone, and set to 0 if it is nothing but rounding.
-        rounding: Relative error of the Gramian's entries.
+    The Gramian is finite, its entries good to `rounding`. `project` says whether the sum is projected onto the dual
+    cone, and set to 0 if it is nothing but rounding.
     """
     norms = norms_of(gramian)
     scales = [1.0] * len(norms)

@@ -8,16 +8,7 @@ from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.linalg.kernels.table import on_device
 from gradsurg.solvers.tolerances import COARSER, ROUNDING_EXACT
 
-__all__ = [
-    "MOST_TASKS",
-    "nonnegative",
-    "project_rows",
-    "registers_for",
-    "simplex",
-    "tasks_for",
-    "upgrad",
-    "warps_for",
-]
+__all__ = ["MOST_TASKS", "nonnegative", "project_rows", "registers_for", "simplex", "tasks_for", "warps_for"]
 
 MOST_TASKS = PROGRAM_UP_TO
 
@@ -50,21 +41,6 @@ def nonnegative(
 def project_rows(gramian: Tensor, *, rounding: float = ROUNDING_EXACT) -> Tensor:
     """Return Λ, every gradient's projection by itself: the twin of solvers.project_rows, same answers."""
     return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
-
-
-def upgrad(gramian: Tensor, preferences: Tensor, *, rounding: float = ROUNDING_EXACT) -> Tensor:
-    """Return the weights of Σ r_i Π(g_i): every task's gradient projected by itself, m programs with one Gramian.
-
-    Args:
-        gramian: G, (..., m, m), float64.
-        preferences: r, (m,), float64.
-        rounding: As for `nonnegative`.
-
-    Returns:
-        w, (..., m); see surgery/upgrad.py.
-    """
-    multipliers = project_rows(gramian, rounding=rounding)
-    return preferences + (preferences.unsqueeze(-1) * multipliers).sum(-2)
 
 
 def simplex(gramian: Tensor, *, allowed: Tensor | None = None) -> Tensor:

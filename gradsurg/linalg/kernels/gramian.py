@@ -86,7 +86,9 @@ def _write(rows: Rows, partitions: Sequence[int] | None, G: Tensor) -> None:
     with on_device(G.device):
         for launch in layout.launches:
             _launch(kernel, launch, layout, partials, m)
-    sum_partials(partials, layout, [_both(i, j, m) for i, j in pairs_of], G)
+    # The two places of ⟨g_i, g_j⟩ in G; the lower triangle of a tile on the diagonal is not used.
+    places = [(i * m + j, j * m + i) if i <= j < m else (-1, -1) for i, j in pairs_of]
+    sum_partials(partials, layout, places, G)
 
 
 def _launch(kernel: GramianKernel, launch: Launch, layout: Plan, partials: Tensor, m: int) -> None:
@@ -112,8 +114,3 @@ def _launch(kernel: GramianKernel, launch: Launch, layout: Plan, partials: Tenso
             maxnreg=dots.registers_for(tiles, dtype.itemsize, launch.aligned),
             **common,
         )
-
-
-def _both(i: int, j: int, m: int) -> tuple[int, int]:
-    """Return the two places of ⟨g_i, g_j⟩ in G; the lower triangle of a tile on the diagonal is not used."""
-    return (i * m + j, j * m + i) if i <= j < m else (-1, -1)

@@ -77,7 +77,8 @@ class Rotation:
             if name in rows:
                 complete.add(name, rows[name].copy())
             elif not due:
-                complete.add(name, Row((p, self._scaled(average)) for p, average in self._averages[name].items()))
+                averages, unit = self._averages[name].items(), self._unit
+                complete.add(name, Row((p, a if unit is None else a * unit.to(a.device)) for p, a in averages))
         return complete
 
     def reported(self, report: Report | DeferredReport) -> Report | DeferredReport:
@@ -170,9 +171,6 @@ class Rotation:
                 average[p] = (before * (1 - share) + gradient * share).coalesce()
             else:
                 before.lerp_(gradient.to(before.dtype), share)
-
-    def _scaled(self, average: Tensor) -> Tensor:
-        return average if self._unit is None else average * self._unit.to(average.device)
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
