@@ -8,7 +8,8 @@ from gradsurg.gradients.compile import prepare_compile
 from gradsurg.monitor import loggers, plot
 from gradsurg.monitor.history import History
 from gradsurg.normalize import Normalizer
-from gradsurg.optimizer.optimizer import MultiTaskOptimizer, backward, report, total
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer
+from gradsurg.optimizer.proxies import backward, report, total
 from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.wrap import unwrap, wrap
 from gradsurg.solvers.problem import Problem

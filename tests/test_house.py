@@ -62,6 +62,7 @@ COVERED = {
     "gradsurg.distributed.layout": "tests/distributed/test_ddp.py",
     "gradsurg.distributed.modules": "tests/distributed/test_fsdp.py",
     "gradsurg.distributed.session": "tests/distributed/test_promises.py",
+    "gradsurg.optimizer.proxies": "tests/optimizer/test_wrap.py",
     "gradsurg.gradients.compile": "tests/behaviour/stacks/test_compile.py",
     "gradsurg.gradients.dtensor": "tests/distributed/test_fsdp.py",
     "gradsurg.gradients.graph": "tests/optimizer/cheap/test_batched.py",

@@ -14,7 +14,8 @@ import torch
 
 from gradsurg.gradients.param_groups import parameter_names
 from gradsurg.monitor.files import PackedReport, from_json, to_json, write_csv
-from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer
+from gradsurg.optimizer.proxies import find_wrapped
 from gradsurg.optimizer.report import Report
 
 __all__ = ["History"]

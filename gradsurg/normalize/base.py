@@ -34,8 +34,15 @@ class Normalizer(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    # Of the state: one that another version saved is not loaded.
+    version: ClassVar[int] = 1
     # Whether the scales are found on the host, for which a step on a CUDA device waits once.
     waits: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """Say whose state it is that this normaliser keeps."""
+        return f"{getattr(self, 'name', type(self).__name__)} {self.version}"
 
     @abstractmethod
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:

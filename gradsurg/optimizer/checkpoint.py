@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["KEY", "Checkpoint", "sealed", "unsealed"]
+__all__ = ["FRESH", "KEY", "METHODS", "Checkpoint", "sealed", "unreadable", "unsealed"]
 
-KEY, SEAL = "gradsurg", "sealed"
+# METHODS says, in the sealed piece, whose the state is.
+KEY, SEAL, METHODS = "gradsurg", "sealed", "methods"
 FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
 
@@ -81,30 +82,60 @@ class Checkpoint:
         group[KEY] = {**group[KEY], **changes}
 
 
-def sealed(state_dict: dict[str, Any], **inside: Any) -> dict[str, Any]:
-    """Return a state dict that has the entry a second time, in one piece.
+def sealed(state_dict: dict[str, Any], methods: Mapping[str, str], **inside: Any) -> dict[str, Any]:
+    """Return a state dict that has the entry a second time, in one piece, with the methods whose state it holds.
 
     Distributed checkpoints take dicts apart, and load only the keys that the loading optimizer has already: the state
     of normaliser and surgery of a fresh one would stay empty. They leave a tuple whole. `inside` goes into the piece
     alone. A fresh optimizer must pass it too, empty, if its first group has no entry otherwise.
     """
-    group = state_dict["param_groups"][0]
-    had = group.get(KEY)
-    # There is a seal already if a bare optimizer loaded the checkpoint of a wrapped one and was wrapped afterwards.
-    entry = {k: v for k, v in had.items() if k != SEAL} if isinstance(had, dict) else {}
-    if entry or inside:
-        group[KEY] = {**entry, SEAL: ({**entry, **inside},)}
-    return state_dict
+
+    def seal(group: dict[str, Any]) -> dict[str, Any]:
+        had = group.get(KEY)
+        entry = {k: v for k, v in had.items() if k != SEAL} if isinstance(had, dict) else {}
+        if not entry and not inside:
+            return group
+        return {**group, KEY: {**entry, SEAL: ({**entry, **({METHODS: dict(methods)} if entry else {}), **inside},)}}
+
+    return _with_first_group(state_dict, seal)
 
 
 def unsealed(state_dict: dict[str, Any], inside: str) -> tuple[dict[str, Any], Any]:
-    """Undo `sealed`: return a state dict with the sealed entry in its place, and what was `inside` alone, or None."""
-    groups = state_dict.get("param_groups") or [{}]
-    entry = groups[0].get(KEY)
-    if not isinstance(entry, dict) or SEAL not in entry:
-        return state_dict, None
-    seal = entry[SEAL]
-    whole = seal[0] if isinstance(seal, tuple) and len(seal) == 1 and isinstance(seal[0], dict) else {}
-    entry = {k: v for k, v in {**entry, **whole}.items() if k not in (SEAL, inside)}
-    first = {k: v for k, v in {**groups[0], KEY: entry}.items() if k != KEY or entry}
-    return {**state_dict, "param_groups": [first, *groups[1:]]}, whole.get(inside)
+    """Undo `sealed`: return a state dict with the sealed entry in its place, and what was `inside` alone, or None.
+
+    Raises:
+        ValueError: What is sealed is no entry.
+    """
+    found: list[Any] = [None]
+
+    def unseal(group: dict[str, Any]) -> dict[str, Any]:
+        entry = group.get(KEY)
+        if isinstance(entry, dict) and SEAL in entry:
+            seal = entry[SEAL]
+            if not isinstance(seal, (tuple, list)) or len(seal) != 1 or not isinstance(seal[0], dict):
+                raise unreadable(f"{SEAL!r} holds {seal!r:.60} in place of a tuple with one dict")
+            found[0] = seal[0].get(inside)
+            entry = {k: v for k, v in {**entry, **seal[0]}.items() if k not in (SEAL, inside)}
+        others = {k: v for k, v in group.items() if k != KEY}
+        return others if entry is None or entry == {} else {**others, KEY: entry}
+
+    return _with_first_group(state_dict, unseal), found[0]
+
+
+def unreadable(fault: str) -> ValueError:
+    """Return the error for an entry of a state dict that cannot be loaded."""
+    return ValueError(
+        f"this state dict holds what a wrapped optimizer remembers, under {KEY!r} in its first parameter group, and "
+        f"that cannot be loaded: {fault}. Nothing was changed. Delete {KEY!r} there to load the rest and start afresh."
+    )
+
+
+def _with_first_group(state: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return a copy with its first parameter group changed; it may lie deeper, as in Lookahead's state dict."""
+    groups = state.get("param_groups")
+    if isinstance(groups, list) and groups and isinstance(groups[0], dict):
+        return {**state, "param_groups": [change(groups[0]), *groups[1:]]}
+    for key, inner in state.items():
+        if isinstance(inner, dict) and (changed := _with_first_group(inner, change)) is not inner:
+            return {**state, key: changed}
+    return state

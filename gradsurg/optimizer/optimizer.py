@@ -18,12 +18,13 @@ from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features
 from gradsurg.optimizer.cheap.rotation import ROWS
-from gradsurg.optimizer.checkpoint import sealed, unsealed
+from gradsurg.optimizer.checkpoint import sealed
 from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.loading import checked
 from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.run import Run, several_processes
 
-__all__ = ["MultiTaskOptimizer", "backward", "find_wrapped", "report", "total"]
+__all__ = ["MultiTaskOptimizer"]
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -231,69 +232,16 @@ class MultiTaskOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state dict, with the averages of rotate= in it; see torch.optim.Optimizer."""
-        return sealed(super().state_dict(), **self._gradsurg.rotation.saved(self))
+        methods = self._gradsurg.options.pipeline.methods
+        return sealed(super().state_dict(), methods, **self._gradsurg.rotation.saved(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer."""
-        state_dict, averages = unsealed(state_dict, ROWS)
-        self._gradsurg.rotation.replace_averages(self, averages)
+        """Load a state dict, of this or of a bare optimizer; see torch.optim.Optimizer.
+
+        Raises:
+            ValueError: What it says of the surgery is damaged, or of another version. Nothing is changed.
+        """
+        engine = self._gradsurg
+        state_dict, averages = checked(self, state_dict, ROWS, engine.options.pipeline)
         super().load_state_dict(state_dict)
-
-
-def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:
-    """Call optimizer.total(losses, ...), seeing through the proxies that trainers put around an optimizer.
-
-    Args:
-        optimizer: A wrapped optimizer, or what Accelerate, Lightning and the like made of it.
-        losses: As for `MultiTaskOptimizer.total`.
-        **options: As for `MultiTaskOptimizer.total`.
-
-    Raises:
-        TypeError: There is no wrapped optimizer behind it.
-        ValueError: As for `MultiTaskOptimizer.total`.
-
-    Example:
-        >>> import torch, gradsurg
-        >>> class Proxy:
-        ...     def __init__(self, optimizer):
-        ...         self.optimizer = optimizer
-        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> proxy = Proxy(gradsurg.wrap(torch.optim.SGD([w], lr=0.1)))
-        >>> gradsurg.total(proxy, {"a": w[0] ** 2, "b": (w[1] - 3) ** 2}).backward()
-        >>> gradsurg.report(proxy).tasks
-        ('a', 'b')
-    """
-    return find_wrapped(optimizer).total(losses, **options)
-
-
-def backward(optimizer: Any, losses: Losses | Computations, **options: Any) -> None:
-    """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer.
-
-    Arguments, errors and example are those of `gradsurg.total`, but for the `.backward()` that it does itself.
-    """
-    find_wrapped(optimizer).backward(losses, **options)
-
-
-def report(optimizer: Any) -> Report | None:
-    """Return optimizer.report, seeing through the proxies that trainers put around an optimizer.
-
-    Raises:
-        TypeError: There is no wrapped optimizer behind it.
-
-    Example: see `gradsurg.total`.
-    """
-    return find_wrapped(optimizer).report
-
-
-def find_wrapped(optimizer: Any) -> MultiTaskOptimizer:
-    """Follow `.optimizer` and `._optimizer` to the wrapped optimizer (Accelerate, Lightning)."""
-    seen: list[Any] = []
-    while optimizer is not None and optimizer not in seen:
-        if isinstance(optimizer, MultiTaskOptimizer):
-            return optimizer
-        seen.append(optimizer)
-        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
-    raise TypeError(
-        f"{type(seen[0]).__name__ if seen else None} is not a wrapped optimizer, nor a proxy around one: call "
-        "gradsurg.wrap(optimizer) before handing it to the trainer"
-    )
+        engine.rotation.replace_averages(self, averages)

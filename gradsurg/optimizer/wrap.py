@@ -19,8 +19,10 @@ from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.cheap.batched import Batched
 from gradsurg.optimizer.cheap.reuse import Reused
 from gradsurg.optimizer.engine import Engine
-from gradsurg.optimizer.optimizer import MultiTaskOptimizer, find_wrapped
+from gradsurg.optimizer.loading import check_group
+from gradsurg.optimizer.optimizer import MultiTaskOptimizer
 from gradsurg.optimizer.options import DEFAULT_GUARANTEE, WrapOptions, check_options, naming_the_nearest_option
+from gradsurg.optimizer.proxies import find_wrapped
 from gradsurg.optimizer.subclass import extend, restore_class, scheduler_patch
 from gradsurg.surgery import Surgery
 
@@ -131,6 +133,8 @@ def wrap(
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     checked = check_model(model)
     options = check_options(optimizers, given)
+    for each in optimizers:
+        check_group(each, options.pipeline)
     full = Batched() if options.batched else OneByOne()
     passes = full if options.refresh_every == 1 else Reused(options.refresh_every, full)
     engine = Engine(options, passes, checked)

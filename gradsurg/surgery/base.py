@@ -42,8 +42,15 @@ class Surgery(ABC):
     # Whether the weights are found on the host, for which a step on a CUDA device waits once. If False, `weights`
     # launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
+    # Of the state: one that another version saved is not loaded.
+    version: ClassVar[int] = 1
     # What the weights depend on: the "products" of the gradients, which of them are "zeros", or "nothing".
     reads: ClassVar[str] = "products"
+
+    @property
+    def label(self) -> str:
+        """Say whose state it is that this surgery keeps."""
+        return f"{getattr(self, 'name', type(self).__name__)} {self.version}"
 
     @abstractmethod
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:

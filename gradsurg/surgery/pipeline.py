@@ -74,6 +74,12 @@ class Pipeline:
         """Whether u itself is promised to conflict with no protected task."""
         return self.guarantee == "gradient" or bool(self.margin) or (self.surgery.conflict_free and self.levels is None)
 
+    @property
+    def methods(self) -> dict[str, str]:
+        """Whose state it is that a step keeps, by stage."""
+        levels = "" if self.levels is None else " by levels"
+        return {"normalize": self.normalizer.label, "surgery": self.surgery.label + levels}
+
     def waits(self, m: int) -> bool:
         """Whether a device has to wait for the host to find the weights of m tasks."""
         return self.surgery.waits or self.normalizer.waits or m > PROGRAM_UP_TO

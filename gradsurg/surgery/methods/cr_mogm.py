@@ -48,6 +48,10 @@ class CRMOGM(Surgery):
             raise ValueError(f"inner={self.inner!r}: pass a Surgery, such as gradsurg.surgery.CAGrad()")
         check("alpha", self.alpha, 0 <= self.alpha <= 1, "lie in [0, 1]")
 
+    @property
+    def label(self) -> str:  # noqa: D102
+        return f"{super().label} of {self.inner.label}"
+
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         new, inner = self.inner.weights(problem, state.get("inner", {}))
         old: dict[str, Tensor] = state.get("weights", {})

@@ -131,3 +131,65 @@ def test_arguments_of_step_reach_the_optimizer():
         assert call() == 0.5
     with pytest.raises(TypeError, match="wrong"):
         wrapped.step(wrong=1)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Wraps another optimizer as schedulefree's ScheduleFreeWrapper does; its state dict has no parameter groups."""
+
+    def __init__(self, base):
+        self.base, self.state = base, base.state
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, self.defaults = {}, {}, {}
+
+    param_groups = property(lambda self: self.base.param_groups)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"train_mode": True, "base": self.base.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        self.base.load_state_dict(state_dict["base"])
+
+
+OUTER = {
+    "Lookahead": lambda base: pytorch_optimizer.Lookahead(base, k=2),
+    "ScheduleFreeWrapper": lambda base: pytorch_optimizer.ScheduleFreeWrapper(base),
+    "Magma": lambda base: pytorch_optimizer.Magma(base),
+    "schedulefree's": ScheduleFree,
+    "two deep": lambda base: pytorch_optimizer.Lookahead(pytorch_optimizer.Lookahead(base, k=2), k=3),
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("options", [{"normalize": "dwa"}, {"surgery": "modo"}, {"rotate": 1}], ids=str)
+def test_state_dicts_without_parameter_groups(outer, options):
+    """A wrapper's own state dict holds the inner one: what the surgery remembers is found in it again."""
+    model, other = twins()
+
+    def build_optimizer(net):
+        optimizer = OUTER[outer](torch.optim.AdamW(net.parameters(), lr=0.01))
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return gradsurg.wrap(optimizer, **options)
+
+    one, two = build_optimizer(model), build_optimizer(other)
+    torch.manual_seed(0)
+    train(one, model, range(3))
+    saved = copy.deepcopy(one.state_dict())
+    other.load_state_dict(model.state_dict())
+    two.load_state_dict(saved)
+    draws = torch.get_rng_state()  # Magma draws masks
+    train(one, model, range(3, 6))
+    torch.set_rng_state(draws)
+    train(two, other, range(3, 6))
+    assert two.report.step == 5
+    assert equal_weights(model, other)
+    bare = OUTER[outer](torch.optim.AdamW(other.parameters(), lr=0.01))
+    bare.load_state_dict(saved)
+    saved["base_optimizer" if "base_optimizer" in saved else "base"] = 1
+    with pytest.raises((TypeError, AttributeError)):  # the wrapper's own error
+        two.load_state_dict(saved)
