@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsurg.distributed.detect import several_ranks
 from gradsurg.errors import MultiTaskError
@@ -16,9 +16,9 @@ __all__ = ["check_sync"]
 def check_sync(model: nn.Module) -> None:
     """Compare a model's parameters over ranks, bit by bit, and name the first that differs.
 
-    Every rank has to call it. The ranks compare two 8-byte numbers per parameter: sums of its bytes modulo 2⁶⁴, each
-    weighted by its position. For a DTensor, ranks that hold the same shard are compared. Buffers are not compared:
-    under DDP, BatchNorm's differ between ranks until the next forward pass.
+    Every rank has to call it. The ranks compare two 8-byte numbers per parameter: sums of the bits of its numbers
+    modulo 2⁶⁴, each weighted by its position. For a DTensor, ranks that hold the same shard are compared. Buffers are
+    not compared: under DDP, BatchNorm's differ between ranks until the next forward pass.
 
     Args:
         model: The model, wrapped by DDP or sharded or not.
@@ -33,14 +33,14 @@ def check_sync(model: nn.Module) -> None:
     """
     if not several_ranks():
         return
-    from gradsurg.distributed.collectives import Group
+    from gradsurg.distributed.collectives import Group, checksum
     from gradsurg.distributed.fsdp import local, shard_of
 
     named = list(model.named_parameters())
     if not named:
         return
     group = Group(None, named[0][1].device)
-    sums = torch.stack([_checksum(local(p, p)).to(named[0][1].device) for _, p in named])
+    sums = torch.stack([checksum(local(p, p)).to(named[0][1].device) for _, p in named])
     names = [name for name, _ in named]
     held: list[tuple[list[str], list[Any]]] = group.objects((names, [shard_of(p) for _, p in named]))
     if any(each[0] != names for each in held):
@@ -61,12 +61,3 @@ def check_sync(model: nn.Module) -> None:
                 f"check_sync: the parameter {name!r} differs between ranks ({ranks}): they have left step. The cause "
                 "is gradients that were never averaged, or a parameter that was changed on some ranks only."
             )
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Return two int64 that almost surely differ if any bit differs; NaN and -0 are compared as bits."""
-    flat = tensor.contiguous().reshape(-1)
-    data = (torch.view_as_real(flat) if flat.is_complex() else flat).contiguous().view(torch.uint8).to(torch.int64)
-    position = torch.arange(1, data.numel() + 1, device=data.device)
-    mixed = (data + 1) * (position * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01)
-    return torch.stack([mixed.sum(), (mixed ^ (mixed >> 31)).sum()])

@@ -16,6 +16,7 @@ from gradsurg.errors import MultiTaskError
 __all__ = [
     "Group",
     "RanksError",
+    "checksum",
     "fingerprint",
     "listening",
     "merged",
@@ -109,6 +110,21 @@ class Group:
             dist.all_gather_object(found, mine, group=self.group)
         return found
 
+    def refuse_other_options(self, options: Mapping[str, str]) -> None:
+        """Raise an error, on all ranks, if the options of wrap() differ between them; they have to ask all at once."""
+        of_ranks = self.objects(dict(options))
+        differing = [name for name in options if len({each.get(name) for each in of_ranks}) > 1]
+        if differing:
+            found = "; ".join(
+                f"{name} is " + ", ".join(f"{each[name]} on rank {rank}" for rank, each in enumerate(of_ranks))
+                for name in differing
+            )
+            raise RanksError(
+                f"the ranks gave different options to wrap(): {found}. Give the same on every rank; what is computed "
+                "from a rank's own data has to be averaged or broadcast first. Parameters, p.grad and optimizer state "
+                "are as before."
+            )
+
 
 def merged(lists: Iterable[Iterable[str]]) -> list[str]:
     """Return each name once, in the order of the first list that has it."""
@@ -128,6 +144,24 @@ def start_reduce_scatter(mine: Tensor, parts: Tensor, group: Any) -> Any:
     """Begin to add up the (ranks, …) parts of all ranks and give each rank its own; return what to wait for."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(mine, parts.view(-1), group=group, async_op=True)
+
+
+# Of 4-byte numbers: the sum of a piece needs 32 MiB beside it.
+PIECE = 2**20
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return two int64 that almost surely differ if any bit differs; NaN and −0 are compared as bits."""
+    flat = tensor.detach().contiguous().view(-1)
+    words = (torch.view_as_real(flat).view(-1) if flat.is_complex() else flat).view(WORDS[flat.real.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), PIECE):
+        piece = words[start : start + PIECE].to(torch.int64)
+        position = torch.arange(start + 1, start + piece.numel() + 1, device=tensor.device)
+        mixed = (piece + 1) * (position * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01)
+        sums += torch.stack([mixed.sum(), (mixed ^ (mixed >> 31)).sum()])
+    return sums
 
 
 def fingerprint(parts: Sequence[object]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,17 +54,20 @@ class DDPLayout(Layout):
         parameters: What the optimizers train.
         replicas: The DDP modules that own them.
         group: Their process group.
+        options: Those of wrap() that have to be the same on all ranks, as text.
     """
 
     several = True
     whole_rows = False
     group: Group
 
-    def __init__(self, parameters: Sequence[Tensor], replicas: Sequence[Replica], group: Group) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], replicas: Sequence[Replica], group: Group, options: Mapping[str, str]
+    ) -> None:
         self.replicas, self.group = list(replicas), group
         mine = {id(p) for p in parameters}
         outside = [p for replica in replicas for p in replica.parameters() if id(p) not in mine]
-        self._slicing = Slicing(list(parameters), outside, group, whole=self.whole_rows)
+        self._slicing = Slicing(list(parameters), outside, group, self.whole_rows, options)
         self._synced, self._quiet = True, False
 
     def begin(self) -> None:  # noqa: D102

@@ -28,6 +28,7 @@ class Slicing:
         outside: Other parameters of the DDP modules: they get what a plain backward pass would have given them.
         group: The ranks.
         whole: Every rank gets all of every row, instead of its slice.
+        options: Those of wrap() that have to be the same on all ranks, as text.
         reach: Of each task, which parameters the backward pass of any rank was seen to reach. These are sent as soon
             as the pass is over. The others that it reaches are sent at the end, after the ranks have compared, so that
             a gradient that is None on all ranks stays None.
@@ -37,11 +38,12 @@ class Slicing:
     outside: list[Tensor]
     group: Group
     whole: bool
+    options: Mapping[str, str]
     reach: dict[str, frozenset[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.position = ByParameter((p, k) for k, p in enumerate(self.parameters))
-        self.signature = fingerprint([(tuple(p.shape), p.dtype) for p in self.parameters])
+        self.signature = fingerprint([*((tuple(p.shape), p.dtype) for p in self.parameters), *self.options.items()])
         self.owners = 1 if self.whole else self.group.size  # of the numbers of a row
 
     def start(self, bucket: Bucket, parts: Sequence[Row]) -> tuple[Tensor, Any]:
@@ -124,6 +126,7 @@ class SliceExchange:
                 self._header_work.wait()
             same_names, same_signature, same_reach = (self._header == self._header[0]).all(0).tolist()
             if not same_signature:
+                self._group.refuse_other_options(self._slicing.options)
                 raise RanksError(
                     "the optimizers of the ranks train parameters of different shapes, dtypes or order: build the same "
                     "model and the same parameter groups on every rank"

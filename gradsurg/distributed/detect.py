@@ -6,7 +6,7 @@ The layouts are imported only if there are several ranks: some builds of torch c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,17 @@ class Ranks:
     Args:
         model: What wrap() was given as `model=`, held weakly; if None, the process is searched.
         whole_rows: Whether every rank needs whole rows.
+        options: Returns the options that have to be the same on all ranks, as text.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, whole_rows: bool = False) -> None:
-        self._whole_rows = whole_rows
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        whole_rows: bool = False,
+        options: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self._whole_rows, self._options = whole_rows, options
         self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
         self._layout: Layout | None = None
         self._key: tuple[int, ...] = ()
@@ -75,7 +82,7 @@ class Ranks:
         if _is_sharded(parameters):
             from gradsurg.distributed.fsdp import ShardedLayout
 
-            return ShardedLayout(parameters, self._model())
+            return ShardedLayout(parameters, self._model(), self._options())
         from gradsurg.distributed.collectives import Group
         from gradsurg.distributed.ddp import DDPLayout, DDPWholeLayout
 
@@ -105,7 +112,7 @@ class Ranks:
                     )
         (group,) = groups.values()
         kind = DDPWholeLayout if self._whole_rows else DDPLayout
-        return kind(parameters, replicas, Group(group, parameters[0].device))
+        return kind(parameters, replicas, Group(group, parameters[0].device), self._options())
 
     def _replicas(self, parameters: Sequence[Tensor]) -> list[Any]:
         from torch.nn.parallel import DistributedDataParallel

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gradsurg.distributed.collectives import Group, fingerprint, listening, of_backend
+from gradsurg.distributed.collectives import Group, RanksError, checksum, fingerprint, listening, of_backend
 from gradsurg.distributed.layout import Delivery, Layout, generator_of
 from gradsurg.distributed.modules import modules_of
 from gradsurg.errors import MultiTaskError
@@ -29,23 +29,24 @@ class ShardedLayout(Layout):
     Args:
         parameters: What the optimizers train; at least one is a DTensor.
         model: Where to look for FSDP2 modules; None searches the process.
+        options: Those of wrap() that have to be the same on all ranks, as text.
     """
 
     several = True
     whole_rows = False
     group: Group
 
-    def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], model: nn.Module | None, options: Mapping[str, str]) -> None:
         # check_sync imports this file under every torch; before 2.6 it has no FSDPModule.
         from torch.distributed.fsdp import FSDPModule
 
-        self.parameters = list(parameters)
+        self.parameters, self.options = list(parameters), options
+        self.signature = fingerprint(list(options.items()))
         self.group = _group_of(parameters)
         self._cuts = {id(p): cut for p, cut in zip(parameters, _cuts(parameters, self.group), strict=True)}
         self._position = {id(p): k for k, p in enumerate(parameters)}
         self._modules = modules_of(FSDPModule, parameters, model)
         self.plain = [p for p in parameters if not isinstance(p, DTensor)]
-        self.compared = not self.plain  # whether plain parameters were seen to have equal gradients on all ranks
 
     def begin(self) -> None:
         """Switch gradient sync on: without it FSDP2 adds the gradients of all tasks to the next task that syncs."""
@@ -77,6 +78,10 @@ class ShardedLayout(Layout):
 
     def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> ShardExchange:  # noqa: D102
         return ShardExchange(self, names)
+
+    def averaging(self) -> ShardExchange | None:
+        """Compare what is in p.grad of parameters that are not sharded; the others are averaged already."""
+        return ShardExchange(self, []) if self.plain else None
 
     def held(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:  # noqa: D102
         return [local(t, p) for p, t in zip(parameters, tensors, strict=True)]
@@ -116,8 +121,9 @@ class ShardExchange:
         self._shards = shards
         self.names = list(names)
         self._rows: dict[str, Row] = {}
-        heard = shards.group.gather(torch.tensor(fingerprint(names)))
+        heard = shards.group.gather(torch.tensor(fingerprint([*names, shards.signature])))
         if bool((heard != heard[0]).any()):
+            shards.group.refuse_other_options(shards.options)
             found = shards.group.objects(self.names)
             raise MultiTaskError(
                 "the ranks have different tasks in this step: "
@@ -132,31 +138,31 @@ class ShardExchange:
             self._rows[name] = Row((p, local(g, p)) for p, g in part.items())
 
     def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
-        """Average the losses; in the first step, compare the gradients of parameters that are not sharded."""
+        """Average the losses, and compare the gradients of parameters that are not sharded."""
         group = self._shards.group
-        if not self._shards.compared:
-            self._compare_plain()
+        if self._shards.plain:
+            self._compare_plain([*self._rows.values(), foreign])
         means = group.mean({name: losses[name] for name in self.names if name in losses})
         return Delivery(self._rows, foreign, means)
 
     def fail(self) -> None:
         """Do nothing: backward passes of sharded models are collective, so the process group tells the others."""
 
-    def _compare_plain(self) -> None:
-        shards = self._shards
-        sums = [
-            row[p].double().square().sum().cpu() if p in row else torch.zeros(()).double()
-            for row in self._rows.values()
-            for p in shards.plain
-        ]
-        heard = shards.group.gather(torch.stack(sums))
-        if bool((heard != heard[0]).any()):
-            raise MultiTaskError(
-                f"{len(shards.plain)} of the optimizer's {len(shards.parameters)} parameters are not sharded, and the "
-                "ranks computed different gradients for them, which nobody averages: apply fully_shard to the whole "
-                "model, or leave those parameters to another optimizer"
+    def _compare_plain(self, rows: Sequence[Row]) -> None:
+        # In every step: a task may begin later, and a first gradient may be zero on all ranks.
+        plain, group, count = self._shards.plain, self._shards.group, len(self._shards.parameters)
+        pairs = [(p, row.get(p)) for row in rows for p in plain]
+        sums = [torch.zeros(2, dtype=torch.int64) if g is None else checksum(g) for _, g in pairs]
+        heard = group.gather(torch.stack([each.to(group.device) for each in sums]))
+        differing = (heard != heard[0]).any(0).any(-1)
+        if bool(differing.any()):
+            shape = tuple(pairs[int(differing.nonzero()[0])][0].shape)
+            raise RanksError(
+                f"{len(plain)} of the optimizer's {count} parameters are not sharded, and the ranks computed different "
+                f"gradients for them (first for one of shape {shape}), which nobody averages: apply fully_shard to the "
+                "whole model, or leave those parameters to another optimizer. Parameters, p.grad and optimizer state "
+                "are as before."
             )
-        shards.compared = True
 
 
 def local(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Engine:
         self.checkpoint = Checkpoint([])
         self.capture = Capture(self.parameters, options.row_dtype)
         self.rotation = Rotation(options.rotate, self.checkpoint, options.row_dtype)
-        self.session = Session(self.capture, Ranks(model, whole_rows=options.rotate is not None))
+        ranks = Ranks(model, whole_rows=options.rotate is not None, options=options.agreed)
+        self.session = Session(self.capture, ranks)
         self.latest: Report | DeferredReport | None = None
         self.run: Run | None = None
         self.step = Step()

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, cast
@@ -79,6 +80,22 @@ class Options:
     guarantee_asked: bool
     # Whether any option names tasks, and so may name one that does not exist.
     names_tasks: bool
+
+    def agreed(self) -> dict[str, str]:
+        """Return the options that have to be the same on all ranks, as text."""
+        p = self.pipeline
+        given: dict[str, object] = {
+            "normalize": p.normalizer,
+            "surgery": p.surgery,
+            "primary": p.levels,
+            "auxiliary": p.auxiliary,
+        }
+        given |= {"guarantee": self.guarantee, "margin": p.margin, "preferences": sorted(self.preferences.items())}
+        given |= {"shared": None if self.shared is None else [tuple(t.shape) for t in self.shared]}
+        same = ("granularity", "tasks", "row_dtype", "nonfinite", "seed", "refresh_every", "rotate", "batched")
+        given |= {name: getattr(self, name) for name in same}
+        # A surgery of one's own may print its address.
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}
 
 
 def naming_the_nearest_option(function: F) -> F:

@@ -106,6 +106,55 @@ def out_of_step(sharded: bool) -> tuple[str, str]:
     return before, after
 
 
+OPTIONS = {
+    "preferences": lambda rank: {"preferences": {"task0": 1.0 + rank}},
+    "seed": lambda rank: {"surgery": "pcgrad", "guarantee": "none", "seed": rank},
+    "surgery": lambda rank: {"surgery": ("upgrad", "mgda")[rank]},
+    "guarantee": lambda rank: {"guarantee": ("update", "none")[rank]},
+}
+
+
+def other_options(kind: str, option: str, options: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Every rank wraps with an option of its own."""
+    model = spread(nets.build(), kind)
+    optimizer = nets.optimizer_of(model, **OPTIONS[option](dist.get_rank()), **options)
+    try:
+        optimizer.total(model(*nets.mine(nets.batch(0)))).backward()
+    except RuntimeError as error:
+        assert all(p.grad is None for p in model.parameters())
+        return str(error), nets.state_of(model)
+    return "", nets.state_of(model)
+
+
+def partly_sharded(how: str) -> tuple[list[str], dict[str, Tensor]]:
+    """The third head is not sharded, and its gradient is zero or absent on all ranks in the first step."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nets.build()
+    for part in (model.trunk, model.heads[0], model.heads[1], model.unused):
+        fully_shard(part)
+    optimizer = nets.optimizer_of(model, **({"refresh_every": 2} if how == "refresh" else {}))
+    messages = []
+    for step in range(2):
+        optimizer.zero_grad()
+        losses = model(*nets.mine(nets.batch(step)))
+        late, plain = losses.pop("task2"), None
+        if how in ("zero", "refresh"):
+            losses["task2"] = late * step
+        elif step == 1 and how == "late":
+            losses["task2"] = late
+        elif step == 1:
+            plain = late
+        try:
+            optimizer.total(losses, plain=plain).backward()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+            continue
+        optimizer.step()
+    return messages, nets.state_of(model)
+
+
 # -- failures -----------------------------------------------------------------------------------------------------
 
 

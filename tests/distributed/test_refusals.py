@@ -38,6 +38,35 @@ def test_check_sync_names_the_first_that_differs(ranks, sharded):
         assert "'heads.1.bias' differs between ranks (rank 1 from rank 0)" in after
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "options"),
+    [
+        ("ddp", "preferences", {}),
+        ("ddp", "seed", {}),
+        ("ddp", "surgery", {"rotate": 1}),
+        ("fsdp2", "preferences", {}),
+        ("fsdp2", "guarantee", {}),
+        ("fsdp2", "seed", {"refresh_every": 2}),
+    ],
+    ids=str,
+)
+def test_options_that_differ_are_refused_on_all_ranks(ranks, kind, option, options):
+    results = ranks(2).run(jobs_refusals.other_options, kind, option, options)
+    for message, _ in results:
+        assert f"different options to wrap(): {option} is " in message
+        assert " on rank 1" in message
+    nets.equal_everywhere([state for _, state in results])
+
+
+@pytest.mark.parametrize("how", ["late", "zero", "plain", "refresh"])
+def test_a_parameter_left_unsharded_is_compared_in_every_step(ranks, how):
+    results = ranks(2).run(jobs_refusals.partly_sharded, how)
+    for messages, _ in results:
+        assert messages[0] == ""
+        assert "2 of the optimizer's 12 parameters are not sharded" in messages[1]
+    nets.equal_everywhere([state for _, state in results])
+
+
 @pytest.mark.parametrize("form", ["total", "backward"])
 def test_a_rank_that_raises_takes_the_step_from_all(ranks, form):
     results = ranks(2).run(jobs_refusals.raising, form)
