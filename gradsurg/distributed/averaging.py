@@ -19,10 +19,6 @@ class Averaged:
 
     What was in p.grad before is averaged with the rest. If it was averaged already, that changes nothing; if it comes
     from micro-batches in no_sync(), it has to be, as in DDP.
-
-    Args:
-        parameters: What the optimizers train.
-        layout: How they are spread over ranks.
     """
 
     def __init__(self, parameters: Sequence[Tensor], layout: Layout) -> None:

@@ -51,13 +51,10 @@ def of_backend(error: RuntimeError) -> bool:
 
 
 class Group:
-    """A process group, and the questions that its ranks ask each other.
+    """A process group (None is all ranks), and the questions that its ranks ask each other.
 
-    All of them stand on one primitive, the sum over ranks; names of different lengths alone need `objects`.
-
-    Args:
-        group: The process group; None is all ranks.
-        device: The device of the parameters, on which messages travel: NCCL sends nothing from the CPU.
+    All of them stand on one primitive, the sum over ranks; names of different lengths alone need `objects`. Messages
+    travel on the device of the parameters: NCCL sends nothing from the CPU.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -73,9 +70,7 @@ class Group:
     def total(self, numbers: Tensor, what: str = "adding up inner products over the ranks") -> Tensor:
         """Return the sum over ranks, equal to the bit on all of them, on the device of `numbers`.
 
-        Args:
-            numbers: What this rank gives; of one shape and dtype on all ranks.
-            what: What the ranks are doing, for the error if one of them does not answer.
+        All ranks give one shape and dtype. If one of them does not answer, the error says `what` they were doing.
         """
         with listening(what):
             there, work = self.start(numbers)

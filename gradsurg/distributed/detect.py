@@ -31,10 +31,8 @@ def _is_initialized() -> bool:
 class Ranks:
     """Finds the layout, and keeps it while the parameters stay the same objects.
 
-    Args:
-        model: What wrap() was given as `model=`, held weakly; if None, the process is searched.
-        whole_rows: Whether every rank needs whole rows.
-        options: Returns the options that have to be the same on all ranks, as text.
+    The `model=` of wrap() is held weakly; if it is None, the process is searched. `options` returns those that have to
+    be the same on all ranks, as text.
     """
 
     def __init__(
@@ -60,10 +58,7 @@ class Ranks:
                 self._early = self._replicas(parameters)
 
     def layout(self, of: Callable[[], Sequence[Tensor]]) -> Layout:
-        """Return how the parameters are spread.
-
-        Args:
-            of: Returns the parameters; not called in one process.
+        """Return how the parameters are spread that `of` returns; it is not called in one process.
 
         Raises:
             MultiTaskError: There are several ranks, and nothing keeps their parameters equal, or it is not supported.

@@ -14,12 +14,7 @@ __all__ = ["Session"]
 
 
 class Session:
-    """Starts an exchange when a run begins, sends each captured row, and hands the capture what arrives.
-
-    Args:
-        capture: The source of rows, and where the rows of all ranks go.
-        ranks: Finds the layout.
-    """
+    """Starts an exchange when a run begins, sends each captured row, and hands the capture what arrives."""
 
     def __init__(self, capture: Capture, ranks: Ranks) -> None:
         self._capture, self.ranks = capture, ranks
@@ -39,11 +34,9 @@ class Session:
         return self._measured
 
     def start(self, names: Sequence[str], waiting: bool) -> None:
-        """Begin to exchange the rows of these tasks, and earlier rows that were not sent, unless that has to wait.
+        """Begin to exchange the rows that this run will capture, and earlier rows that were not sent.
 
-        Args:
-            names: The tasks whose rows this run will capture.
-            waiting: Whether the surgery on them has to wait for other runs.
+        Nothing is sent now if the surgery is `waiting` for other runs, and the layout lets rows wait with it.
         """
         if self.layout.several and self.layout.sends(waiting):
             self._open(names, self._capture.to_send())
@@ -56,12 +49,9 @@ class Session:
     def settle(
         self, waiting: bool, losses: Mapping[str, Tensor], joined: bool
     ) -> tuple[bool | None, Mapping[str, Tensor], list[str]]:
-        """Replace the fresh rows by those of all ranks, unless that has to wait.
+        """Replace the fresh rows by those of all ranks, unless that has to wait, as for `start`.
 
-        Args:
-            waiting: As for `start`.
-            losses: The losses of this rank.
-            joined: Whether a second total ran in the same backward pass, whose rows were not sent yet.
+        `joined` tells that a second total ran in the same backward pass, whose rows were not sent yet.
 
         Returns:
             Whether rows were exchanged, None for a single rank; the losses, averaged if so; and the names of all tasks.

@@ -97,8 +97,7 @@ class Capture:
     def commit(self, sent: bool | None = None) -> HeldGradients:
         """Make the fresh rows part of the rows and return what was in p.grad; it is None now.
 
-        Args:
-            sent: Over several ranks, whether rows were exchanged; those that were not are kept apart until they are.
+        Over several ranks, rows that were not `sent` are kept apart until they are.
         """
         # A penalty of the same backward pass may have run since our last task.
         self.take_plain()

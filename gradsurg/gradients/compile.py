@@ -102,9 +102,6 @@ class Watch:
     `check` compares after each pass. Each compiled graph is watched once, and a program that compiles nothing pays
     nothing. Repeating the first backward pass after the last one would not be enough: it would miss a graph that
     overwrites only what the first loss does not need.
-
-    Args:
-        losses: The losses that backward passes will start from.
     """
 
     def __init__(self, losses: Iterable[Tensor]) -> None:
@@ -125,11 +122,7 @@ class Watch:
         return bool(self._nodes)
 
     def check(self, loss: Tensor, label: str) -> None:
-        """Compare after the backward pass of a loss whose graph was kept.
-
-        Raises:
-            MultiTaskError: The pass overwrote something that the graph keeps.
-        """
+        """Raise a MultiTaskError if the backward pass of a loss overwrote something that its graph keeps."""
         for node in self._nodes.get(loss, ()):
             now, before = _checksums(node), self._sums[node]
             if bool(((now != before) & (now >= 0) & (before >= 0)).any()):
@@ -157,12 +150,9 @@ def advise() -> Iterator[None]:
 
 @contextmanager
 def noticing_kept_graphs(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse, at the end of this block, if the user's backward passes in it kept a compiled graph unprepared.
+    """Raise a MultiTaskError if the user's backward passes in this block kept a compiled graph unprepared.
 
     We don't know their losses beforehand, so `Watch` can't be used.
-
-    Raises:
-        MultiTaskError: There was such a backward pass.
     """
     if _is_prepared():
         yield

@@ -43,15 +43,10 @@ SINK = "_DDPSinkBackward"
 def walk(
     roots: Iterable[Node | None], edges_of: Callable[[Node], Edges] | None = None, known: Collection[Node] = ()
 ) -> tuple[dict[Node, Edges], set[Node]]:
-    """Walk over all nodes after some roots, each once, in depth-first order.
+    """Walk over all nodes after some roots, each once, in depth-first order, and turn back at `known` nodes.
 
-    Args:
-        roots: Where to begin.
-        edges_of: Returns the edges by which to leave a node; None takes all.
-        known: Nodes at which the walk turns back.
-
-    Returns:
-        The visited nodes with the edges of each, and the known nodes that the walk came upon.
+    `edges_of` returns the edges by which to leave a node; None takes all. Return the visited nodes with the edges of
+    each, and the known nodes that the walk came upon.
     """
     visited: dict[Node, Edges] = {}
     met: set[Node] = set()

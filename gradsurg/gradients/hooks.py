@@ -20,14 +20,11 @@ def hooked_among(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def refusing_steps_in_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse hooks of register_post_accumulate_grad_hook that change their parameter in this block.
+    """Raise a MultiTaskError if a hook of register_post_accumulate_grad_hook changes its parameter in this block.
 
     A hook that only reads is fine: it runs once per task and sees the task's gradient. A hook that steps uses up the
     first task's gradient before the second exists. torch notices this only if the next task's graph still needs the
     old numbers, and then reports an inplace operation.
-
-    Raises:
-        MultiTaskError: A parameter with such a hook has changed.
     """
     versions = [(p, p._version) for p in hooked_among(parameters)]
     cause: BaseException | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -29,15 +28,9 @@ Compute = Callable[[], "Tensor | None"]
 Computations = Mapping[str, "Tensor | Compute | None"] | Sequence["Tensor | Compute | None"]
 
 
-@overload
-def parse_losses(losses: Losses, tasks: Sequence[str] | None, *, empty: bool = False) -> dict[str, Tensor | None]: ...
-@overload
-def parse_losses(
-    losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool, empty: bool = False
-) -> dict[str, Tensor | Compute | None]: ...
 def parse_losses(
     losses: Losses | Computations, tasks: Sequence[str] | None, *, functions: bool = False, empty: bool = False
-) -> dict[str, Tensor | None] | dict[str, Tensor | Compute | None]:
+) -> dict[str, Tensor | Compute | None]:
     """Return name -> loss from a dict or a sequence.
 
     Args:

@@ -27,10 +27,8 @@ def parameter_names(optimizers: Iterable[Optimizer]) -> dict[int, str]:
 
 def signs_of(optimizer: Optimizer) -> dict[int, float]:
     """Return id(parameter) -> −1 if the optimizer maximises, else 1; a movement times its sign is a descent."""
-    signs: dict[int, float] = {}
-    for group in optimizer.param_groups:
-        signs.update(dict.fromkeys(map(id, group["params"]), -1.0 if group.get("maximize") else 1.0))
-    return signs
+    groups = ((group["params"], -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups)
+    return {id(p): sign for parameters, sign in groups for p in parameters}
 
 
 def trained(optimizer: Optimizer) -> list[Tensor]:

@@ -209,11 +209,7 @@ def is_finite(gradient: Tensor) -> bool:
 
 
 class HeldGradients:
-    """Takes away what stands in p.grad of some parameters, and can put it back; p.grad is None meanwhile.
-
-    Args:
-        parameters: The parameters. The list itself is kept.
-    """
+    """Takes away what stands in p.grad of some parameters, and can put it back; p.grad is None meanwhile."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters

@@ -30,7 +30,7 @@ class Sentinel:
             self._signal = 2.0**-24 if parameter.dtype == torch.float16 else 2.0**-100
             parameter.grad = torch.zeros_like(parameter)
             numbers = local_of(parameter.grad)
-            numbers[_first(numbers)] = self._signal
+            numbers[(0,) * numbers.dim()] = self._signal
         self._tensor, self._version = parameter.grad, version_of(parameter.grad)
         self._before = None if self._tensor.is_sparse else local_of(self._tensor).clone()
 
@@ -58,7 +58,7 @@ class Sentinel:
             return None
         foreign = self._tensor.clone()
         numbers = local_of(foreign)
-        numbers[_first(numbers)] -= self._signal
+        numbers[(0,) * numbers.dim()] -= self._signal
         return foreign
 
 
@@ -68,7 +68,3 @@ def _is_shrunk(now: Tensor, before: Tensor) -> bool:
     factor = float((a * b).sum() / b.square().sum())
     # bfloat16 rounds away up to 1e-2.
     return 0 < factor < 1 and torch.allclose(a, factor * b, rtol=1e-2, atol=0)
-
-
-def _first(tensor: Tensor) -> tuple[int, ...]:
-    return (0,) * tensor.dim()

@@ -114,14 +114,10 @@ def correct_(
     *,
     exact: bool = False,
 ) -> None:
-    """Subtract sign · Σ λ_i g_i from the parameters in place, rounding each number once.
+    """Subtract sign · Σ λ_i g_i from the parameters `after` in place, rounding each number once.
 
-    Args:
-        rows: m lists of gradients.
-        coefficients: λ, m numbers; a row with 0 is not read.
-        after: The parameters; written.
-        signs: +1 per parameter, −1 if the optimizer maximises (then the sum is added).
-        exact: Add up in float64, for movements that nearly cancel.
+    A row with λ_i = 0 is not read. The sign of a parameter is −1 if the optimizer maximises. `exact` adds up in
+    float64, for movements that nearly cancel.
     """
     exact = exact or _too_large(coefficients)
     used = [i for i, c in enumerate(coefficients) if c != 0]

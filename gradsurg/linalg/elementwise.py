@@ -22,14 +22,7 @@ Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class ElementwiseDirection:
-    """The direction of one partition.
-
-    Attributes:
-        direction: u, one tensor per parameter.
-        products: ⟨u, g_i⟩, shape (m,), float64.
-        square: ‖u‖², float64.
-        stationary: Whether only u = 0 satisfied the guarantee.
-    """
+    """The direction u of one partition; ⟨u, g_i⟩ and ‖u‖² in float64; whether only u = 0 satisfied the guarantee."""
 
     direction: list[Tensor]
     products: Tensor

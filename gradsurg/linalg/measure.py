@@ -17,10 +17,8 @@ __all__ = ["Measure"]
 class Measure:
     """Gramian and inner products of some parameters, over all ranks.
 
-    Args:
-        cuts: Per parameter, the part of the flattened tensor that this rank counts if other ranks hold the same
-            numbers; None counts all of it.
-        total: Adds up a small tensor over the ranks; None if there is only one rank.
+    `cuts` has, per parameter, the part of the flattened tensor that this rank counts if other ranks hold the same
+    numbers (None: all of it). `total` adds up a small tensor over the ranks; it is None if there is only one.
     """
 
     def __init__(

@@ -24,17 +24,10 @@ def inner_update(
     *,
     exact: bool = False,
 ) -> tuple[Tensor, float]:
-    """Return ⟨d, g_i⟩ for every row, and ‖d‖², of the movement d = sign · (before − after).
+    """Return ⟨d, g_i⟩ for every row, and ‖d‖², of the parameters' movement d = sign · (before − after).
 
-    Args:
-        rows: m lists of gradients, as for `gramian`.
-        before: The parameters before the optimizer's step.
-        after: The parameters now.
-        signs: +1 per parameter, −1 if the optimizer maximises.
-        exact: As for `gramian`.
-
-    Returns:
-        Shape (m,), float64, CPU; and a number.
+    The sign of a parameter is −1 if the optimizer maximises; `rows` and `exact` are those of `gramian`. The products
+    have shape (m,), float64, on the CPU.
     """
     m = len(rows)
     inner, square = [0.0] * m, 0.0

@@ -72,12 +72,7 @@ def main(arguments: Sequence[str], made_by: str) -> int:
 
 
 def page(reports: Sequence[Report], name: str, made_by: str) -> str:
-    """Return the page as HTML that loads no other file.
-
-    Args:
-        reports: The recorded reports, in order.
-        name: Name of the history, for the title.
-        made_by: Name and version of the program.
+    """Return the page as HTML that loads no other file, titled by the history's name.
 
     Raises:
         ValueError: No step of several tasks that share parameters is among them.

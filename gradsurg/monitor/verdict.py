@@ -20,10 +20,7 @@ AGREE = 0.2
 
 
 def verdict(reports: Sequence[Report]) -> dict[str, list[str]]:
-    """Return heading -> sentences.
-
-    Args:
-        reports: The recorded reports, in order.
+    """Return heading -> sentences about the recorded reports, which come in order.
 
     Raises:
         ValueError: No step of several tasks that share parameters is among them.

@@ -25,10 +25,7 @@ __all__ = ["OneByOne", "run_backward", "set_rows", "task_block"]
 def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> None:
     """Run the tasks' backward passes and the surgery, in the way that wrap() chose; on any error p.grad is as before.
 
-    Args:
-        engine: Whose rows they become.
-        run: What the user handed in.
-        gradient: What autograd scales every loss by, if the total was scaled; None is 1.
+    `gradient` is what autograd scales every loss by, if the total was scaled; None is 1.
     """
     engine.refuse_nesting("total() or backward()")
     run.begin(gradient)

@@ -18,6 +18,7 @@ from gradsurg.optimizer.recording import later
 from gradsurg.solvers.problem import Problem, Solvers, State
 from gradsurg.solvers.tolerances import ROUNDING_CUDA
 from gradsurg.surgery.pipeline import Direction
+from gradsurg.surgery.pipeline_small import all_finite
 
 __all__ = ["compute_direction_cuda"]
 
@@ -38,7 +39,9 @@ def compute_direction_cuda(inputs: StepInputs, partitions: Partitions) -> StepRe
     finite = torch.isfinite(G).all()
     state: State | None
     if pipeline.waits(len(table)):
-        problem, direction, healthy = _on_the_host(inputs, G)
+        problem = problem_of(inputs, G.cpu())
+        healthy = all_finite(problem.gramian)
+        direction = pipeline.direction(problem, inputs.state, ROUNDING_CUDA) if healthy else plain_sum(problem)
         weights, state = direction.weights.to(G.device), direction.state if healthy else None
     else:
         problem = _problem(inputs, G)
@@ -72,18 +75,11 @@ def _problem(inputs: StepInputs, G: Tensor) -> Problem:
     )
 
 
-def _on_the_host(inputs: StepInputs, G: Tensor) -> tuple[Problem, Direction, bool]:
-    problem = problem_of(inputs, G.cpu())
-    if not bool(torch.isfinite(problem.gramian).all()):
-        return problem, plain_sum(problem), False
-    return problem, inputs.options.pipeline.direction(problem, inputs.state, ROUNDING_CUDA), True
-
-
 def _fetched(stream: torch.cuda.Stream | None, problem: Problem, direction: Direction) -> tuple[Problem, Direction]:
     """Return both on the host, after waiting for the stream that made them."""
     catch_up(stream)
     problem = replace(problem, gramian=problem.gramian.cpu(), preferences=problem.preferences.cpu())
-    if not bool(torch.isfinite(problem.gramian).all()):
+    if not all_finite(problem.gramian):
         return problem, plain_sum(problem)
     return problem, replace(
         direction,

@@ -39,11 +39,6 @@ class Engine:
     """Holds all mutable state of a wrapped optimizer.
 
     It turns the gradients of one backward pass into p.grad, and keeps what step() needs to enforce the guarantee.
-
-    Args:
-        options: The options of wrap().
-        passes: How backward passes run.
-        model: The DDP or FSDP2 module, if it cannot be found.
     """
 
     def __init__(self, options: Options, passes: Passes, model: nn.Module | None = None) -> None:

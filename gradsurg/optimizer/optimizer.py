@@ -69,7 +69,8 @@ class MultiTaskOptimizer(Optimizer):
         engine = self._gradsurg
         # With other ranks, this one may have no task in a step, and takes part in what the others have.
         others = several_processes() and several_ranks()
-        parsed = parse_losses(losses, engine.options.tasks, empty=others)
+        # Without functions=True, each is a tensor or None.
+        parsed = cast("dict[str, Tensor | None]", parse_losses(losses, engine.options.tasks, empty=others))
         plain = None if plain is None else check_scalar("plain", plain)
         value = value_of(parsed, engine.options.preferences, plain, lambda: engine.parameters()[0].device)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]

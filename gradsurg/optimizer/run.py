@@ -58,8 +58,7 @@ class Run:
     def begin(self, gradient: Tensor | None) -> None:
         """Begin with the gradient that autograd handed to the total; None for optimizer.backward(losses).
 
-        Raises:
-            MultiTaskError: The backward pass is to be differentiated again, or ran through this total before.
+        A backward pass that is to be differentiated again, or that ran through this total before, is refused.
         """
         self.gradient = gradient
         if not self.nested:

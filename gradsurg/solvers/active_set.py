@@ -88,15 +88,8 @@ def _attempt(A: Matrix, q: Vector, free: list[bool], size: float, rounding: floa
     set comes twice. All violated tasks enter together first. If that leads nowhere, the most violated enters alone: on
     paper it cannot but help. If rounding has it otherwise, it is refused until something else has moved.
 
-    Args:
-        A: sGs.
-        q: s b.
-        free: Which tasks may enter; written.
-        size: What violations are measured against.
-        rounding: As for `nonnegative`.
-
-    Returns:
-        λ; the changes; the least residual, or 0.0 if near dependence explains it.
+    A is sGs and q is sb. `free` says which tasks may enter, and is written; violations are measured against `size`. The
+    worst violation is the least residual, or 0.0 if near dependence explains it.
     """
     m = len(q)
     lam, r = [0.0] * m, q

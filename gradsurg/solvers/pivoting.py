@@ -31,12 +31,8 @@ def solve_batched(
     is moderate. Programs that are not done after 8 turns, or whose Σλ is large, go to the active-set method; those in
     which tasks depend on each other and b is not in the range of G are among them.
 
-    Args:
-        G: Shape (n, m, m), or (m, m) for one Gramian in all programs; finite, as are b and scale.
-        b: Shape (n, m).
-        allowed: As for `nonnegative`, (n, m).
-        scale: As for `nonnegative`, (n,).
-        rounding: As for `nonnegative`.
+    Arguments as for `nonnegative`: G of shape (n, m, m), or (m, m) for one Gramian in all programs, b and allowed
+    (n, m), scale (n,); all finite.
 
     Source: Júdice & Pires 1994, "A block principal pivoting algorithm for large-scale strictly monotone linear
     complementarity problems".

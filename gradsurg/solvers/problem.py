@@ -21,13 +21,7 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Solvers:
-    """Three functions of the same arguments and answers, whoever provides them.
-
-    Attributes:
-        nonnegative: As solvers.nonnegative.
-        simplex: As solvers.simplex.
-        project_rows: As solvers.project_rows.
-    """
+    """The functions of these names in solvers/, or others of the same arguments and answers."""
 
     nonnegative: Callable[..., Tensor]
     simplex: Callable[..., Tensor]

@@ -158,10 +158,7 @@ class Pipeline:
     def scales(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         """Return what normalisation multiplies the rows by, shape (..., m), and the state after it.
 
-        For element-wise surgeries, which have scales and no weights.
-
-        Raises:
-            ValueError: Levels of priority are set.
+        For element-wise surgeries, which have scales and no weights, and so no levels of priority.
         """
         if self.levels is not None:
             raise ValueError(

@@ -93,14 +93,11 @@ def order(
     gradients. With one primary, ⟨u, g_0⟩ ≥ ‖g_0‖²; adding a level never reduces ⟨u, g_i⟩ of a higher task.
 
     Args:
-        gramian: Shape (..., m, m), float64, after normalisation.
+        gramian: Shape (..., m, m), float64, after normalisation; the weights have shape (..., m).
         levels: Row indices of each level, highest first; together all of 0 … m-1.
         auxiliary: "protect" or "help".
         surgery: (Gramian of a level, its row indices) -> the weights of its direction.
         solvers: The functions that solve the programs.
-
-    Returns:
-        Weights of shape (..., m), float64.
 
     Source: Su Jianlin 2022, kexue.fm 8907.
     """

@@ -119,14 +119,13 @@ def combine(
     accumulate: bool = False,
     partitions: Sequence[int] | None = None,
 ) -> None:
-    """Write u = Σ w_i g_i into `out`, or add it there.
+    """Write u = Σ w_i g_i into `out`, one tensor per parameter, or add it there; rounded once.
 
     Args:
-        rows: m lists of one gradient per parameter or None, as for `gramian`.
-        weights: w, float64, (m,) or (partitions, m), on the device. A row of weight 0 is not read, so a row of NaN with
-            weight 0 is harmless.
-        out: One tensor per parameter, written; 0 (or unchanged) if no row has a gradient.
-        accumulate: out ← out + u instead of out ← u; rounded once.
+        rows: As for `gramian`. A row of weight 0 is not read, so a row of NaN with weight 0 is harmless.
+        weights: w, float64, (m,) or (partitions, m), on the device.
+        out: 0 (or unchanged) if no row has a gradient.
+        accumulate: out ← out + u instead of out ← u.
         partitions: The row of `weights` that each parameter takes, ascending from 0; None is one for all.
     """
     start: Sequence[Tensor | None] = out if accumulate else [None] * len(out)
@@ -147,7 +146,7 @@ def correct(
     """Correct an update in place: after ← before − ((before − after) + sign · Σ λ_i g_i), each number rounded once.
 
     Args:
-        rows: m lists of one gradient per parameter or None, as for `gramian`.
+        rows: As for `gramian`.
         coefficients: λ, float64, (m,) or (partitions, m), on the device; a row with 0 is not read.
         after: The parameters; written. `before` cancels in the formula, and is read only if a mode is HOLD.
         before: The parameters before the step; needed if a mode may be HOLD.

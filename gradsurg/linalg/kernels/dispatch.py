@@ -53,13 +53,9 @@ def path(
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = (),
     sparse: bool = False,
 ) -> str:
-    """Return "triton" or "torch".
+    """Return "triton" or "torch", for rows on a device.
 
-    Args:
-        backend: "auto", "torch" or "triton".
-        device: Where the rows are.
-        dtypes: The pairs (dtype of a row, dtype of p.grad) that occur; complex ones count as their real parts.
-        sparse: Whether some row is sparse.
+    `dtypes` has the pairs (dtype of a row, dtype of p.grad) that occur; complex ones count as their real parts.
 
     Raises:
         ValueError: backend="triton", but it cannot run; the message says what to change.

@@ -53,8 +53,7 @@ class Batched(OneByOne):
     def fill(self, engine: Engine, losses: Mapping[str, Tensor], gradient: Tensor | None, keep: bool) -> bool:
         """Fill the rows of these tasks; return False, with nothing changed, if they have to run one by one.
 
-        Raises:
-            MultiTaskError: The pass failed although earlier ones worked, so the graph is used up.
+        If the pass fails although earlier ones worked, the graph is used up, and that is an error.
         """
         if "batched fails" in engine.told or len(losses) < 2:
             return False

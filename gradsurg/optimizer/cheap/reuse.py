@@ -33,12 +33,7 @@ Gradients = tuple["Tensor | None", ...]
 
 
 class Reused:
-    """Uses the weights of an earlier step, in all steps but every k-th.
-
-    Args:
-        every: k.
-        full: How the passes of a full step run.
-    """
+    """Uses the weights of an earlier step in all steps but every k-th, whose passes run in the way `full`."""
 
     def __init__(self, every: int, full: OneByOne) -> None:
         self.every, self.full = every, full
@@ -82,10 +77,8 @@ class Reused:
         """Run one backward pass with the weights of an earlier step, and add its result to p.grad.
 
         Under DDP all of p.grad is averaged when the backward pass around it is complete, as DDP itself would do.
-
-        Returns:
-            False if the result is not finite and `nonfinite` asks which task it was: p.grad and the graph are then as
-            before.
+        Return False if the result is not finite and `nonfinite` asks which task it was: p.grad and the graph are then
+        as before.
         """
         engine.settle()
         weights: Mapping[str, float] = engine.checkpoint.recall(KEY)["weights"]
@@ -163,8 +156,7 @@ def _check_can_tell(graph: Map, engine: Engine) -> None:
 def _knows_compiled(graph: Map, engine: Engine, losses: Mapping[str, Tensor]) -> bool:
     """Whether it is known which tasks reach the parameters inside compiled graphs that several losses enter.
 
-    Raises:
-        MultiTaskError: A single task reaches such a parameter; the one pass would weigh it as if it were shared.
+    A parameter there that a single task reaches is refused: the one pass would weigh it as if it were shared.
     """
     ours = set(map(id, engine.parameters()))
     for node in graph.common:

@@ -31,15 +31,10 @@ DECAY = 0.9
 
 
 class Rotation:
-    """Chooses the tasks that are due, and keeps the averages of all tasks.
+    """Chooses the tasks that are due, `count` in each step (None: rotate= is off), and keeps the averages of all tasks.
 
     The checkpoint keeps when each task was last due. The averages, m · P numbers, are part of the state dict, so that a
     resumed run is equal to the bit to an uninterrupted one.
-
-    Args:
-        count: k, or None if rotate= is off.
-        checkpoint: Where to remember who was due.
-        row_dtype: As in wrap().
     """
 
     def __init__(self, count: int | None, checkpoint: Checkpoint, row_dtype: torch.dtype | None) -> None:
