@@ -168,7 +168,10 @@ def _with_nan(value: Any) -> Any:
 
 
 def write_csv(path: Path, reports: Sequence[Report]) -> None:
-    """Write a table with a row per step and task; a cell is empty if there is no number."""
+    """Write a table with a row per step and task; a cell is empty if there is no number.
+
+    A task's name that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
     rows = [row for report in reports for row in _rows(report)]
     # Cosines come last: there are more of them whenever a new task appears.
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -181,6 +184,12 @@ def write_csv(path: Path, reports: Sequence[Report]) -> None:
 
 # Begins the columns of cosines; the other task's name follows.
 _COSINE = "cos:"
+# A cell that begins with one of these is run, as in =HYPERLINK(...), when a spreadsheet opens the file.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def _cell(name: str) -> str:
+    return f"'{name}" if name.startswith(_FORMULA) else name
 
 
 def _rows(report: Report) -> Iterator[dict[str, object]]:
@@ -206,8 +215,8 @@ def _rows(report: Report) -> Iterator[dict[str, object]]:
     cosines = dict(zip((_COSINE + name for name in report.tasks), report.cosines.tolist(), strict=True))
     for k, name in enumerate(report.tasks):
         own = {title: column[k] for title, column in (of_tasks | cosines).items()}
-        yield {"step": report.step, "task": name, **own, **of_step}
+        yield {"step": report.step, "task": _cell(name), **own, **of_step}
     for name in report.nonfinite:
         # It was left out of the step.
         if name not in report.tasks:
-            yield {"step": report.step, "task": name, "finite": 0, **of_step}
+            yield {"step": report.step, "task": _cell(name), "finite": 0, **of_step}

@@ -75,6 +75,23 @@ def test_names_may_be_anything(tmp_path):
     assert [row["task"] for row in table(tmp_path / "h.csv")] == list(names)
 
 
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_a_spreadsheet_runs_no_name_as_a_formula(tmp_path, first):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), nonfinite="skip_task")
+    history = gradsurg.History(optimizer, every=1)
+    name, skipped = f'{first}HYPERLINK("http://x","click")', f"{first}1"
+    optimizer.backward({name: w.sum(), "a=b": w.square().sum(), skipped: w.sum() * math.nan})
+    optimizer.step()
+    history.save(tmp_path / "h.csv")
+    assert [row["task"] for row in table(tmp_path / "h.csv")] == ["'" + name, "a=b", "'" + skipped]
+    assert not any(title.startswith(first) for title in table(tmp_path / "h.csv")[0])
+    # The file that is read again keeps the names as they are.
+    history.save(tmp_path / "h.jsonl")
+    (report,) = gradsurg.History.load(tmp_path / "h.jsonl").reports
+    assert report.tasks == (name, "a=b")
+
+
 def test_skipped_tasks_are_named(tmp_path):
     w = torch.nn.Parameter(torch.ones(2))
     optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), nonfinite="skip_task")
