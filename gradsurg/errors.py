@@ -31,7 +31,7 @@ class MultiTaskError(RuntimeError):
         ...     optimizer.total({"a": w.sum(), "b": w.sum() * float("nan")}).backward()
         ... except gradsurg.MultiTaskError as error:
         ...     print(str(error).partition(".")[0])
-        the gradients of 'b' are not finite
+        the losses or gradients of 'b' are not finite
     """
 
 

@@ -52,12 +52,13 @@ class Capture:
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
         self._sentinel: Sentinel | None = None
 
-    def open(self, parameters: list[Tensor]) -> None:
-        """Take p.grad of every parameter away, so that backward passes start from nothing."""
+    def open(self, parameters: list[Tensor]) -> bool:
+        """Take p.grad of every parameter away, so that backward passes start from nothing; return is_live()."""
         self._was_live = self.is_live(parameters)
         self._next_foreign = self._foreign_among(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = TaskRows(self.row_dtype)
+        return self._was_live
 
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""

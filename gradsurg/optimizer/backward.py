@@ -71,8 +71,9 @@ class OneByOne:
                     engine.session.captured(name)
             if not run.known and run.plain is None and not engine.session.layout.several:
                 raise ValueError(f"no function of {list(run.losses)} returned a loss that requires grad")
-        engine.step.losses = run.known
-        if not run.joins:
+        if run.joins and engine.run is not None:
+            engine.run.known.update(run.known)
+        else:
             run.when_done(engine.finish, functools.partial(engine.abort, None, run))
 
     def together(
@@ -169,7 +170,6 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
     engine.open(Run())
     for name, row in rows.items():
         engine.capture.fresh.add(name, row)
-    engine.step.losses = {}
     engine.finish()
 
 

@@ -20,7 +20,7 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.capture import Capture
 from gradsurg.gradients.losses import Compute, detached
 from gradsurg.gradients.param_groups import parameter_names, trained
-from gradsurg.gradients.rows import HeldGradients, TaskRows
+from gradsurg.gradients.rows import HeldGradients, TaskRows, is_finite
 from gradsurg.gradients.total import pass_in_progress
 from gradsurg.optimizer.cheap.rotation import Rotation
 from gradsurg.optimizer.checkpoint import Checkpoint
@@ -150,7 +150,8 @@ class Engine:
         """Take p.grad away for a run; one whose backward pass died without telling us is dropped first."""
         self.abort()
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
-        self.capture.open(run.parameters)
+        if not self.capture.open(run.parameters) and self.step.losses and self.capture.has_rows():
+            self.step.losses, self.step.skipped = {}, ()
         self.run = run
 
     def open_or_join(self, run: Run) -> list[tuple[str | None, Tensor | Compute]]:
@@ -198,15 +199,17 @@ class Engine:
     def _commit(self, run: Run, waiting: bool) -> tuple[TaskRows | None, HeldGradients]:
         """Make the fresh rows, over all ranks, part of the rows; return None for these if surgery has to wait."""
         sent: bool | None = None
+        losses: Mapping[str, Tensor] = {**self.step.losses, **run.known}
         try:
             if self.session.layout.several:
-                sent, losses, agreed = self.session.settle(waiting, self.step.losses, run.joined)
-                self.step.losses = dict(losses)
+                sent, losses, agreed = self.session.settle(waiting, losses, run.joined)
                 self.checkpoint.learn(agreed)
-            self.screen(self.capture.fresh)
+            bad = self.screen(losses, self.capture.fresh)
         except BaseException as error:
             self.abort(error)
             raise
+        # A task left out of this run may have rows of earlier ones, to which its earlier loss belongs.
+        self.step.losses = {**losses, **{name: loss for name, loss in self.step.losses.items() if name in bad}}
         held = self.capture.commit(sent)
         self.run, self.step.pending = None, True
         return (None if waiting or sent is False else self.capture.rows), held
@@ -215,7 +218,7 @@ class Engine:
         """Return what a surgery on these rows of these parameters has to know."""
         options = self.options
         return StepInputs(
-            rows=rows if options.rotate is None else self.rotation.completed(rows),
+            rows=rows if options.rotate is None else self.rotation.completed(rows, self.step.skipped),
             parameters=parameters,
             groups=[group["params"] for optimizer in self.optimizers for group in optimizer.param_groups],
             losses=self.step.losses,
@@ -236,27 +239,28 @@ class Engine:
                 self.session.fail(error)
             self.run = None
 
-    def screen(self, *parts: TaskRows) -> None:
-        """Apply the `nonfinite` policy to rows with NaN or infinity, given as parts of the same tasks' rows."""
+    def screen(self, losses: Mapping[str, Tensor], *parts: TaskRows) -> list[str]:
+        """Apply the `nonfinite` policy to the losses and the parts of the tasks' rows; return the tasks left out."""
         if self.options.nonfinite == "propagate":
-            return
-        found = list(dict.fromkeys(name for part in parts for name in part.nonfinite()))
-        layout = self.session.layout
+            return []
+        layout, infinite = self.session.layout, {name for part in parts for name in part.nonfinite()}
+        # With rotate=, a task that is not due has a loss and no row of this run.
+        here = dict.fromkeys(name for part in (losses if self.options.rotate else (), *parts) for name in part)
+        found = [name for name in here if name in infinite or (name in losses and not is_finite(losses[name]))]
         # Rows that are not sent yet belong to this rank alone, and others may have other tasks.
-        names = layout.agreed(list(dict.fromkeys(name for part in parts for name in part)))
-        bad = layout.on_any_rank(names, found) if layout.several else found
+        bad = layout.on_any_rank(layout.agreed(list(here)), found) if layout.several else found
         if bad and self.options.nonfinite == "raise":
             raise MultiTaskError(
-                f"the gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and optimizer state "
-                "are as before. nonfinite='skip_task' leaves such a task out of the step."
+                f"the losses or gradients of {', '.join(map(repr, bad))} are not finite. Parameters, p.grad and "
+                "optimizer state are as before. nonfinite='skip_task' leaves such a task out of the step."
             )
         for name in bad:
             for part in parts:
                 if name in part:
                     part.drop(name)
             self.checkpoint.count_skipped(name)
-            if name not in self.step.skipped:
-                self.step.skipped = (*self.step.skipped, name)
+        self.step.skipped = tuple(dict.fromkeys((*self.step.skipped, *bad)))
+        return bad
 
     # -- between runs -------------------------------------------------------------------------------------------
 

@@ -90,7 +90,8 @@ def wrap(
         shared: The parameters that surgery treats. Default: those that at least two tasks of a step reached.
         row_dtype: A floating dtype such as torch.bfloat16 in which task gradients of shared parameters are stored.
         nonfinite: What happens to a task whose gradient has a NaN or an infinity. "propagate": it goes into p.grad,
-            so that GradScaler sees it. "skip_task": this step goes without the task. "raise": an error.
+            so that GradScaler sees it. "skip_task": this step goes without the task. "raise": an error. The last two
+            also look at the loss.
         atomic: If the optimizer's own step raises half way, put back its state and all parameters, so that the step
             can be tried again. Costs a copy of both in each step: 3 P numbers for Adam. If False, only the copies of
             parameters that guarantee="update" needs are put back.

@@ -84,7 +84,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
             done.extend(rows)
         averaged.begin()
         known = layout.mean_losses(known)
-        engine.screen(rows, own)
+        engine.screen(known, rows, own)
         inputs = engine.inputs(rows, features)
         found = compute_direction(
             replace(inputs, groups=[features], losses=known, options=options, layout=spread, recycled=Recycler())

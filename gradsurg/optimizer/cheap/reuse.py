@@ -90,7 +90,8 @@ class Reused:
             with advise():
                 _weighted_backward(losses, weights, run.gradient, graph, run.retain_graph or watchful)
             result = averaged.held_gradients.lift()
-            broken = [KEY] if watchful and not all(is_finite(local_of(g)) for g in result.values()) else []
+            numbers = (*losses.values(), *map(local_of, result.values())) if watchful else ()
+            broken = [] if all(map(is_finite, numbers)) else [KEY]
             if watchful and layout.on_any_rank([KEY], broken):
                 averaged.drop()
                 return False

@@ -63,15 +63,15 @@ class Rotation:
         self._unit = None if gradient is None or float(gradient) == 1 else gradient
         return [name for name in names if name in due]
 
-    def completed(self, rows: TaskRows) -> TaskRows:
-        """Return the rows of the tasks that were due and, for the other tasks of this step, their averages."""
+    def completed(self, rows: TaskRows, skipped: Sequence[str]) -> TaskRows:
+        """Return the rows of the tasks that were due and the averages of those that were neither due nor skipped."""
         if all(self._present.values()):
             return rows
         complete = TaskRows(self.row_dtype)
         for name, due in self._present.items():
             if name in rows:
                 complete.add(name, rows[name].copy())
-            elif not due:
+            elif not due and name not in skipped:
                 averages, unit = self._averages[name].items(), self._unit
                 complete.add(name, Row((p, a if unit is None else a * unit.to(a.device)) for p, a in averages))
         return complete
