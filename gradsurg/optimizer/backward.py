@@ -16,7 +16,7 @@ from gradsurg.gradients.hooks import refusing_steps_in_backward
 from gradsurg.gradients.losses import Compute, check_row, check_scalar, detached, seed_of, task_name
 from gradsurg.optimizer.cheap.features import run_on_features
 from gradsurg.optimizer.engine import Engine
-from gradsurg.optimizer.run import Run
+from gradsurg.optimizer.run import Run, refuse_nesting
 from gradsurg.surgery.priority import check_names
 
 __all__ = ["OneByOne", "run_backward", "set_rows", "task_block"]
@@ -27,7 +27,7 @@ def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> No
 
     `gradient` is what autograd scales every loss by, if the total was scaled; None is 1.
     """
-    engine.refuse_nesting("total() or backward()")
+    refuse_nesting(engine.busy, "total() or backward()")
     run.begin(gradient)
     with engine.doing("total"):
         engine.lay_out()
@@ -127,7 +127,7 @@ def _run_function(engine: Engine, run: Run, name: str, compute: Compute) -> dict
 @contextmanager
 def task_block(engine: Engine, name: str) -> Iterator[None]:
     """Send what happens to p.grad inside this block to one task's row."""
-    engine.refuse_nesting("task()")
+    refuse_nesting(engine.busy, "task()")
     _refuse_cheap(engine, "task()")
     engine.lay_out()
     engine.refuse_scaled_sentinel()
@@ -153,7 +153,7 @@ def task_block(engine: Engine, name: str) -> Iterator[None]:
 
 def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Take rows that were computed elsewhere."""
-    engine.refuse_nesting("set_gradients()")
+    refuse_nesting(engine.busy, "set_gradients()")
     _refuse_cheap(engine, "set_gradients()")
     engine.refuse_scaled_sentinel()
     if not isinstance(gradients, Mapping) or not gradients:

@@ -82,21 +82,6 @@ class Engine:
 
     # -- before a run -------------------------------------------------------------------------------------------
 
-    def refuse_nesting(self, what: str) -> None:
-        """Refuse calls that bring gradients in while another such call is in progress."""
-        kind, name = self.busy or ("", "")
-        if kind == "function":
-            raise MultiTaskError(f"{what} was called inside the function of {name!r}: it must only compute a loss")
-        if kind == "task":
-            raise MultiTaskError(
-                f"{what} was called inside `with optimizer.task(...)`: only loss.backward() belongs there"
-            )
-        if kind == "total" and what == "total() or backward()":
-            raise MultiTaskError(
-                "a loss that total() or backward() was given holds a total(losses) of the same optimizer: hand over "
-                "the losses that it was made of"
-            )
-
     @contextmanager
     def doing(self, kind: str, name: str = "") -> Iterator[None]:
         """Note what is in progress, as long as the block lasts."""

@@ -19,7 +19,7 @@ from gradsurg.gradients.rows import HeldGradients, Row
 from gradsurg.gradients.total import at_end_of_backward
 from gradsurg.guarantee.constraint import UpdateConstraint
 
-__all__ = ["Passes", "Run", "Step", "Task", "several_processes"]
+__all__ = ["Passes", "Run", "Step", "Task", "refuse_nesting", "several_processes"]
 
 Task = Tensor | Compute | None
 
@@ -148,6 +148,20 @@ class Passes(Protocol):
 
     def end_step(self, engine: Any) -> None:
         """Note that the optimizer has stepped."""
+
+
+def refuse_nesting(busy: tuple[str, str] | None, what: str) -> None:
+    """Refuse calls that bring gradients in while another such call is in progress."""
+    kind, name = busy or ("", "")
+    if kind == "function":
+        raise MultiTaskError(f"{what} was called inside the function of {name!r}: it must only compute a loss")
+    if kind == "task":
+        raise MultiTaskError(f"{what} was called inside `with optimizer.task(...)`: only loss.backward() belongs there")
+    if kind == "total" and what == "total() or backward()":
+        raise MultiTaskError(
+            "a loss that total() or backward() was given holds a total(losses) of the same optimizer: hand over "
+            "the losses that it was made of"
+        )
 
 
 def several_processes() -> bool:
