@@ -81,6 +81,9 @@ class DDPLayout(Layout):
         """Whether rows are exchanged now: not inside no_sync(), nor while surgery waits anyway."""
         return self._synced and not waiting
 
+    def send_now(self) -> None:  # noqa: D102
+        self._synced = True
+
     @contextmanager
     def quiet(self) -> Iterator[None]:  # noqa: D102
         with ExitStack() as stack:

@@ -68,6 +68,9 @@ class Layout:
         """Whether rows are exchanged now; `waiting` tells whether their surgery has to wait."""
         return not waiting
 
+    def send_now(self) -> None:
+        """Exchange rows from now on until the next run begins, also those that no_sync() kept back."""
+
     def quiet(self) -> AbstractContextManager[None]:
         """Keep the model's own synchronisation out of the backward passes inside this block."""
         return nullcontext()

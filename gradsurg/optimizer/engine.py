@@ -125,8 +125,8 @@ class Engine:
             absent = [name for name in self.options.tasks or () if name not in self.capture.rows]
             raise MultiTaskError(
                 "p.grad was clipped, unscaled or zeroed in place while surgery was waiting, which would undo it. It "
-                f"waits inside accumulate(), and for declared tasks that have not come (now: {absent}): run the last "
-                "backward outside accumulate(), or wrap without tasks=. optimizer.zero_grad() starts afresh."
+                "waits inside accumulate() and no_sync(), and for declared tasks that have not come (now: "
+                f"{absent}): run the last backward outside, or wrap without tasks=. zero_grad() starts afresh."
             )
 
     # -- a run --------------------------------------------------------------------------------------------------

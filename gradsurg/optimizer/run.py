@@ -125,6 +125,7 @@ class Step:
         next_state: What normaliser and surgery will remember after the step.
         stepped: id of each of several optimizers that used this surgery.
         unrun: Number of totals that were built and whose backward never ran.
+        unaveraged: Whether p.grad is this rank's alone: a pass without rows ran in no_sync().
     """
 
     losses: Mapping[str, Tensor] = field(default_factory=dict)
@@ -135,6 +136,7 @@ class Step:
     next_state: Mapping[str, Any] | None = None
     stepped: set[int] = field(default_factory=set)
     unrun: int = 0
+    unaveraged: bool = False
 
 
 class Passes(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
+from gradsurg.distributed.averaging import Averaged
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.param_groups import trained
 from gradsurg.guarantee.constraint import UpdateConstraint
@@ -40,12 +41,23 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
         raise MultiTaskError("step() was called inside `with optimizer.task(...)`: leave the block first")
     # A run is open here only if its backward pass died without telling us.
     engine.abort()
+    if engine.step.pending or engine.step.unaveraged:
+        _send_what_waits(engine)
     engine.finish_pending()
     if not closure:
         _warn_of_unrun_totals(engine)
     _warn_of_unknown_names(engine)
     copies = _copies(engine, optimizer, closure)
     return Attempt(copies, Snapshot(optimizer, copies.row) if engine.options.atomic else None)
+
+
+def _send_what_waits(engine: Engine) -> None:
+    """Let the ranks exchange what backward passes in no_sync() left on each of them: now is the last time."""
+    engine.session.layout.send_now()
+    if not engine.step.pending and any(p.grad is not None for p in engine.parameters()):
+        with Averaged(engine.parameters(), engine.session.layout).begin() as averaged:
+            averaged.complete()
+    engine.step.unaveraged = False
 
 
 def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCopies:
@@ -76,6 +88,8 @@ def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Calla
         if attempt.first is not None:
             engine.capture.part_with_rows()
         value = closure()
+        if engine.step.pending or engine.step.unaveraged:
+            _send_what_waits(engine)
         engine.finish_pending()
         if attempt.first is None:
             attempt.first = (engine.step.constraint, engine.latest)

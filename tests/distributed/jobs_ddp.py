@@ -52,43 +52,6 @@ def steps_alone(net: str, form: str, options: dict[str, Any]) -> tuple[dict[str,
     return nets.state_of(model), optimizer.report
 
 
-# -- accumulation -------------------------------------------------------------------------------------------------
-
-
-def accumulate(model: nn.Module, optimizer: Any, how: str, part: Any) -> None:
-    """Two micro-batches a step, the first in accumulate(), in no_sync(), in both or in neither."""
-    from contextlib import ExitStack
-
-    for step in range(3):
-        optimizer.zero_grad()
-        for micro in range(2):
-            with ExitStack() as stack:
-                if micro == 0 and how in ("accumulate", "both"):
-                    stack.enter_context(optimizer.accumulate())
-                if micro == 0 and how in ("no_sync", "both") and hasattr(model, "no_sync"):
-                    stack.enter_context(model.no_sync())
-                losses = model(*part(nets.batch(10 * step + micro)))
-                if step == 1 and micro == 0:
-                    losses = {"task1": losses["task1"]}  # the others come in the second micro-batch only
-                (optimizer.total(losses) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-
-
-def accumulated(how: str) -> tuple[dict[str, Tensor], int]:
-    model = ddp_of(nets.build())
-    optimizer = nets.optimizer_of(model)
-    with nets.counting() as record:
-        accumulate(model, optimizer, how, nets.mine)
-    return nets.state_of(model), sum(name == "reduce_scatter" for name, _ in record)
-
-
-def accumulated_alone(how: str) -> dict[str, Tensor]:
-    model = nets.build()
-    accumulate(model, nets.optimizer_of(model), how, lambda data: data)
-    return nets.state_of(model)
-
-
 # -- who has which task -------------------------------------------------------------------------------------------
 
 PRESENCE = [  # of every step and rank (modulo 2): the tasks that it has

@@ -36,17 +36,6 @@ def test_every_flag_of_ddp(ranks, flags, form):
     nets.assert_close(results[0][0], jobs_ddp.steps_alone("net", form, {"guarantee": "gradient"})[0])
 
 
-@pytest.mark.parametrize("how", ["accumulate", "no_sync", "both", "neither"])
-def test_accumulation(ranks, how):
-    results = ranks(2).run(jobs_ddp.accumulated, how)
-    nets.equal_everywhere([state for state, _ in results])
-    nets.assert_close(results[0][0], jobs_ddp.accumulated_alone(how))
-    assert results[0][1] >= 9  # three tasks a step are sent at least once
-    if how != "neither":  # and no more: the first micro-batch waits for the second
-        # + 3: the first step does not know yet what a task reaches
-        assert results[0][1] <= 9 + 3
-
-
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("form", ["total", "backward"])
 def test_a_task_missing_on_some_ranks(ranks, count, form):

@@ -98,6 +98,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
 
     def end() -> None:
         averaged.complete()
+        engine.step.unaveraged = not layout.sends(False)
         engine.checkpoint.learn(report.tasks if layout.several else ())
         engine.record(replace(report, level="features"), found.state)
 

@@ -100,6 +100,7 @@ class Reused:
 
         def end() -> None:
             averaged.complete()
+            engine.step.unaveraged = not layout.sends(False)
             engine.record(of_reused_weights(engine.checkpoint.step, layout.mean_losses(known), weights), None)
 
         run.when_done(end, averaged.drop)
