@@ -24,14 +24,9 @@ CAPACITY = 2**25
 
 @dataclass
 class Bucket:
-    """Gradients that travel together.
+    """Gradients that travel together, by the positions of their parameters.
 
-    Attributes:
-        members: Positions of the parameters.
-        offsets: Where each begins in a rank's part of the message.
-        width: How many numbers a rank's part has.
-        dtype: The real dtype of the numbers.
-        device: The device of the parameters.
+    Each begins at an offset in a rank's part of the message, which has `width` numbers of a real dtype.
     """
 
     members: list[int]

@@ -50,11 +50,7 @@ class DDPLayout(Layout):
     m rows; each rank needs the direction before its optimizer moves, and the correction after. For W ≤ m + 2 the
     (m + 2) P (W − 1) / W of such a step are still at most (m + 1) P.
 
-    Args:
-        parameters: What the optimizers train.
-        replicas: The DDP modules that own them.
-        group: Their process group.
-        options: Those of wrap() that have to be the same on all ranks, as text.
+    `options` are those of wrap() that have to be the same on all ranks, as text.
     """
 
     several = True

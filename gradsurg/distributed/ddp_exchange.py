@@ -21,10 +21,9 @@ __all__ = ["SliceExchange", "Slicing"]
 
 @dataclass
 class Slicing:
-    """What all exchanges of one layout share.
+    """What all exchanges of one layout share, for the parameters that the optimizers train.
 
     Attributes:
-        parameters: What the optimizers train.
         outside: Other parameters of the DDP modules: they get what a plain backward pass would have given them.
         group: The ranks.
         whole: Every rank gets all of every row, instead of its slice.
@@ -103,10 +102,7 @@ class SliceExchange:
     sends zeros for those that it lacks. At the end, the ranks compare which parameters each task reached, and whether
     every rank came through. If one raised, all raise, and no rank keeps anything of the step.
 
-    Args:
-        slicing: What the exchanges of this layout share.
-        names: The tasks of this rank.
-        measured: Tasks whose losses are averaged too, though they have no row; the same on all ranks.
+    The tasks `measured`, the same on all ranks, have their losses averaged even without a row.
     """
 
     def __init__(self, slicing: Slicing, names: Sequence[str], measured: Sequence[str] = ()) -> None:

@@ -26,10 +26,8 @@ class ShardedLayout(Layout):
 
     The Gramians of the local parts are added up over ranks: m x m numbers. No gradient is gathered.
 
-    Args:
-        parameters: What the optimizers train; at least one is a DTensor.
-        model: Where to look for FSDP2 modules; None searches the process.
-        options: Those of wrap() that have to be the same on all ranks, as text.
+    At least one parameter is a DTensor. FSDP2 modules are looked for in `model`, or in the whole process. `options` are
+    those of wrap() that have to be the same on all ranks, as text.
     """
 
     several = True

@@ -53,8 +53,7 @@ class Session:
 
         `joined` tells that a second total ran in the same backward pass, whose rows were not sent yet.
 
-        Returns:
-            Whether rows were exchanged, None for a single rank; the losses, averaged if so; and the names of all tasks.
+        Return whether rows were exchanged, None for a single rank; the losses, averaged if so; and all tasks' names.
         """
         if not self.layout.several:
             return None, losses, []

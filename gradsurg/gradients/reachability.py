@@ -21,12 +21,10 @@ class Reachability:
     of None for the heads of the others, and all heads would look shared. So a gradient of zeros counts as none if the
     task never reached the parameter before. Nothing is lost, since zeros add nothing. A parameter whose gradient is
     zero only at first (a new adapter's) is reached from its first other number on.
-
-    Attributes:
-        anywhere: Turns flags of this rank into flags that are set on any rank; see Layout.anywhere.
     """
 
     def __init__(self) -> None:
+        # Turns flags of this rank into flags that are set on any rank; see Layout.anywhere.
         self.anywhere: Callable[[Tensor], Tensor] = lambda flags: flags
         self._known: dict[str, WeakIdKeyDictionary] = {}
 

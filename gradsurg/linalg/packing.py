@@ -54,12 +54,8 @@ class GradientTable(list[list["Tensor | None"]]):
 class PackedRows:
     """The content of a GradientTable in two parts: small tensors in a matrix, and the rest as rows.
 
-    Attributes:
-        matrix: The small tensors of each row one after the other, shape (m, numbers), in the rows' dtype.
-        places: The parameters' positions of these in a row.
-        sizes: How many numbers each of them has.
-        others: The positions of the rest.
-        rest: The rest, as rows.
+    The matrix has the small tensors of each row one after the other, shape (m, numbers), in the rows' dtype: those of
+    the parameters at `places`, with `sizes` numbers each. `others` are the places of the rest.
     """
 
     def __init__(

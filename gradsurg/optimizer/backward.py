@@ -127,8 +127,7 @@ def _run_function(engine: Engine, run: Run, name: str, compute: Compute) -> dict
 @contextmanager
 def task_block(engine: Engine, name: str) -> Iterator[None]:
     """Send what happens to p.grad inside this block to one task's row."""
-    refuse_nesting(engine.busy, "task()")
-    _refuse_cheap(engine, "task()")
+    _refuse_computed(engine, "task()")
     engine.lay_out()
     engine.refuse_scaled_sentinel()
     name = task_name("task()", name)
@@ -153,8 +152,7 @@ def task_block(engine: Engine, name: str) -> Iterator[None]:
 
 def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Take rows that were computed elsewhere."""
-    refuse_nesting(engine.busy, "set_gradients()")
-    _refuse_cheap(engine, "set_gradients()")
+    _refuse_computed(engine, "set_gradients()")
     engine.refuse_scaled_sentinel()
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
@@ -173,8 +171,9 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
     engine.finish()
 
 
-def _refuse_cheap(engine: Engine, what: str) -> None:
-    """Refuse gradients that are computed already in the modes that choose which backward passes run."""
+def _refuse_computed(engine: Engine, what: str) -> None:
+    """Refuse gradients that are computed already, if they come at a wrong time or an option chooses the passes."""
+    refuse_nesting(engine.busy, what)
     for option, off in (("refresh_every", 1), ("rotate", None)):
         if (value := getattr(engine.options, option)) != off:
             raise MultiTaskError(

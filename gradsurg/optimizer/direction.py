@@ -16,7 +16,7 @@ from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.combine import combine
 from gradsurg.linalg.elementwise import elementwise_direction
 from gradsurg.linalg.gramian import gramian
-from gradsurg.linalg.kernels.dispatch import path_of
+from gradsurg.linalg.kernels.dispatch import cannot_run, path_of
 from gradsurg.optimizer.inputs import Partitions, StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import block_names, later, report_of, unmeasured
 from gradsurg.solvers.problem import Problem
@@ -62,10 +62,7 @@ def _path(inputs: StepInputs, shared: list[Tensor]) -> str:
         return "torch"
     if inputs.layout is not ALONE:
         if options.backend == "triton":
-            raise ValueError(
-                "backend='triton' cannot run: rows are reduced over several ranks, which the kernels do not do. Use "
-                "backend='auto' to fall back to torch."
-            )
+            raise cannot_run("rows are reduced over several ranks, which the kernels do not do")
         return "torch"
     return path_of(options.backend, inputs.rows.table(shared), shared)
 

@@ -59,8 +59,8 @@ class Engine:
         self.told: set[str] = set()
 
     def __reduce__(self) -> Any:
-        # Copies start with the same options and no rows, and look for a DDP or FSDP2 module of their own; several
-        # optimizers copied together share one copy.
+        # A copy starts with the same options and no rows, and looks for its own DDP or FSDP2 module. Optimizers that
+        # are copied together share one copied engine.
         return Engine, (self.options, self.passes)
 
     @property
@@ -161,7 +161,8 @@ class Engine:
 
     def finish(self, defer: bool | None = None) -> None:
         """Turn the rows of the open run into p.grad, unless surgery has to wait; on any error p.grad is as before."""
-        if (run := self.run) is None:  # something else came in between and settled it
+        # Another call came in between, and finished or dropped the run.
+        if (run := self.run) is None:
             return
         # gradients/ and distributed/: what each task wants, over all ranks.
         rows, held = self._commit(run, self.deferring > 0 if defer is None else defer)
@@ -174,7 +175,7 @@ class Engine:
             whole = result.gradients if self.session.layout is ALONE else self.session.layout.whole(result.gradients)
             self.capture.write(whole)
         except BaseException:
-            # The fresh rows are part of the others by now; what those amounted to stands in p.grad.
+            # The fresh rows are merged into the older ones by now, so all rows go. p.grad is what it was before.
             self.forget()
             held.restore()
             raise
@@ -250,7 +251,7 @@ class Engine:
     # -- between runs -------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Finish what waits and drop what died, before something is added to p.grad beside the rows."""
+        """Do surgery that waits, and drop a run that died, before a result that has no rows is added to p.grad."""
         self.refuse_scaled_sentinel()
         self.step.unrun = 0
         if self.run is None:
@@ -259,7 +260,7 @@ class Engine:
             self.abort()
 
     def record(self, report: Report, state: Mapping[str, Any] | None) -> None:
-        """Note what was added to p.grad beside the rows: the update is not judged by anything."""
+        """Note a result that was added to p.grad and has no rows: nothing constrains its update."""
         self.latest, self.step.constraint, self.step.next_state = report, None, state
         self.step.stepped.clear()
 
@@ -268,8 +269,8 @@ class Engine:
         if not self.step.pending:
             return
         self.refuse_scaled_sentinel()
-        # Over several ranks, one that had no task in any micro-batch has no rows that could have been zeroed, and takes
-        # part in what the others send.
+        # A rank that had no task in any micro-batch has no rows that could have been zeroed. It takes part in what the
+        # others send.
         if (self.session.layout.several and not self.capture.has_rows()) or self.capture.is_live():
             self.open(Run())
             self.finish(defer=False)

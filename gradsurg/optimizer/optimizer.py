@@ -161,8 +161,7 @@ class MultiTaskOptimizer(Optimizer):
             ...         loss.backward()
             >>> optimizer.step()
         """
-        engine = self._gradsurg
-        with task_block(engine, name):
+        with task_block(self._gradsurg, name):
             yield
 
     def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:

@@ -214,14 +214,9 @@ def _backend(backend: str, surgery: Surgery, margin: bool, optimizers: Sequence[
     for device in {p.device for p in held}:
         dispatch.path(backend, device)
     if backend == "triton" and isinstance(surgery, ElementwiseSurgery):
-        raise ValueError(
-            f"backend='triton' cannot run: surgery={surgery.name!r} decides number by number, for which there is no "
-            "kernel. Use backend='auto' to fall back to torch."
-        )
+        raise dispatch.cannot_run(f"surgery={surgery.name!r} decides number by number, for which there is no kernel")
     if backend == "triton" and margin:
-        raise ValueError(
-            "backend='triton' cannot run: margin= is kept on the host so far. Use backend='auto' to fall back to torch."
-        )
+        raise dispatch.cannot_run("margin= is kept on the host so far")
     return backend
 
 

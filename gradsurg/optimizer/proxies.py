@@ -42,7 +42,7 @@ def total(optimizer: Any, losses: Losses, **options: Any) -> Tensor:
 def backward(optimizer: Any, losses: Losses | Computations, **options: Any) -> None:
     """Call optimizer.backward(losses, ...), seeing through the proxies that trainers put around an optimizer.
 
-    Arguments, errors and example are those of `gradsurg.total`, but for the `.backward()` that it does itself.
+    Arguments, errors and example are those of `gradsurg.total`; the `.backward()` at the end is not needed.
     """
     find_wrapped(optimizer).backward(losses, **options)
 

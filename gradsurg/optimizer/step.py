@@ -24,10 +24,8 @@ __all__ = ["Attempt", "after_step", "before_step", "take_back", "watch"]
 class Attempt:
     """One call of step(), until it has worked or was undone.
 
-    Attributes:
-        copies: The parameters before the step; none if neither the guarantee nor undoing needs them.
-        snapshot: With atomic=True, all that the step may write.
-        first: The constraint and the report of a closure's first evaluation, by which the whole step is judged.
+    `copies` are the parameters before the step, as far as the guarantee or undoing needs them. With atomic=True,
+    `snapshot` is all that the step may write. `first` is the constraint and the report of a closure's first evaluation.
     """
 
     copies: ParameterCopies
@@ -81,7 +79,7 @@ def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCop
 
 
 def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Callable[[], Any]:
-    """Return a closure that keeps the rows of its first evaluation, by which the whole step is judged."""
+    """Return a closure that keeps the constraint of its first evaluation, which holds for the whole step."""
 
     def watched() -> Any:
         # An optimizer that evaluates again, as LBFGS does: this evaluation gets rows of its own.

@@ -43,12 +43,8 @@ def project_rows(gramian: Tensor, *, rounding: float = 4e-16) -> Tensor:
         >>> project_rows(torch.tensor([[1.0, -0.5], [-0.5, 1.0]])).tolist()
         [[0.0, 0.5], [0.5, 0.0]]
     """
-    m = gramian.shape[-1]
     G = gramian.detach().double().cpu()
-    if G.ndim > 2 or m > MOST_TASKS:
-        return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
-    rows: Matrix = G.tolist()
-    if isfinite(sum(map(sum, rows))):
+    if G.ndim == 2 and len(G) <= MOST_TASKS and isfinite(sum(map(sum, rows := G.tolist()))):
         return torch.tensor(project_lists(rows, G, rounding), dtype=torch.float64, device=gramian.device)
     return nonnegative(gramian.unsqueeze(-3), gramian, rounding=rounding)
 
@@ -60,13 +56,8 @@ def project_lists(rows: Matrix, G: Tensor, rounding: float = 4e-16) -> Matrix:
     if not conflicts:
         return [[0.0] * m for _ in rows]
     inverse, s = _inverse(rows, G) if conflicts >= MOSTLY * m * (m - 1) else (None, [])
-    answers: Matrix = []
-    left: list[int] = []
-    for i in range(m):
-        found = None if inverse is None else _from_outside(inverse, s, i)
-        if found is None:
-            left.append(i)
-        answers.append(found or [])
+    answers = [[] if inverse is None else _from_outside(inverse, s, i) or [] for i in range(m)]
+    left = [i for i, answer in enumerate(answers) if not answer]
     if left:
         others: Matrix = nonnegative(G, G if len(left) == m else G[left], rounding=rounding).tolist()
         for i, answer in zip(left, others, strict=True):

@@ -65,8 +65,13 @@ def path(
         return "torch"
     problem = _problem(device, dtypes, sparse)
     if problem and backend == "triton":
-        raise ValueError(f"backend='triton' cannot run: {problem}. Use backend='auto' to fall back to torch.")
+        raise cannot_run(problem)
     return "torch" if problem else "triton"
+
+
+def cannot_run(reason: str) -> ValueError:
+    """Return the error for backend="triton", which was asked for by name and cannot be had."""
+    return ValueError(f"backend='triton' cannot run: {reason}. Use backend='auto' to fall back to torch.")
 
 
 def path_of(backend: str, rows: Iterable[Iterable[Tensor | None]], like: Sequence[Tensor]) -> str:
@@ -76,10 +81,7 @@ def path_of(backend: str, rows: Iterable[Iterable[Tensor | None]], like: Sequenc
         return "torch"
     if len(devices) > 1:
         if backend == "triton":
-            raise ValueError(
-                f"backend='triton' cannot run: shared parameters are on {sorted(map(str, devices))}, and one kernel "
-                "reads one device. Use backend='auto' to fall back to torch."
-            )
+            raise cannot_run(f"shared parameters are on {sorted(map(str, devices))}, and one kernel reads one device")
         return "torch"
     rows = [list(row) for row in rows]
     sparse = any(g is not None and g.is_sparse for row in rows for g in row)

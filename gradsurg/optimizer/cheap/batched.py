@@ -117,7 +117,12 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
     if not tasks:
         return rows
     edges = list(dict.fromkeys(edge for i in tasks for edge in crossing[i]))
-    stacked = [_stacked([crossing[i].get(edge) for i in tasks]) for edge in edges]
+    stacked = []
+    for edge in edges:
+        # One entry per task, zeros for tasks that send nothing along this edge.
+        some = next(crossing[i][edge] for i in tasks if edge in crossing[i])
+        parts = [crossing[i][edge] if edge in crossing[i] else torch.zeros_like(some) for i in tasks]
+        stacked.append(torch.stack(parts))
     found = torch.autograd.grad(
         [GradientEdge(*edge) for edge in edges],
         graph.leaves,
@@ -199,12 +204,6 @@ def _reading(slots: Mapping[int, list[Tensor]]) -> Callable[[Sent, Sent], None]:
                 slot.append(g)
 
     return read
-
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
-    """Return one entry per task, zeros for tasks that send nothing along this edge."""
-    some = next(part for part in parts if part is not None)
-    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _owned(found: Sequence[Tensor | None]) -> Iterator[Tensor | None]:

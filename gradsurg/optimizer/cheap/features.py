@@ -29,7 +29,7 @@ from gradsurg.linalg.sparse import added
 from gradsurg.optimizer.direction import compute_direction
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.options import Options
-from gradsurg.optimizer.report import Report, settled
+from gradsurg.optimizer.report import settled
 from gradsurg.optimizer.run import Run
 
 __all__ = ["check_features", "run_on_features"]
@@ -93,7 +93,11 @@ def run_on_features(engine: Engine, run: Run) -> None:
         if reached:
             torch.autograd.backward([h for h, _ in reached], [u for _, u in reached], retain_graph=run.retain_graph)
         report = settled(found.report)
-        result = _joined(held_gradients.lift(), own, rows, _weights(report, options))
+        weights: dict[str, float] = dict(zip(report.tasks, report.weights[0].tolist(), strict=True))
+        # As in every other step, a task that is alone has its preference for a weight.
+        if len(weights) == 1:
+            weights = {name: options.preferences.get(name, 1.0) for name in weights}
+        result = _joined(held_gradients.lift(), own, rows, weights)
         averaged.add(penalty, result)
 
     def end() -> None:
@@ -179,13 +183,6 @@ def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> S
             f"the head of {name!r} uses torch.utils.checkpoint with use_reentrant=True, which cannot be run up to the "
             "features alone: checkpoint it with use_reentrant=False"
         ) from error
-
-
-def _weights(report: Report, options: Options) -> dict[str, float]:
-    if len(report.tasks) == 1:
-        return {name: options.preferences.get(name, 1.0) for name in report.tasks}
-    weights: list[float] = report.weights[0].tolist()
-    return dict(zip(report.tasks, weights, strict=True))
 
 
 def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, float]) -> Row:
