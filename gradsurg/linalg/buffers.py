@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurg.linalg.blocks import BLOCK, SMALL, Pieces, flat
 
-__all__ = ["BUFFERS", "LANE", "ROWS", "SUM", "Buffers", "Matrix", "inner_product", "products_with_last"]
+__all__ = ["BUFFERS", "LANE", "ROWS", "SUM", "Buffers", "Matrix", "inner_product", "may_be_kept", "products_with_last"]
 
 # A matrix product sums one number after the other, so shorter rows round less. The worst error of 60 pairs of constant
 # rows, as a share of the product: 1 024 numbers 1.4e-14, 4 096 numbers 5.7e-14, 16 384 numbers 2.3e-13. The time of a
@@ -71,7 +71,9 @@ class Buffers(threading.local):
         key = (slot, dtype, device)
         have = self._buffers.get(key)
         if have is None or have.numel() < size:
-            have = self._buffers[key] = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
+            have = torch.empty(max(size, BLOCK + SMALL), dtype=dtype, device=device)
+            if may_be_kept(have):
+                self._buffers[key] = have
         return have[:size]
 
     def matrix(self, slot: int, rows: int, size: int, device: torch.device) -> Matrix:
@@ -87,7 +89,9 @@ class Buffers(threading.local):
         latest = self._latest.get(slot)
         if latest is None or latest[0] != key:
             buffer = self.buffer(slot, rows * count * each, torch.float64, device)
-            latest = self._latest[slot] = key, Matrix(buffer.view(rows, -1), count)
+            latest = key, Matrix(buffer.view(rows, -1), count)
+            if may_be_kept(buffer):
+                self._latest[slot] = latest
         latest[1].resize(size)
         return latest[1]
 
@@ -100,6 +104,11 @@ class Buffers(threading.local):
 
 
 BUFFERS = Buffers()
+
+
+def may_be_kept(tensor: Tensor) -> bool:
+    """Whether a tensor works outside the mode that it was made in, unlike in inference_mode or FakeTensorMode."""
+    return type(tensor) is Tensor and not tensor.is_inference()
 
 
 def inner_product(a: Tensor, b: Tensor) -> float:

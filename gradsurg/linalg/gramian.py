@@ -5,8 +5,6 @@ Its plain float64 twin is in reference.py. On a device other than the CPU the sa
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -111,7 +109,7 @@ class GramianSum:
                 sums, lost = torch.tensor([self.entries, self.lost], dtype=torch.float64).to(lower.device)
                 # The loss of an infinite entry is NaN, and counts as 0.
                 lower += sums.add_(lost.nan_to_num_(0))
-        return torch.where(_lower_half(self.m, lower.device), lower, lower.T)
+        return lower.tril().add_(lower.tril(-1).T)
 
 
 class PairwiseSum:
@@ -142,11 +140,6 @@ class PairwiseSum:
         """Return the sum; something must have been added."""
         sums = self._done if self._running is None else [*self._done, self._running.sum(0)]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-
-
-@functools.lru_cache(maxsize=64)
-def _lower_half(m: int, device: torch.device) -> Tensor:
-    return torch.ones(m, m, dtype=torch.bool, device=device).tril()
 
 
 def _joined(strips: list[Tensor]) -> Tensor:

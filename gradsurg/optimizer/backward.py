@@ -153,6 +153,11 @@ def task_block(engine: Engine, name: str) -> Iterator[None]:
 def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
     """Take rows that were computed elsewhere."""
     _refuse_computed(engine, "set_gradients()")
+    if torch.is_inference_mode_enabled():
+        raise MultiTaskError(
+            "set_gradients() was called under torch.inference_mode(), where p.grad would be a tensor that nothing may "
+            "write to later: call it outside. The gradients may come from inside; under torch.no_grad() it works."
+        )
     engine.refuse_scaled_sentinel()
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,7 @@ def solve_batched(
 def _exchange(A: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """Return λ, for which programs it is the answer (None for all), and the number of turns."""
     large = right.shape[-1] * right.numel() > LARGE
-    minus = _minus_identity(right.shape[-1])
+    minus = torch.eye(right.shape[-1], dtype=torch.float64, device="cpu").neg_()
     passive = right > 0
     y, wrong = _turn(A, minus, right, least, passive)
     for turn in range(1, TURNS):
@@ -80,11 +78,6 @@ def _exchange(A: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor |
         else:
             y, wrong = _turn(A, minus, right, least, passive)
     return torch.where(passive, y, 0), ~wrong.any(-1), TURNS
-
-
-@cache
-def _minus_identity(m: int) -> Tensor:
-    return -torch.eye(m, dtype=torch.float64, device="cpu")
 
 
 def _turn(A: Tensor, minus: Tensor, right: Tensor, least: Tensor, passive: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
 from gradsurg.linalg.blocks import Block, flat_column
+from gradsurg.linalg.buffers import may_be_kept
 from gradsurg.linalg.kernels.dispatch import vector
 
 __all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "launches_for", "on_device", "plan"]
@@ -172,7 +173,9 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
         # Nothing runs in a capture. The table is filled when the graph is replayed, so no other step may use it.
         found = make()
     else:
-        found = _tables[key] = make()
+        found = make()
+        if may_be_kept(torch.empty(0)):
+            _tables[key] = found
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
     if capturing:
@@ -191,7 +194,8 @@ def _upload(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
     if device.type != "cuda":
         return host
     if not _reserve:
-        _reserve.append(torch.empty(RESERVE, dtype=torch.int64).pin_memory())
+        with torch.inference_mode(False):
+            _reserve.append(torch.empty(RESERVE, dtype=torch.int64).pin_memory())
     capturing = _is_capturing(device)
     host = _from_reserve(host) if capturing else host.pin_memory()
     return host.to(device, non_blocking=True)
