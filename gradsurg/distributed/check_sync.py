@@ -1,16 +1,19 @@
-"""check_sync compares the parameters of all ranks, for users who suspect that they differ."""
+"""check_sync and check_sync_every= compare the parameters of all ranks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradsurg.distributed.detect import several_ranks
-from gradsurg.errors import MultiTaskError
 
-__all__ = ["check_sync"]
+if TYPE_CHECKING:
+    from gradsurg.distributed.collectives import Group
+
+__all__ = ["check_sync", "compare"]
 
 
 def check_sync(model: nn.Module) -> None:
@@ -31,33 +34,34 @@ def check_sync(model: nn.Module) -> None:
         >>> import torch, gradsurg
         >>> gradsurg.check_sync(torch.nn.Linear(2, 2))  # one process agrees with itself
     """
-    if not several_ranks():
-        return
-    from gradsurg.distributed.collectives import Group, checksum
+    named = list(model.named_parameters())
+    if several_ranks() and named:
+        from gradsurg.distributed.collectives import Group
+
+        compare(Group(None, named[0][1].device), named, "check_sync")
+
+
+def compare(group: Group, named: Sequence[tuple[str, Tensor]], who: str) -> None:
+    """Compare the parameters of all ranks of a group; `who` asks, for the error."""
+    from gradsurg.distributed.collectives import RanksError, checksum, fingerprint
     from gradsurg.distributed.fsdp import local, shard_of
 
-    named = list(model.named_parameters())
-    if not named:
-        return
-    group = Group(None, named[0][1].device)
-    sums = torch.stack([checksum(local(p, p)).to(named[0][1].device) for _, p in named])
-    names = [name for name, _ in named]
-    held: list[tuple[list[str], list[Any]]] = group.objects((names, [shard_of(p) for _, p in named]))
-    if any(each[0] != names for each in held):
-        raise MultiTaskError(
-            "check_sync: the ranks have models with different parameters; build the same on every rank"
-        )
-    heard = group.gather(sums)
+    names, shards = [name for name, _ in named], [shard_of(p) for _, p in named]
+    heard = group.gather(torch.tensor([fingerprint(names), any(shards)]))
+    if bool((heard[:, 0] != heard[0, 0]).any()):
+        raise RanksError(f"{who}: the ranks have models with different parameters; build the same on every rank")
+    held: list[list[Any]] = group.objects(shards) if bool(heard[:, 1].any()) else [shards] * group.size
+    heard = group.gather(torch.stack([checksum(local(p, p)).to(group.device) for _, p in named]))
     for k, name in enumerate(names):
         first: dict[Any, int] = {}  # which shard -> the first rank that holds it
         differing = []
         for rank in range(group.size):
-            holder = first.setdefault(held[rank][1][k], rank)
+            holder = first.setdefault(held[rank][k], rank)
             if bool((heard[rank, k] != heard[holder, k]).any()):
                 differing.append((rank, holder))
         if differing:
             ranks = ", ".join(f"rank {rank} from rank {holder}" for rank, holder in differing)
-            raise MultiTaskError(
-                f"check_sync: the parameter {name!r} differs between ranks ({ranks}): they have left step. The cause "
-                "is gradients that were never averaged, or a parameter that was changed on some ranks only."
+            raise RanksError(
+                f"{who}: the parameter {name!r} differs between ranks ({ranks}): they have left step. The cause is "
+                "gradients that were never averaged, or a parameter that was changed on some ranks only."
             )

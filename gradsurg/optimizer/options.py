@@ -57,6 +57,7 @@ class WrapOptions(TypedDict, total=False):
     refresh_every: int
     rotate: int | None
     batched: bool
+    check_sync_every: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Options:
     refresh_every: int
     rotate: int | None
     batched: bool
+    check_sync_every: int
     guarantee_asked: bool
     # Whether any option names tasks, and so may name one that does not exist.
     names_tasks: bool
@@ -92,8 +94,8 @@ class Options:
         }
         given |= {"guarantee": self.guarantee, "margin": p.margin, "preferences": sorted(self.preferences.items())}
         given |= {"shared": None if self.shared is None else [tuple(t.shape) for t in self.shared]}
-        same = ("granularity", "tasks", "row_dtype", "nonfinite", "seed", "refresh_every", "rotate", "batched")
-        given |= {name: getattr(self, name) for name in same}
+        same = "granularity tasks row_dtype nonfinite seed refresh_every rotate batched check_sync_every"
+        given |= {name: getattr(self, name) for name in same.split()}
         # A surgery of one's own may print its address.
         return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}
 
@@ -156,6 +158,7 @@ def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Option
         refresh_every=_whole("refresh_every", given["refresh_every"], 1, COUNT),
         rotate=None if rotate is None else _whole("rotate", rotate, 1, COUNT),
         batched=_flag("batched", given["batched"]),
+        check_sync_every=_whole("check_sync_every", given["check_sync_every"], 0, "a whole number, 0 for never"),
         guarantee_asked=given["guarantee"] is not DEFAULT_GUARANTEE,
         names_tasks=bool(levels or preferences or margin),
     )

@@ -10,8 +10,9 @@ import torch
 from torch.optim import LBFGS, Optimizer
 
 from gradsurg.distributed.averaging import Averaged
+from gradsurg.distributed.check_sync import compare
 from gradsurg.errors import MultiTaskError, warn
-from gradsurg.gradients.param_groups import trained
+from gradsurg.gradients.param_groups import parameter_names, trained
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.guarantee.copies import ParameterCopies, Snapshot
 from gradsurg.optimizer.engine import Engine
@@ -45,8 +46,18 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
     if not closure:
         _warn_of_unrun_totals(engine)
     _warn_of_unknown_names(engine)
+    if engine.options.check_sync_every and engine.checkpoint.step % engine.options.check_sync_every == 0:
+        _check_sync(engine, optimizer)
     copies = _copies(engine, optimizer, closure)
     return Attempt(copies, Snapshot(optimizer, copies.row) if engine.options.atomic else None)
+
+
+def _check_sync(engine: Engine, optimizer: Optimizer) -> None:
+    engine.lay_out()
+    if (group := engine.session.layout.group) is not None:
+        names, every = parameter_names(engine.optimizers), engine.options.check_sync_every
+        named = [(names[id(p)], p) for p in trained(optimizer)]
+        compare(group, named, f"check_sync_every={every}, before step {engine.checkpoint.step}")
 
 
 def _send_what_waits(engine: Engine) -> None:

@@ -59,6 +59,7 @@ def wrap(
     refresh_every: int = 1,
     rotate: int | None = None,
     batched: bool = False,
+    check_sync_every: int = 0,
 ) -> MultiTaskOptimizer | list[MultiTaskOptimizer]:
     """Make any torch optimizer train on several losses, so that no update hurts a task to first order.
 
@@ -108,6 +109,9 @@ def wrap(
         batched: Run the backward passes of all tasks through the shared part as one (torch's vmap). Faster if starting
             operations takes most of the time: small models, small batches. Costs m times the memory of one pass. If it
             cannot be done, one warning says why, and the passes run one by one.
+        check_sync_every: k compares the parameters of all ranks in every k-th step, from the first on, before the step
+            moves them. If they differ, all ranks raise an error that names the first. 0 is never. Costs one pass over
+            the parameters, and 16 bytes on the wire per parameter tensor and rank.
 
     Returns:
         The same object, or a list of the same objects, now also a MultiTaskOptimizer.

@@ -106,6 +106,28 @@ def out_of_step(sharded: bool) -> tuple[str, str]:
     return before, after
 
 
+def drifting(kind: str, options: dict[str, Any]) -> tuple[list[str], bool]:
+    """One rank changes one number after the second step; return the messages of four steps, and whether none moved."""
+    model = spread(nets.build(), kind)
+    optimizer = nets.optimizer_of(model, check_sync_every=2, **options)
+    messages, still = [], True
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.total(model(*nets.mine(nets.batch(step)))).backward()
+        parameters = optimizer.param_groups[0]["params"]
+        before = [local_of(p.detach()).clone() for p in parameters]
+        try:
+            optimizer.step()
+            messages.append("")
+        except gradsurg.MultiTaskError as error:
+            messages.append(str(error))
+            still = all(local_of(p).equal(old) for p, old in zip(parameters, before, strict=True))
+        if step == 1 and dist.get_rank() == 1:
+            with torch.no_grad():
+                local_of(parameters[1]).view(-1)[0] += 1e-3
+    return messages, still
+
+
 OPTIONS = {
     "preferences": lambda rank: {"preferences": {"task0": 1.0 + rank}},
     "seed": lambda rank: {"surgery": "pcgrad", "guarantee": "none", "seed": rank},

@@ -67,6 +67,22 @@ def test_a_parameter_left_unsharded_is_compared_in_every_step(ranks, how):
     nets.equal_everywhere([state for _, state in results])
 
 
+@pytest.mark.parametrize("options", [{}, {"refresh_every": 4}, {"rotate": 1}], ids=str)
+def test_check_sync_every_ends_a_run_whose_ranks_drift(ranks, options):
+    for messages, still in ranks(2).run(jobs_refusals.drifting, "ddp", options):
+        assert messages[:2] == ["", ""]
+        assert "check_sync_every=2, before step 2: the parameter 'parameter 1' differs" in messages[2]
+        assert "(rank 1 from rank 0)" in messages[2]
+        assert messages[3] == messages[2]  # until someone mends it
+        assert still
+
+
+def test_check_sync_every_of_shards(ranks):
+    """Every shard has one owner: what differs is no drift."""
+    for messages, _ in ranks(2).run(jobs_refusals.drifting, "fsdp2", {}):
+        assert messages == [""] * 4
+
+
 @pytest.mark.parametrize("form", ["total", "backward"])
 def test_a_rank_that_raises_takes_the_step_from_all(ranks, form):
     results = ranks(2).run(jobs_refusals.raising, form)
