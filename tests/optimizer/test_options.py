@@ -106,6 +106,8 @@ WRONG = [
     ("seed", 1.5, "nonnegative integer"),
     ("seed", True, "nonnegative integer"),
     ("seed", None, "nonnegative integer"),
+    ("check_sync_every", -1, "0 for never"),
+    ("check_sync_every", True, "0 for never"),
 ]
 
 
