@@ -6,6 +6,7 @@ task and silently leaves the others local.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.compile import outside_compilation
 
 __all__ = ["Replica"]
 
@@ -38,7 +40,6 @@ class Replica:
         self._cancels = hasattr(module.reducer, RESET)
         self._seen_forward = self._cancels
         self._armed: bool | None = None
-        self._miscounted, self._prepared, self._watched = False, False, False
         if not self._cancels:
             module.register_forward_pre_hook(self._before_forward)
             module.register_forward_hook(self._after_forward, always_call=True)
@@ -68,13 +69,10 @@ class Replica:
     def cancel(self) -> None:
         """Cancel what forward() prepared; the reducer's hooks then do nothing during backward passes."""
         if self._cancels:
-            module, self._prepared = self.module, False
+            module = self.module
             getattr(module.reducer, RESET)()
             if getattr(module, ENQUEUED, None) is False:
-                self._miscounted = True
-                if not self._watched:
-                    module.register_forward_hook(torch.compiler.disable(self._watch_outputs))
-                    self._watched = True
+                _FirstPass.of(module).cancel()
         elif not self._seen_forward:
             raise MultiTaskError(
                 "this version of torch cannot cancel the reduction that DDP prepared in forward(): pass the DDP module "
@@ -102,21 +100,57 @@ class Replica:
                 # Our passes are not to be part of what a plain pass finds used.
                 getattr(module.reducer, RESET)()
 
-    # With a static graph, the reducer counts in the first backward pass how often each parameter is reached, and later
-    # reduces a parameter when that number is reached. If the first passes were a surgery's, the count is theirs, and
-    # plain passes would reduce nothing, silently. So the first plain pass gets a reducer that has counted nothing.
+    def _before_forward(self, module: DistributedDataParallel, _: Any) -> None:
+        self._armed = module.require_backward_grad_sync
+        module.require_backward_grad_sync = False
 
-    def _watch_outputs(self, module: DistributedDataParallel, _: Any, output: Any) -> None:
+    def _after_forward(self, module: DistributedDataParallel, *_: Any) -> None:
+        if self._armed is not None:
+            module.require_backward_grad_sync = self._armed
+            module.require_forward_param_sync = self._armed
+            self._armed, self._seen_forward = None, True
+
+
+class _FirstPass:
+    """A forward hook of a DDP module with a static graph, until a plain backward pass was counted.
+
+    The reducer counts in the first backward pass how often each parameter is reached, and later reduces a parameter
+    when that number is reached. If the first passes were a surgery's, the count is theirs, and plain passes would
+    reduce nothing, silently. So the first plain pass gets a reducer that has counted nothing.
+    """
+
+    def __init__(self) -> None:
+        self._miscounted, self._prepared = False, False
+
+    @classmethod
+    def of(cls, module: DistributedDataParallel) -> _FirstPass:
+        """Return the module's own, which is registered if it has none."""
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, cls):
+                return hook
+        hook = cls()
+        module.register_forward_hook(hook)
+        return hook
+
+    def cancel(self) -> None:
+        """Note that the backward passes until the next forward pass are not plain, and are counted all the same."""
+        self._miscounted, self._prepared = True, False
+
+    def __call__(self, module: DistributedDataParallel, _: Any, output: Any) -> None:
+        outside_compilation(_FirstPass._watch)(self, module, output)
+
+    def _watch(self, module: DistributedDataParallel, output: Any) -> None:
         self._prepared = torch.is_grad_enabled() and module.require_backward_grad_sync
         if self._prepared and self._miscounted and not getattr(module, ENQUEUED):
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(self._renew)
+                    leaf.register_hook(functools.partial(self._renew, module))
 
-    def _renew(self, _: Tensor) -> None:
+    def _renew(self, module: DistributedDataParallel, _: Tensor) -> None:
+        # A plain backward pass has begun, and has reached none of the parameters yet.
         if not (self._prepared and self._miscounted):
             return
-        module, self._miscounted = self.module, False
+        self._miscounted = False
         module.reducer._remove_autograd_hooks()
         parameters, sparse = module._build_params_for_reducer()
         names = module._build_debug_param_to_name_mapping(parameters)
@@ -128,13 +162,3 @@ class Replica:
             torch._C._distributed_c10d._register_comm_hook(module.reducer, state, hook)
         module.reducer.prepare_for_forward()
         module.reducer.prepare_for_backward([])
-
-    def _before_forward(self, module: DistributedDataParallel, _: Any) -> None:
-        self._armed = module.require_backward_grad_sync
-        module.require_backward_grad_sync = False
-
-    def _after_forward(self, module: DistributedDataParallel, *_: Any) -> None:
-        if self._armed is not None:
-            module.require_backward_grad_sync = self._armed
-            module.require_forward_param_sync = self._armed
-            self._armed, self._seen_forward = None, True
