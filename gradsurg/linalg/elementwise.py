@@ -50,7 +50,7 @@ def elementwise_direction(
         rows: m lists of one gradient, or None, per parameter.
         like: The part of each parameter that this rank holds: u has these dtypes and shapes.
         scales: The factor of each row; 0 leaves the row out.
-        preferences: r_i, shape (m,), on the CPU.
+        preferences: r_i, shape (m,), on the CPU; 0 leaves the row out.
         generators: One source of random numbers per parameter.
         guarantee: Whether u is projected onto the dual cone of the rows: the least change that removes all conflicts.
         allowed: Which tasks the guarantee protects, bool (m,); None is all.
@@ -59,7 +59,7 @@ def elementwise_direction(
     """
     measure = measure or Measure()
     anywhere = measure.nonzero(rows)
-    alive = [i for i, s in enumerate(scales) if s != 0 and anywhere[i]]
+    alive = [i for i, (s, r) in enumerate(zip(scales, preferences.tolist(), strict=True)) if s and r and anywhere[i]]
     direction = []
     for k, (parameter, generator) in enumerate(zip(like, generators, strict=True)):
         present = [(i, g) for i in alive if (g := rows[i][k]) is not None]

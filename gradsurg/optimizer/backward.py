@@ -17,6 +17,7 @@ from gradsurg.gradients.losses import Compute, check_row, check_scalar, detached
 from gradsurg.optimizer.cheap.features import run_on_features
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.run import Run, refuse_nesting
+from gradsurg.surgery.pipeline import check_mapping
 from gradsurg.surgery.priority import check_names
 
 __all__ = ["OneByOne", "run_backward", "set_rows", "task_block"]
@@ -125,7 +126,7 @@ def _run_function(engine: Engine, run: Run, name: str, compute: Compute) -> dict
 
 
 @contextmanager
-def task_block(engine: Engine, name: str) -> Iterator[None]:
+def task_block(engine: Engine, name: str, preferences: Mapping[str, float] | None = None) -> Iterator[None]:
     """Send what happens to p.grad inside this block to one task's row."""
     _refuse_computed(engine, "task()")
     engine.lay_out()
@@ -134,7 +135,9 @@ def task_block(engine: Engine, name: str) -> Iterator[None]:
     declared = engine.options.tasks
     if declared is not None and name not in declared:
         raise unknown_name("task()", name, declared)
-    run = Run()
+    own = check_mapping("preferences", preferences, zero=True)
+    check_names((tuple(own),), {name, *engine.checkpoint.tasks, *(declared or ())}, "preferences")
+    run = Run(preferences=own)
     engine.open(run)
     # Until something is compiled, only a task's first block is watched: there the first compilation may happen.
     key = f"task {name}"
@@ -150,7 +153,9 @@ def task_block(engine: Engine, name: str) -> Iterator[None]:
         engine.step.entered.add(name)
 
 
-def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+def set_rows(
+    engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]], preferences: Mapping[str, float] | None = None
+) -> None:
     """Take rows that were computed elsewhere."""
     _refuse_computed(engine, "set_gradients()")
     if torch.is_inference_mode_enabled():
@@ -166,11 +171,12 @@ def set_rows(engine: Engine, gradients: Mapping[str, Sequence[Tensor | None]]) -
         check_names((tuple(gradients),), engine.options.tasks, "gradients")
     parameters = engine.parameters() if engine.options.shared is None else list(engine.options.shared)
     rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
+    own = check_mapping("preferences", preferences, zero=True)
     engine.lay_out()
     if not engine.session.layout.several:
-        engine.check_names(rows)
+        engine.check_names(rows, own)
     engine.learn(rows)
-    engine.open(Run())
+    engine.open(Run(preferences=own))
     for name, row in rows.items():
         engine.capture.fresh.add(name, row)
     engine.finish()

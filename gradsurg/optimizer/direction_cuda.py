@@ -67,11 +67,13 @@ def _problem(inputs: StepInputs, G: Tensor) -> Problem:
     from gradsurg.linalg.kernels import cone
 
     tasks = tuple(inputs.rows)
+    preferences = [inputs.options.preferences.get(name, 1.0) for name in tasks]
     return Problem(
         gramian=G,
-        preferences=constant([inputs.options.preferences.get(name, 1.0) for name in tasks], G.device),
+        preferences=constant(preferences, G.device),
         tasks=tasks,
         solvers=Solvers(cone.nonnegative, cone.simplex, cone.project_rows),
+        unwanted=tuple(i for i, r in enumerate(preferences) if r == 0),
     )
 
 

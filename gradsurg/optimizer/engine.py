@@ -29,8 +29,6 @@ from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import DeferredReport, Report
 from gradsurg.optimizer.run import Passes, Run, Step, several_processes
-from gradsurg.surgery.margin import named
-from gradsurg.surgery.priority import check_names
 
 __all__ = ["Engine"]
 
@@ -103,13 +101,10 @@ class Engine:
                 "step costs."
             )
 
-    def check_names(self, names: Iterable[str]) -> None:
+    def check_names(self, names: Iterable[str], preferences: Iterable[str] = ()) -> None:
         """Check the task names in the options against those declared, seen or given: a typo must not pass silently."""
-        if self.options.names_tasks:
-            known = {*self.checkpoint.tasks, *(self.options.tasks or ()), *names}
-            check_names(self.options.pipeline.levels, known)
-            check_names((tuple(self.options.preferences),), known, "preferences")
-            check_names((named(self.options.pipeline.margin),), known, "margin")
+        if self.options.names_tasks or preferences:
+            self.options.check_names({*self.checkpoint.tasks, *(self.options.tasks or ()), *names}, preferences)
 
     def learn(self, names: Iterable[str]) -> None:
         """Note the tasks that this process met; over several ranks they are learnt in the order agreed on."""
@@ -153,6 +148,7 @@ class Engine:
         self.step.unrun = 0
         if self.run is not None and self.run.outer_pass == pass_in_progress():
             run.joins = self.run.joined = True
+            self.run.preferences.update(run.preferences)
             run.parameters = self.run.parameters
             self.capture.take_plain()
         else:
@@ -180,7 +176,8 @@ class Engine:
             held.restore()
             raise
         self.latest = result.report if self.options.rotate is None else self.rotation.reported(result.report)
-        self.step = Step(self.step.losses, self.step.skipped, constraint=result.constraint, next_state=result.state)
+        kept = self.step.losses, self.step.skipped, self.step.preferences
+        self.step = Step(*kept, constraint=result.constraint, next_state=result.state)
 
     def _commit(self, run: Run, waiting: bool) -> tuple[TaskRows | None, HeldGradients]:
         """Make the fresh rows, over all ranks, part of the rows; return None for these if surgery has to wait."""
@@ -197,12 +194,13 @@ class Engine:
         # A task left out of this run may have rows of earlier ones, to which its earlier loss belongs.
         self.step.losses = {**losses, **{name: loss for name, loss in self.step.losses.items() if name in bad}}
         held = self.capture.commit(sent)
+        self.step.preferences.update(run.preferences)
         self.run, self.step.pending = None, True
         return (None if waiting or sent is False else self.capture.rows), held
 
     def inputs(self, rows: TaskRows, parameters: list[Tensor]) -> StepInputs:
         """Return what a surgery on these rows of these parameters has to know."""
-        options = self.options
+        options = self.options if not self.step.preferences else self.options.preferring(self.step.preferences)
         return StepInputs(
             rows=rows if options.rotate is None else self.rotation.completed(rows, self.step.skipped),
             parameters=parameters,

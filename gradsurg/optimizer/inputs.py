@@ -84,10 +84,12 @@ def problem_of(inputs: StepInputs, G: Tensor) -> Problem:
         generator = torch.Generator().manual_seed((options.seed * 1_000_003 + inputs.step) % 2**63)
     if more and all(name in inputs.losses for name in tasks):
         losses = torch.tensor([float(inputs.losses[name]) for name in tasks], dtype=torch.float64)
+    preferences = [options.preferences.get(name, 1.0) for name in tasks]
     return Problem(
         gramian=G,
-        preferences=torch.tensor([options.preferences.get(name, 1.0) for name in tasks], dtype=torch.float64),
+        preferences=torch.tensor(preferences, dtype=torch.float64),
         tasks=tasks,
         losses=losses,
         generator=generator,
+        unwanted=tuple(i for i, r in enumerate(preferences) if r == 0),
     )

@@ -23,6 +23,7 @@ from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.loading import checked
 from gradsurg.optimizer.report import Report
 from gradsurg.optimizer.run import Run, several_processes
+from gradsurg.surgery.pipeline import check_mapping
 
 __all__ = ["MultiTaskOptimizer"]
 
@@ -37,7 +38,12 @@ class MultiTaskOptimizer(Optimizer):
     _gradsurg: Engine
 
     def total(
-        self, losses: Losses, *, plain: Tensor | None = None, features: Tensor | Sequence[Tensor] | None = None
+        self,
+        losses: Losses,
+        *,
+        plain: Tensor | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
+        preferences: Mapping[str, float] | None = None,
     ) -> Tensor:
         """Return the preference-weighted sum Σ r_i L_i, a scalar whose backward() does the surgery.
 
@@ -51,6 +57,9 @@ class MultiTaskOptimizer(Optimizer):
             features: The tensor, or tensors, that the shared part of the model returned and the heads read. Surgery
                 is then done on ∂L_i/∂features, and one backward pass runs through what lies before them: the cost of
                 a plain step. What is promised holds for the features, not for the parameters; see docs/cheap-modes.md.
+            preferences: Task name -> r_i ≥ 0 for this step alone, in place of those of wrap(). A task with r_i = 0 has
+                no part in the direction of shared parameters and is protected all the same; its head gets its plain
+                gradient.
 
         Returns:
             A scalar on the first loss's device, float32 at least. Under no_grad, a plain number.
@@ -72,19 +81,21 @@ class MultiTaskOptimizer(Optimizer):
         # Without functions=True, each is a tensor or None.
         parsed = cast("dict[str, Tensor | None]", parse_losses(losses, engine.options.tasks, empty=others))
         plain = None if plain is None else check_scalar("plain", plain)
-        value = value_of(parsed, engine.options.preferences, plain, lambda: engine.parameters()[0].device)
+        own = {} if preferences is None else check_mapping("preferences", preferences, zero=True)
+        given = {**engine.options.preferences, **engine.step.preferences, **own}
+        value = value_of(parsed, given, plain, lambda: engine.parameters()[0].device)
         trainable = [t for t in (*parsed.values(), plain) if t is not None and t.requires_grad]
         if not torch.is_grad_enabled() or not (trainable or others):
             return value.clone()
-        given = None if features is None else check_features(features, engine.options)
+        through = None if features is None else check_features(features, engine.options)
         if not others:  # which may have the tasks that this rank lacks: step() warns of names that none has
-            engine.check_names(parsed)
+            engine.check_names(parsed, own)
         # Now, and not only when the run begins: DDP's own reduction must be switched off before any loss beside this
         # total runs backward.
         engine.lay_out()
         engine.step.unrun += 1
         engine.told.add("no losses")
-        run = Run(parsed, plain, given, nested=True)
+        run = Run(parsed, plain, through, own, nested=True)
         # On the loss's device: only then autograd makes later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
         # Looked up here, which torch.compile does not trace.
@@ -97,6 +108,7 @@ class MultiTaskOptimizer(Optimizer):
         *,
         plain: Tensor | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
+        preferences: Mapping[str, float] | None = None,
         retain_graph: bool = False,
     ) -> None:
         """Do what total(losses).backward() does, without nesting one backward pass in another.
@@ -109,6 +121,7 @@ class MultiTaskOptimizer(Optimizer):
             losses: As for `total`; any of them may be a function of no arguments that computes the loss.
             plain: As for `total`.
             features: As for `total`.
+            preferences: As for `total`.
             retain_graph: Keep the graph of the losses for another backward pass.
 
         Raises:
@@ -131,15 +144,16 @@ class MultiTaskOptimizer(Optimizer):
         parsed = parse_losses(losses, engine.options.tasks, functions=functions, empty=others)
         plain = None if plain is None else check_scalar("plain", plain)
         given = None if features is None else check_features(features, engine.options)
+        own = {} if preferences is None else check_mapping("preferences", preferences, zero=True)
         trainable = (callable(t) or (t is not None and t.requires_grad) for t in (*parsed.values(), plain))
         if not others and not any(trainable):
             raise ValueError(f"no loss of {list(parsed)} requires grad: there is nothing to run backward through")
         if not others:  # which may have the tasks that this rank lacks: step() warns of names that none has
-            engine.check_names(parsed)
-        run_backward(engine, Run(parsed, plain, given, retain_graph=retain_graph))
+            engine.check_names(parsed, own)
+        run_backward(engine, Run(parsed, plain, given, own, retain_graph=retain_graph))
 
     @contextmanager
-    def task(self, name: str) -> Iterator[None]:
+    def task(self, name: str, *, preferences: Mapping[str, float] | None = None) -> Iterator[None]:
         """Send ordinary backward calls, any number, to one task's row.
 
         For separate loaders, alternating tasks, or code that calls backward itself. Surgery is redone at each exit,
@@ -148,6 +162,7 @@ class MultiTaskOptimizer(Optimizer):
 
         Args:
             name: The task.
+            preferences: As for `total`; those of all blocks of a step add up.
 
         Raises:
             ValueError: The name is not among the declared tasks.
@@ -161,16 +176,19 @@ class MultiTaskOptimizer(Optimizer):
             ...         loss.backward()
             >>> optimizer.step()
         """
-        with task_block(self._gradsurg, name):
+        with task_block(self._gradsurg, name, preferences):
             yield
 
-    def set_gradients(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def set_gradients(
+        self, gradients: Mapping[str, Sequence[Tensor | None]], *, preferences: Mapping[str, float] | None = None
+    ) -> None:
         """Use gradients that were computed elsewhere as one step's rows.
 
         Args:
             gradients: Task name -> one tensor or None per shared parameter: those given as `shared=` to wrap, in that
                 order, else all parameters of the optimizer that require grad, in the order of its groups. The tensors
                 are copied.
+            preferences: As for `total`.
 
         Raises:
             ValueError: A wrong number of tensors, or a wrong shape or dtype; the message names task and position.
@@ -184,7 +202,7 @@ class MultiTaskOptimizer(Optimizer):
             >>> w.grad.tolist()
             [0.0, 1.0]
         """
-        set_rows(self._gradsurg, gradients)
+        set_rows(self._gradsurg, gradients, preferences)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeVar, cast
 
 import torch
@@ -98,6 +98,16 @@ class Options:
         given |= {name: getattr(self, name) for name in same.split()}
         # A surgery of one's own may print its address.
         return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}
+
+    def check_names(self, known: Iterable[str], preferences: Iterable[str] = ()) -> None:
+        """Raise a ValueError if an option, or the step's own preferences, name a task that is not known."""
+        check_names(self.pipeline.levels, known)
+        check_names(((*self.preferences, *preferences),), known, "preferences")
+        check_names((named(self.pipeline.margin),), known, "margin")
+
+    def preferring(self, preferences: Mapping[str, float]) -> Options:
+        """Return the options with other preferences, those of one step."""
+        return replace(self, preferences={**self.preferences, **preferences})
 
 
 def naming_the_nearest_option(function: F) -> F:

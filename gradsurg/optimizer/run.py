@@ -32,6 +32,7 @@ class Run:
         losses: Task name -> loss, or a function that computes it, or None for a task that is absent.
         plain: A loss that takes no part in surgery.
         features: What total(losses, features=...) was given.
+        preferences: Those of this step alone: task name -> r_i ≥ 0.
         nested: Whether it runs inside another backward pass, as total(losses).backward() does.
         retain_graph: Whether the graphs are kept for another run.
         gradient: What autograd scales every loss by; None is 1.
@@ -45,6 +46,7 @@ class Run:
     losses: Mapping[str, Task] = field(default_factory=dict)
     plain: Tensor | None = None
     features: list[Tensor] | None = None
+    preferences: dict[str, float] = field(default_factory=dict)
     nested: bool = False
     retain_graph: bool = False
     gradient: Tensor | None = None
@@ -119,6 +121,7 @@ class Step:
     Attributes:
         losses: Task name -> detached loss of the last run.
         skipped: Tasks that nonfinite="skip_task" left out.
+        preferences: Those of this step alone; they are part of what its surgery starts from.
         pending: Whether there are rows that no surgery has seen.
         entered: The declared tasks that left task() since the last surgery.
         constraint: What the update must respect; None if there is no task to protect.
@@ -130,6 +133,7 @@ class Step:
 
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    preferences: dict[str, float] = field(default_factory=dict)
     pending: bool = False
     entered: set[str] = field(default_factory=set)
     constraint: UpdateConstraint | None = None

@@ -38,11 +38,12 @@ class Problem:
     Attributes:
         gramian: G_ij = ⟨g_i, g_j⟩, shape (..., m, m), float64, symmetric up to rounding; the batch dimensions are the
             blocks of parameters that are treated apart (one for granularity="model").
-        preferences: r_i > 0, shape (m,), float64.
+        preferences: r_i ≥ 0, shape (m,), float64.
         tasks: The m names, in the order of the rows.
         losses: The m loss values, shape (m,), float64, or None if there are none (functional use, set_gradients).
         generator: Source of all random choices; None means a fresh one with seed 0.
         solvers: Who solves small programs on this Gramian.
+        unwanted: The rows with r_i = 0, for which a device is not read. Surgeries that are not `linear` never see them.
     """
 
     gramian: Tensor
@@ -51,6 +52,7 @@ class Problem:
     losses: Tensor | None = None
     generator: torch.Generator | None = None
     solvers: Solvers = HOST
+    unwanted: tuple[int, ...] = ()
 
     @property
     def norms(self) -> Tensor:

@@ -42,6 +42,8 @@ class Surgery(ABC):
     # Whether the weights are found on the host, for which a step on a CUDA device waits once. If False, `weights`
     # launches only operations on the Gramian's device, solves with problem.solvers, and keeps no state.
     waits: ClassVar[bool] = True
+    # Whether a task with r_i = 0 has no part in u although `weights` gets its row, as if u = Σ r_i g_i'.
+    linear: ClassVar[bool] = False
     # Of the state: one that another version saved is not loaded.
     version: ClassVar[int] = 1
     # What the weights depend on: the "products" of the gradients, which of them are "zeros", or "nothing".

@@ -191,23 +191,43 @@ class Pipeline:
     def _ordered(self, problem: Problem, state: State) -> tuple[Tensor, State]:
         levels = levels_of(problem.tasks, self.levels)
         if levels is None:
-            return self.surgery.weights(problem, state)
+            return self._weights(problem, state)
         states: dict[str, Any] = dict(state)
 
         def surgery(gramian: Tensor, level: list[int]) -> Tensor:
             key = "+".join(problem.tasks[i] for i in level)
-            index = constant(level, gramian.device, torch.int64)
-            part = replace(
-                problem,
-                gramian=gramian,
-                preferences=problem.preferences[index],
-                tasks=tuple(problem.tasks[i] for i in level),
-                losses=None if problem.losses is None else problem.losses[index],
-            )
-            weights, states[key] = self.surgery.weights(part, states.get(key, {}))
+            weights, states[key] = self._weights(_part(problem, gramian, level), states.get(key, {}))
             return weights
 
         return order(problem.gramian, levels, self.auxiliary, surgery, problem.solvers), states
+
+    def _weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:
+        """Return the surgery's weights; a task with r_i = 0 has no part in them, and conflict-free ones protect it."""
+        G = problem.gramian
+        if not problem.unwanted or self.surgery.linear:
+            return self.surgery.weights(problem, state)
+        wanted = [i for i in range(len(problem.tasks)) if i not in problem.unwanted]
+        weights = torch.zeros(G.shape[:-1], dtype=G.dtype, device=G.device)
+        if wanted:
+            index = constant(wanted, G.device, torch.int64)
+            found, state = self.surgery.weights(_part(problem, G[..., index[:, None], index], wanted), state)
+            weights[..., index] = found
+        if self.surgery.conflict_free:
+            weights = weights + problem.solvers.nonnegative(G, (G @ weights.unsqueeze(-1)).squeeze(-1))
+        return weights, state
+
+
+def _part(problem: Problem, gramian: Tensor, rows: list[int]) -> Problem:
+    """Return the problem of these rows alone; the Gramian is theirs."""
+    index = constant(rows, gramian.device, torch.int64)
+    return replace(
+        problem,
+        gramian=gramian,
+        preferences=problem.preferences[index],
+        tasks=tuple(problem.tasks[i] for i in rows),
+        losses=None if problem.losses is None else problem.losses[index],
+        unwanted=tuple(k for k, i in enumerate(rows) if i in problem.unwanted),
+    )
 
 
 def _settle(
@@ -241,8 +261,8 @@ def settled(problem: Problem, weights: Tensor, allowed: Tensor | None = None) ->
     return _settle(problem, weights, ROUNDING_EXACT, True, allowed)[0]
 
 
-def check_mapping(argument: str, value: Mapping[Any, Any] | None) -> dict[str, float]:
-    """Return positive, finite numbers per task name, or raise a ValueError that names the task."""
+def check_mapping(argument: str, value: Mapping[Any, Any] | None, *, zero: bool = False) -> dict[str, float]:
+    """Return positive, finite numbers per task name, `zero` if allowed, or raise a ValueError that names the task."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -250,6 +270,7 @@ def check_mapping(argument: str, value: Mapping[Any, Any] | None) -> dict[str, f
     for name, number in value.items():
         if not isinstance(name, str):
             raise ValueError(f"{argument}[{name!r}]: the keys are task names, such as {{'depth': 0.5}}")
-        if not isinstance(number, Real) or not 0 < float(number) < float("inf"):
-            raise ValueError(f"{argument}[{name!r}]={number!r}: must be positive and finite, such as 0.5")
+        if not isinstance(number, Real) or not (0 < float(number) < float("inf") or (zero and number == 0)):
+            must = "be 0 or" if zero else "be"
+            raise ValueError(f"{argument}[{name!r}]={number!r}: must {must} positive and finite, such as 0.5")
     return {name: float(number) for name, number in value.items()}

@@ -72,7 +72,8 @@ def run_on_features(engine: Engine, run: Run) -> None:
     _warn_of_update(engine)
     losses, features = run.tensors, run.features
     assert features is not None
-    options, layout = _options(engine.options, features), engine.session.layout
+    preferences = {**engine.step.preferences, **run.preferences}
+    options, layout = _options(engine.options.preferring(preferences), features), engine.session.layout
     spread = layout.of_features()
     known = {name: detached(loss) for name, loss in losses.items()}
     present = {name: loss for name, loss in losses.items() if loss.requires_grad}

@@ -41,7 +41,7 @@ class Reused:
     def run(self, engine: Engine, run: Run) -> None:
         """Run one pass of the weighted sum, or a full step if new weights have to be found."""
         losses = {name: loss for name, loss in run.tensors.items() if loss.requires_grad}
-        graph = self._reusable(engine, losses)
+        graph = self._reusable(engine, losses, {**engine.step.preferences, **run.preferences})
         if graph is None or not self._run_weighted(engine, run, losses, graph):
             self.full.run(engine, run)
 
@@ -52,20 +52,22 @@ class Reused:
             return
         if report.level == REUSED:
             kept = engine.checkpoint.recall(KEY)
-            engine.checkpoint.keep(KEY, weights=kept["weights"], age=kept["age"] + 1)
+            engine.checkpoint.keep(KEY, **{**kept, "age": kept["age"] + 1})
         elif engine.step.constraint is not None and len(report.tasks) > 1 and not report.nonfinite:
             weights = dict(zip(report.tasks, report.weights[0].tolist(), strict=True))
-            engine.checkpoint.keep(KEY, weights=weights, age=1)
+            engine.checkpoint.keep(KEY, weights=weights, age=1, preferences=dict(engine.step.preferences))
 
-    def _reusable(self, engine: Engine, losses: Mapping[str, Tensor]) -> Map | None:
+    def _reusable(self, engine: Engine, losses: Mapping[str, Tensor], preferences: Mapping[str, float]) -> Map | None:
         """Return where the losses' graphs meet; None if this step has to find new weights, on any rank.
 
+        Weights belong to the preferences that they were found with, so a step with others of its own needs new ones.
         Over several ranks, each needs the very tasks that the weights belong to: a rank that lacks one could not tell
         what is shared.
         """
         graph = None
         kept = engine.checkpoint.recall(KEY)
         usable = bool(kept) and kept["age"] < self.every and kept["weights"].keys() == set(losses)
+        usable = usable and kept.get("preferences", {}) == preferences
         if usable and not engine.capture.is_live():
             graph = map_of(list(losses.values()), engine.options.shared or ())
             _check_can_tell(graph, engine)

@@ -44,6 +44,7 @@ class AlignedMTL(Surgery):
     length: str = "min"
     name, paper = "aligned_mtl", "Senushkin et al. 2023"
     promise = "the sum of orthogonal stand-ins for the gradients; nothing about the gradients themselves"
+    linear = True
 
     def __post_init__(self) -> None:
         choose("length", self.length, LENGTHS)

@@ -34,6 +34,7 @@ class Cone(Surgery):
 
     name, paper = "cone", "Lopez-Paz & Ranzato 2017"
     promise = "no conflict, and the direction nearest to the plain sum among those"
+    linear = True
     conflict_free = True
     waits = False
 

@@ -46,6 +46,7 @@ class GradVac(Surgery):
     beta: float = 0.01
     name, paper = "gradvac", "Wang et al. 2021"
     promise = "no conflict for two tasks that usually have none; nothing for more"
+    linear = True
 
     def __post_init__(self) -> None:
         check("beta", self.beta, 0 <= self.beta <= 1, "lie in [0, 1]")

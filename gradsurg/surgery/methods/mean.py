@@ -29,6 +29,7 @@ class Mean(Surgery):
 
     name, paper = "mean", "Kurin et al. 2022"
     promise = "nothing; it is the gradient of the weighted mean of the losses"
+    linear = True
     reads = "zeros"
     waits = False
 

@@ -34,6 +34,7 @@ class PCGrad(Surgery):
 
     name, paper = "pcgrad", "Yu et al. 2020"
     promise = "no conflict for two tasks; nothing for more"
+    linear = True
 
     def weights(self, problem: Problem, state: State) -> tuple[Tensor, State]:  # noqa: D102
         gramian = problem.gramian

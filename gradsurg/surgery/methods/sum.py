@@ -28,6 +28,7 @@ class Sum(Surgery):
 
     name, paper = "sum", "Kurin et al. 2022"
     promise = "nothing; it is the gradient of the weighted sum of the losses"
+    linear = True
     reads = "nothing"
     waits = False
 

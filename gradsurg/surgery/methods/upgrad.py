@@ -34,6 +34,7 @@ class UPGrad(Surgery):
 
     name, paper = "upgrad", "Quinton & Rey 2024"
     promise = "no conflict; every task's own gradient has its share, however large the others are"
+    linear = True
     conflict_free = True
     waits = False
 
