@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Overlaid digits: images (n, HEIGHT · WIDTH) with values from 0 to 1, and two labels each, (n,)."""
+    """Overlaid digits: images (n, HEIGHT · WIDTH) with values from 0 to 1, and the labels of two tasks, (n,)."""
 
     images: Tensor
     left: Tensor
@@ -103,21 +103,17 @@ class Pairs:
         """Number of full batches."""
         return len(self.images) // BATCH
 
-    def labels(self, task: str) -> Tensor:
-        """Return the labels of a digit."""
-        return self.left if task == "left" else self.right
-
     def loss(self, task: str, output: Tensor) -> Tensor:
         """Return a digit's cross-entropy, or the mean squared error of the pixels."""
         if task == "pixels":
             return mse_loss(output, self.images)
-        return cross_entropy(output, self.labels(task))
+        return cross_entropy(output, getattr(self, task))
 
     def score(self, task: str, output: Tensor) -> float:
         """Return percent: the accuracy of a digit, or the explained variance (R²) of the pixels."""
         if task == "pixels":
             return 100 - 100 * self.loss(task, output).item() / VARIANCE
-        return 100 * (output.argmax(1) == self.labels(task)).float().mean().item()
+        return 100 * float((output.argmax(1) == getattr(self, task)).float().mean())
 
 
 @dataclass(frozen=True)

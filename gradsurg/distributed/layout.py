@@ -49,16 +49,13 @@ class Exchange(Protocol):
 
 
 class Layout:
-    """One process, which holds and counts everything. Subclasses override what differs over several ranks.
+    """One process, which holds and counts everything. Subclasses override what differs over several ranks."""
 
-    Attributes:
-        several: Whether rows have to be exchanged.
-        whole_rows: Whether every rank holds all of every row.
-        group: The ranks; None is this process alone.
-    """
-
+    # Whether rows have to be exchanged.
     several = False
+    # Whether every rank holds all of every row.
     whole_rows = True
+    # None is this process alone.
     group: Group | None = None
 
     def begin(self) -> None:

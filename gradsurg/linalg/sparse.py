@@ -36,9 +36,8 @@ def split(rows: Rows) -> tuple[Rows, list[list[Tensor | None]]]:
 def dot(a: Tensor, b: Tensor) -> float:
     """Return ⟨a, b⟩ in float64; either may be sparse."""
     if a.is_sparse and b.is_sparse:
-        product = a.double().coalesce() * b.double().coalesce()
-        return float(torch.sparse.sum(product).item())
-    return float((a.to_dense().double() * b.to_dense().double()).sum().item())
+        return torch.sparse.sum(a.double().coalesce() * b.double().coalesce()).item()
+    return (a.to_dense().double() * b.to_dense().double()).sum().item()
 
 
 def combine(column: Sequence[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:

@@ -165,10 +165,9 @@ def _elementwise(inputs: StepInputs, partitions: Partitions, tables: Sequence[Ro
 
 
 def _partitions(inputs: StepInputs, shared: list[Tensor]) -> Partitions:
-    granularity = inputs.options.granularity
-    if granularity == "model":
+    if inputs.options.granularity == "model":
         return [shared]
-    if granularity == "tensor":
+    if inputs.options.granularity == "tensor":
         return [[p] for p in shared]
     members = set(map(id, shared))
     return [partition for partition in ([p for p in group if id(p) in members] for group in inputs.groups) if partition]

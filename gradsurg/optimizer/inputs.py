@@ -53,12 +53,10 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one surgery found.
+    """What one surgery found: the new p.grad of every parameter that a task reached, as far as this rank holds it.
 
-    Attributes:
-        gradients: The new p.grad of every parameter that a task reached: the part that this rank holds.
-        constraint: What the update must respect; None if there is no task to protect.
-        state: The next state of normaliser and surgery; None leaves it as it is.
+    `constraint` is what the update must respect, None if there is no task to protect; a `state` of None leaves the state
+    of normaliser and surgery as it is.
     """
 
     gradients: Row

@@ -72,9 +72,7 @@ def protected(m: int, levels: list[list[int]] | None, auxiliary: str, device: to
     With auxiliary="help" these are the tasks of the first level: protecting an auxiliary as well could cost the
     primary the progress that "help" promises it.
     """
-    if levels is None or auxiliary == "protect":
-        return None
-    return _mask(m, levels[0], device)
+    return None if levels is None or auxiliary == "protect" else _mask(m, levels[0], device)
 
 
 def order(
