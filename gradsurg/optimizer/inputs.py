@@ -55,8 +55,8 @@ class StepInputs:
 class StepResult:
     """What one surgery found: the new p.grad of every parameter that a task reached, as far as this rank holds it.
 
-    `constraint` is what the update must respect, None if there is no task to protect; a `state` of None leaves the state
-    of normaliser and surgery as it is.
+    `constraint` is what the update must respect, None if there is no task to protect. If `state` is None, normaliser
+    and surgery remember what they did.
     """
 
     gradients: Row
