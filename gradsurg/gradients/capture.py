@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import anything_compiled
-from gradsurg.gradients.dtensor import on_every_rank, version_of
+from gradsurg.gradients.dtensor import local_of, on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows
@@ -27,9 +27,13 @@ __all__ = ["Capture"]
 class Capture:
     """Owns the rows and knows whether what stands in `p.grad` is ours.
 
-    Rows are live only while every `p.grad` is the tensor that `write` put there, unchanged (its `_version` tells).
-    Otherwise p.grad was zeroed, clipped or added to since: the rows are dropped, and what stands in `p.grad` is
-    foreign. Foreign gradients are kept and added to the next result, as a plain backward would do.
+    Rows are live only while every `p.grad` is the tensor that `write` put there, unchanged and finite. Otherwise it was
+    zeroed, clipped or added to since: the rows are dropped, and what stands in `p.grad` is foreign. Foreign gradients
+    are kept and added to the next result, as a plain backward would do.
+
+    Most changes show in `_version`. Those through `.data` or `.numpy()` do not, so the numbers are compared too, with
+    those of the surgery done once more. That costs nothing in a step with one backward pass, because then there are no
+    rows when the next run opens. On a device the answer is not read: it selects what rows and foreign gradients are.
 
     While surgery is deferred (`write_pending`) no result stands in `p.grad`, only a sentinel in one of them. Rows are
     then live while the sentinel is there, and whatever is added to any `p.grad` meanwhile is foreign.
@@ -51,11 +55,15 @@ class Capture:
         self._foreign, self._next_foreign = Row(), Row()
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
         self._sentinel: Sentinel | None = None
+        # Returns once more what `write` was given, and whether p.grad still holds it, if a device knows.
+        self._again: Callable[[], Row] | None = None
+        self._unread: Tensor | None = None
 
     def open(self, parameters: list[Tensor]) -> bool:
         """Take p.grad of every parameter away, so that backward passes start from nothing; return is_live()."""
         self._was_live = self.is_live(parameters)
         self._next_foreign = self._foreign_among(parameters)
+        self._select_on_device(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = TaskRows(self.row_dtype)
         return self._was_live
@@ -124,8 +132,13 @@ class Capture:
             self._held.restore()
             self._close()
 
-    def write(self, result: Row) -> None:
-        """Set p.grad to the result plus what is foreign, for every parameter that has either."""
+    def write(self, result: Row, again: Callable[[], Row] | None = None) -> None:
+        """Set p.grad to the result plus what is foreign, for every parameter that has either.
+
+        Args:
+            result: The gradients.
+            again: Returns them once more, to the bit; None if nothing but the sentinel tells whether rows are live.
+        """
         parameters, self._parameters = self._parameters or self.parameters(), []
         totals = result.at(parameters)
         if self._foreign:
@@ -136,7 +149,7 @@ class Capture:
             p.grad = total
             if total is not None:
                 written.append((p, (total, total._version if type(total) is Tensor else version_of(total))))
-        self._written, self._sentinel = ByParameter(written), None
+        self._written, self._sentinel, self._again = ByParameter(written), None, again
 
     def write_pending(self) -> None:
         """Leave a sentinel in one p.grad while surgery is deferred; else model.zero_grad() could not be noticed."""
@@ -166,7 +179,7 @@ class Capture:
             self.part_with_rows()
         if self._written or self._foreign:
             self._foreign, self._written = Row(), ByParameter()
-        self._sentinel = None
+        self._sentinel = self._again = None
         self._close()
 
     def part_with_rows(self) -> None:
@@ -184,7 +197,39 @@ class Capture:
         if self._sentinel is not None:
             return self._sentinel.fate() != "gone"
         parameters = self.parameters() if parameters is None else parameters
-        return all(map(_is_untouched, parameters, self._written.at(parameters)))
+        return all(map(_is_untouched, parameters, self._written.at(parameters))) and self._holds_what_was_written()
+
+    @torch.no_grad()
+    def _holds_what_was_written(self) -> bool:
+        """Compare the numbers; on a device, leave the answer there and return True."""
+        self._unread = None
+        if self._again is None:
+            return True
+        again = self._again()
+        for p, foreign in self._foreign.items():
+            again[p] = added(again.get(p), foreign)
+        answers = [_same(tensor, again[p]) for p, (tensor, _) in self._written.items()]
+        device = next((answer.device for answer in answers if not _may_be_read(answer)), answers[0].device)
+        differ = ~torch.stack([answer.to(device) for answer in answers]).all()
+        same = ~self.reach.anywhere(differ.reshape(1))[0]
+        if _may_be_read(same):
+            return bool(same)
+        self._unread = same
+        return True
+
+    @torch.no_grad()
+    def _select_on_device(self, parameters: list[Tensor]) -> None:
+        """If a device knows whether the rows are live, make them zeros, and p.grad foreign, in case they are not."""
+        same, self._unread = self._unread, None
+        if same is None:
+            return
+        for p, (tensor, _) in self._written.items():
+            known = self._foreign.get(p)
+            self._next_foreign[p] = torch.where(same, torch.zeros_like(tensor) if known is None else known, tensor)
+        for rows in (self.rows, self.unsent):
+            for row in map(rows.__getitem__, rows):
+                for p, g in list(row.items()):
+                    row[p] = torch.where(same, g, torch.zeros_like(g))
 
     def still_ours(self, p: Tensor) -> bool:
         """Whether p.grad is the tensor that we wrote, clipped or unscaled since or not."""
@@ -221,6 +266,16 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
     if written is None or gradient is None:
         return written is None and gradient is None
     return gradient is written[0] and version_of(gradient) == written[1]
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Whether all numbers are finite and equal; the answer is on their device."""
+    difference = local_of(a) - local_of(b)
+    return ~(difference.coalesce().values() if difference.is_sparse else difference).any()
+
+
+def _may_be_read(answer: Tensor) -> bool:
+    return answer.device.type == "cpu"
 
 
 def _is_zero(gradient: Tensor) -> bool:

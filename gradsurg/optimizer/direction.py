@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.layout import ALONE
+from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.linalg.blocks import Rows
@@ -25,7 +26,7 @@ from gradsurg.surgery.base import ElementwiseSurgery
 from gradsurg.surgery.pipeline import Direction
 from gradsurg.surgery.pipeline_small import all_finite
 
-__all__ = ["compute_direction"]
+__all__ = ["compute_direction", "whole_direction_again"]
 
 
 @torch.no_grad()
@@ -51,6 +52,12 @@ def compute_direction(inputs: StepInputs) -> StepResult:
         result = _compute_on_host(inputs, partitions)
     result.gradients.update(own)
     return result
+
+
+def whole_direction_again(inputs: StepInputs) -> Row:
+    """Return once more, to the bit, the gradients of a surgery that was done, over all ranks."""
+    gradients = compute_direction(replace(inputs, recycled=Recycler())).gradients
+    return gradients if inputs.layout is ALONE else inputs.layout.whole(gradients)
 
 
 def _path(inputs: StepInputs, shared: list[Tensor]) -> str:

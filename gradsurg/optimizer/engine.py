@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from gradsurg.gradients.rows import HeldGradients, TaskRows, is_finite
 from gradsurg.gradients.total import pass_in_progress
 from gradsurg.optimizer.cheap.rotation import Rotation
 from gradsurg.optimizer.checkpoint import Checkpoint
-from gradsurg.optimizer.direction import compute_direction
+from gradsurg.optimizer.direction import compute_direction, whole_direction_again
 from gradsurg.optimizer.inputs import StepInputs
 from gradsurg.optimizer.options import Options
 from gradsurg.optimizer.report import DeferredReport, Report
@@ -167,9 +168,10 @@ class Engine:
             return
         try:
             # linalg/ for the Gramian, normalize/, surgery/ and solvers/ for the weights, linalg/ for their sum.
-            result = compute_direction(self.inputs(rows, run.parameters))
+            inputs = self.inputs(rows, run.parameters)
+            result = compute_direction(inputs)
             whole = result.gradients if self.session.layout is ALONE else self.session.layout.whole(result.gradients)
-            self.capture.write(whole)
+            self.capture.write(whole, partial(whole_direction_again, inputs))
         except BaseException:
             # The fresh rows are merged into the older ones by now, so all rows go. p.grad is what it was before.
             self.forget()

@@ -39,7 +39,9 @@ def test_declared_tasks_operate_once_at_the_last_exit(monkeypatch):
     optimizer, reference = wrapped(model, tasks=["left", "right", "whole"]), wrapped(other)
     runs = []
     write = optimizer._gradsurg.capture.write
-    monkeypatch.setattr(optimizer._gradsurg.capture, "write", lambda result: (runs.append(len(result)), write(result)))
+    monkeypatch.setattr(
+        optimizer._gradsurg.capture, "write", lambda result, again=None: (runs.append(len(result)), write(result))
+    )
     losses = model.losses(0)
     for name in ("whole", "left"):
         with optimizer.task(name):
