@@ -34,9 +34,12 @@ class Total(torch.autograd.Function):
 class _AtEnd:
     """A callback that notices if it is never run: autograd lets go of the callbacks of a backward pass that died."""
 
+    # For __del__, if Ctrl-C comes before __init__ is done.
+    abandoned: Callable[[], None] | None = None
+
     def __init__(self, callback: Callable[[], None], abandoned: Callable[[], None]) -> None:
         self.callback = callback
-        self.abandoned: Callable[[], None] | None = abandoned
+        self.abandoned = abandoned
 
     def __call__(self) -> None:
         self.abandoned = None

@@ -30,11 +30,16 @@ def run_backward(engine: Engine, run: Run, gradient: Tensor | None = None) -> No
     """
     refuse_nesting(engine.busy, "total() or backward()")
     run.begin(gradient)
-    with engine.doing("total"):
-        engine.lay_out()
-        engine.learn(run.losses)
-        passing = engine.passes.run if run.features is None else run_on_features
-        passing(engine, run)
+    try:
+        with engine.doing("total"):
+            engine.lay_out()
+            engine.learn(run.losses)
+            passing = engine.passes.run if run.features is None else run_on_features
+            passing(engine, run)
+    except BaseException:
+        # Ctrl-C may have come while the block above was left.
+        engine.busy = None
+        raise
     run.end()
 
 
@@ -145,6 +150,12 @@ def task_block(engine: Engine, name: str, preferences: Mapping[str, float] | Non
     engine.told.add(key)
     with engine.doing("task", name), undoing(engine, run), noticing_kept_graphs(watched):
         yield
+        if any(p.grad is not None and p.grad.requires_grad for p in run.parameters):
+            raise MultiTaskError(
+                f"backward(create_graph=True) ran inside `with optimizer.task({name!r})`: surgery is not "
+                "differentiable. Call backward() there without create_graph; a penalty on gradients can take them from "
+                "torch.autograd.grad(..., create_graph=True)."
+            )
     engine.learn([name])
     engine.capture.take(name)
     waiting = declared is not None and not {*engine.step.entered, name}.issuperset(declared)

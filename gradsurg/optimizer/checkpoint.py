@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,9 +22,9 @@ class Checkpoint:
     changed: a state dict that was taken earlier keeps its numbers.
     """
 
-    def __init__(self, optimizers: list[Optimizer]) -> None:
-        # The list itself: it may grow.
-        self.optimizers = optimizers
+    def __init__(self) -> None:
+        # Not kept alive: an optimizer that nobody holds is freed at once, as torch's own are.
+        self.references: list[weakref.ref[Optimizer]] = []
 
     @property
     def step(self) -> int:
@@ -68,12 +69,13 @@ class Checkpoint:
 
     def home(self) -> dict[str, Any]:
         """Return the parameter group that has the entry; if there is none, the first group gets a fresh one."""
-        for optimizer in self.optimizers:
+        optimizers = [optimizer for each in self.references if (optimizer := each()) is not None]
+        for optimizer in optimizers:
             group: dict[str, Any] = optimizer.param_groups[0]
             entry = group.get(KEY)
             if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
                 return group
-        group = self.optimizers[0].param_groups[0]
+        group = optimizers[0].param_groups[0]
         group[KEY] = dict(FRESH)
         return group
 

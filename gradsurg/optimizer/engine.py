@@ -42,8 +42,9 @@ class Engine:
 
     def __init__(self, options: Options, passes: Passes, model: nn.Module | None = None) -> None:
         self.options, self.passes = options, passes
-        self.checkpoint = Checkpoint([])
-        self.capture = Capture(self.parameters, options.row_dtype)
+        self.checkpoint = Checkpoint()
+        # Nothing in here refers to the engine or to an optimizer: in a circle, the model would outlive its last user.
+        self.capture = Capture(partial(_parameters, self.checkpoint), options.row_dtype)
         self.rotation = Rotation(options.rotate, self.checkpoint, options.row_dtype)
         ranks = Ranks(model, whole_rows=options.rotate is not None, options=options.agreed)
         self.session = Session(self.capture, ranks)
@@ -65,7 +66,7 @@ class Engine:
     @property
     def optimizers(self) -> list[Optimizer]:
         """The wrapped optimizers that share the rows."""
-        return self.checkpoint.optimizers
+        return _alive(self.checkpoint)
 
     @property
     def report(self) -> Report | None:
@@ -76,16 +77,16 @@ class Engine:
 
     def parameters(self) -> list[Tensor]:
         """Return what the optimizers train; never kept, because trainers replace it inside param_groups."""
-        parameters = [p for optimizer in self.optimizers for p in trained(optimizer)]
-        return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once
+        return _parameters(self.checkpoint)
 
     # -- before a run -------------------------------------------------------------------------------------------
 
     @contextmanager
     def doing(self, kind: str, name: str = "") -> Iterator[None]:
         """Note what is in progress, as long as the block lasts."""
-        before, self.busy = self.busy, (kind, name)
+        before = self.busy
         try:
+            self.busy = (kind, name)
             yield
         finally:
             self.busy = before
@@ -283,3 +284,12 @@ class Engine:
         if self.options.rotate is not None:
             self.rotation.forget()
         self.run, self.step = None, Step(stepped=self.step.stepped, unrun=self.step.unrun)
+
+
+def _alive(checkpoint: Checkpoint) -> list[Optimizer]:
+    return [optimizer for each in checkpoint.references if (optimizer := each()) is not None]
+
+
+def _parameters(checkpoint: Checkpoint) -> list[Tensor]:
+    parameters = [p for optimizer in _alive(checkpoint) for p in trained(optimizer)]
+    return list(dict(zip(map(id, parameters), parameters, strict=True)).values())  # each once

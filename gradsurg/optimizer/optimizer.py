@@ -227,11 +227,17 @@ class MultiTaskOptimizer(Optimizer):
             [2.0, -4.0]
         """
         engine = self._gradsurg
-        engine.deferring += 1
+        before = engine.deferring
         try:
-            yield
-        finally:
-            engine.deferring -= 1
+            try:
+                engine.deferring = before + 1
+                yield
+            finally:
+                engine.deferring = before
+        except BaseException:
+            # Ctrl-C may have come between the lines above.
+            engine.deferring = before
+            raise
 
     @property
     def report(self) -> Report | None:

@@ -84,7 +84,7 @@ def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
     optimizer.__class__ = _extended_class(type(optimizer))
     wrapped = cast(MultiTaskOptimizer, optimizer)
     wrapped.__dict__[STATE] = engine
-    engine.optimizers.append(wrapped)
+    engine.checkpoint.references.append(weakref.ref(wrapped))
     # A state dict that is taken before the first step has the entry too.
     engine.checkpoint.home()
     if patched:
@@ -161,7 +161,7 @@ def _rebuild(
     extended = _extended_class(inner)
     optimizer = extended.__new__(extended)
     optimizer.__dict__[STATE] = engine
-    engine.optimizers.append(optimizer)
+    engine.checkpoint.references.append(weakref.ref(optimizer))
     if averages:
         engine.rotation.set_averages(optimizer, averages)
     return optimizer

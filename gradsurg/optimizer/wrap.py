@@ -6,6 +6,7 @@ real optimizer, and nothing held in two places can go stale.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -161,7 +162,7 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     wrapped = find_wrapped(optimizer)
     engine = wrapped._gradsurg
     engine.forget()
-    engine.optimizers.remove(wrapped)
+    engine.checkpoint.references.remove(weakref.ref(wrapped))
     for group in wrapped.param_groups:
         group.pop("gradsurg", None)
     return restore_class(wrapped)

@@ -1,7 +1,11 @@
 """with optimizer.task(name): when surgery runs, and what a block without a backward pass is."""
 
+import warnings
+
+import pytest
 import torch
 
+import gradsurg
 from tests.gradients.ways import gradients, wrapped
 from tests.networks import equal_weights, reference_rows, rows_of, same, trained, twins
 
@@ -88,3 +92,20 @@ def test_a_task_block_without_a_backward_is_an_absent_task():
             losses["left"].backward()
         o.step()
     assert equal_weights(model, other)
+
+
+def test_create_graph_inside_a_block_is_refused():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+    with (
+        pytest.raises(gradsurg.MultiTaskError, match="create_graph=True"),
+        warnings.catch_warnings(),
+        optimizer.task("a"),
+    ):
+        warnings.simplefilter("ignore")  # torch's own, of the cycle that this makes
+        w.square().sum().backward(create_graph=True)
+    assert w.grad is None
+    with optimizer.task("a"):  # a penalty on gradients takes them from torch.autograd.grad
+        (g,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
+        g.square().sum().backward()
+    assert torch.allclose(w.grad, 36 * w.detach() ** 3)

@@ -98,7 +98,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
         # As in every other step, a task that is alone has its preference for a weight.
         if len(weights) == 1:
             weights = {name: options.preferences.get(name, 1.0) for name in weights}
-        result = _joined(held_gradients.lift(), own, rows, weights)
+        result = _joined(held_gradients.lift(), own, rows, weights, engine.options.shared)
         averaged.add(penalty, result)
 
     def end() -> None:
@@ -186,15 +186,27 @@ def _gradients(name: str, loss: Tensor, inputs: list[Tensor], seed: Tensor) -> S
         ) from error
 
 
-def _joined(trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, float]) -> Row:
-    """Add the gradients of leaves past the features: weighted if several tasks reach a leaf, else plain."""
+def _joined(
+    trunk: Row, own: TaskRows, rows: TaskRows, weights: Mapping[str, float], shared: Sequence[Tensor] | None
+) -> Row:
+    """Add the gradients of leaves past the features: weighted if several tasks reach a leaf, else plain.
+
+    With shared=, those that it names are weighted, and what lies before the features has to be among them.
+    """
+    declared = None if shared is None else set(map(id, shared))
+    if declared is not None and (strangers := [p for p in trunk if id(p) not in declared]):
+        raise MultiTaskError(
+            f"{len(strangers)} parameters before the features are not in shared= (one has shape "
+            f"{tuple(strangers[0].shape)}): the one pass through them has the weighted sum, and they should get the "
+            "plain one. Add them to shared=, or leave out features= or shared="
+        )
     result = Row(trunk.items())
     # As in every other step, a single task has its preference as a weight on all that it reaches.
     alone = len(own) == 1
     holders = Counter(id(p) for name in own for p, _ in own[name].items())
     for name in own:
         for p, g in own[name].items():
-            common = p in trunk or holders[id(p)] > 1
+            common = p in trunk or holders[id(p)] > 1 if declared is None else id(p) in declared
             if common and name not in rows:
                 raise ValueError(
                     f"losses[{name!r}] depends on none of the features, yet reaches parameters that other tasks reach: "

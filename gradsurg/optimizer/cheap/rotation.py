@@ -8,6 +8,7 @@ gradient of this step. So the promise holds exactly for them, and for the other 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ class Rotation:
         self.row_dtype = row_dtype
         self._averages: dict[str, Row] = {}
         # Averages from a checkpoint that are not used yet.
-        self._arrived: list[tuple[Optimizer, Mapping[str, Sequence[Tensor | None]]]] = []
+        self._arrived: list[tuple[weakref.ref[Optimizer], Mapping[str, Sequence[Tensor | None]]]] = []
         # The tasks of this step, in order -> whether they are due.
         self._present: dict[str, bool] = {}
         # The factor by which autograd scales the losses of this step; None is 1.
@@ -118,7 +119,7 @@ class Rotation:
     def set_averages(self, optimizer: Optimizer, averages: Mapping[str, Sequence[Tensor | None]]) -> None:
         """Take what `averages_of` returned, for use from the next step on."""
         # The optimizer may not hold its parameters yet: an unpickled one gets them afterwards.
-        self._arrived.append((optimizer, averages))
+        self._arrived.append((weakref.ref(optimizer), averages))
 
     def saved(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return what a state dict keeps in one piece (see checkpoint.sealed): the averages, in the host's memory."""
@@ -140,8 +141,9 @@ class Rotation:
             self.set_averages(optimizer, averages)
 
     def _unpack(self) -> None:
-        for optimizer, averages in self._arrived:
-            parameters = _held(optimizer)
+        for reference, averages in self._arrived:
+            optimizer = reference()
+            parameters = [] if optimizer is None else _held(optimizer)
             for name, tensors in averages.items():
                 row = self._averages.setdefault(name, Row())
                 for p, average in zip(parameters, tensors, strict=False):

@@ -4,8 +4,10 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gradsurg
 from gradsurg import MultiTaskError
 from tests.networks import same
 from tests.optimizer.cheap.feature_networks import Bypass, build, by_hand, close, gradients, wrapped
@@ -129,3 +131,31 @@ def test_retain_graph_and_a_graph_that_is_used_up():
     with pytest.raises(RuntimeError, match="second time"):
         optimizer.backward(losses, features=model.h)
     assert same(gradients(model), before)
+
+
+def trunk_and_reader():
+    w, q = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor(4.0))
+    h = 1 * w
+    return w, q, h, {"a": h[0] * q, "b": h[1] * q}
+
+
+@pytest.mark.parametrize("declared", ["trunk", "all"])
+def test_shared_says_what_is_weighted_past_the_features_too(declared):
+    w, q, h, losses = trunk_and_reader()
+    plain = sum(torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in losses.values())
+    optimizer = gradsurg.wrap(
+        torch.optim.SGD([w, q], lr=0.1), shared=[w] if declared == "trunk" else [w, q], surgery="mgda", normalize="none"
+    )
+    optimizer.total(losses, features=h).backward()
+    weights = optimizer.report.weights[0]
+    expected = plain if declared == "trunk" else (weights * torch.tensor([1.0, 2.0])).sum()
+    assert q.grad.item() == pytest.approx(expected.item())
+
+
+def test_a_trunk_that_shared_leaves_out_is_refused():
+    w, q, h, losses = trunk_and_reader()
+    optimizer = gradsurg.wrap(torch.optim.SGD([w, q], lr=0.1), shared=[q])
+    with pytest.raises(MultiTaskError, match="before the features are not in shared="):
+        optimizer.total(losses, features=h).backward()
+    assert w.grad is None
+    assert q.grad is None
