@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor
 
 from gradsurg.distributed.layout import Exchange, Layout, tell_others
-from gradsurg.gradients.rows import HeldGradients, Row
+from gradsurg.gradients.rows import HeldGradients, Row, laid_out
 from gradsurg.linalg.sparse import added
 
 __all__ = ["Averaged"]
@@ -70,7 +70,8 @@ class Averaged:
             raise
         self._exchange = None
         for p in self._parameters:
-            p.grad = delivery.foreign.get(p)
+            mean = delivery.foreign.get(p)
+            p.grad = None if mean is None else laid_out(p, mean)
 
     def drop(self, error: BaseException | None = None) -> None:
         """Give p.grad back as it was, and tell the other ranks."""

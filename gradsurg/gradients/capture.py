@@ -17,7 +17,7 @@ from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import local_of, on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
-from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows
+from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, laid_out
 from gradsurg.gradients.sentinel import Sentinel
 from gradsurg.linalg.sparse import added
 
@@ -146,6 +146,8 @@ class Capture:
             totals = [a if b is None else added(a, b) for a, b in zip(totals, foreign, strict=True)]
         written = []
         for p, total in zip(parameters, totals, strict=True):
+            if total is not None and total.layout is torch.strided and total.stride() != p.stride():
+                total = laid_out(p, total)
             p.grad = total
             if total is not None:
                 written.append((p, (total, total._version if type(total) is Tensor else version_of(total))))

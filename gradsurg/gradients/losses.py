@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import unknown_name
-from gradsurg.gradients.rows import Row
+from gradsurg.gradients.rows import Row, laid_out
 
 __all__ = [
     "Computations",
@@ -163,5 +163,5 @@ def check_row(name: str, tensors: Sequence[Tensor | None], parameters: list[Tens
                 f"gradients[{name!r}][{i}] is {tuple(g.shape)} {g.dtype} on {g.device}, its parameter {tuple(p.shape)} "
                 f"{p.dtype} on {p.device}: they must agree"
             )
-        row[p] = g.detach().clone()
+        row[p] = laid_out(p, g.detach().clone())
     return row

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsurg.linalg.packing import GradientTable
 from gradsurg.linalg.sparse import added
 
-__all__ = ["ByParameter", "HeldGradients", "Row", "TaskRows", "added", "deposit", "is_finite"]
+__all__ = ["ByParameter", "HeldGradients", "Row", "TaskRows", "added", "deposit", "is_finite", "laid_out"]
 
 V = TypeVar("V")
 
@@ -240,7 +240,7 @@ class HeldGradients:
             if gradient is None:
                 continue
             if id(leaf) in mine:
-                row[leaf] = gradient.clone()
+                row[leaf] = laid_out(leaf, gradient.clone())
             else:
                 deposit(leaf, gradient)
         return row
@@ -255,10 +255,21 @@ class HeldGradients:
         """Set p.grad to what it was plus the results, in place as autograd does it."""
         self.restore()
         for p, gradient in (pair for result in results for pair in result.items()):
-            p.grad = added(p.grad, gradient, in_place=True)
+            p.grad = laid_out(p, added(p.grad, gradient, in_place=True))
 
 
 @torch.no_grad()
 def deposit(leaf: Tensor, gradient: Tensor) -> None:
     """Add a gradient to what stands in a leaf's own .grad; the gradient itself is left alone."""
-    leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
+    leaf.grad = laid_out(leaf, gradient.clone() if leaf.grad is None else leaf.grad + gradient)
+
+
+def laid_out(p: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with the strides that autograd gives p.grad: those of p if it is dense, else contiguous ones.
+
+    Fused optimizers read p and p.grad in the order of the memory, whatever their strides say.
+    """
+    if type(gradient) is not Tensor or gradient.layout is not torch.strided or gradient.stride() == p.stride():
+        return gradient
+    like = torch.empty_like(p, dtype=gradient.dtype, requires_grad=False)
+    return like.copy_(gradient) if like.stride() == p.stride() else gradient.contiguous()

@@ -19,7 +19,7 @@ from gradsurg.gradients.compile import in_compiled_autograd
 from gradsurg.gradients.graph import REENTRANT, SINK, Edge, Map, blocking, leaf_of, leaves_after, map_of
 from gradsurg.gradients.hooks import hooked_among
 from gradsurg.gradients.losses import Compute, seed_of
-from gradsurg.gradients.rows import Row, deposit
+from gradsurg.gradients.rows import Row, deposit, laid_out
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.run import Run
@@ -137,7 +137,7 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
     # gradients.
     alike = len(set(entries)) == 1
     for k, i in enumerate(tasks):
-        row = Row((leaf, each[k]) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
+        row = Row((leaf, laid_out(leaf, each[k])) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
         if not alike:
             reached = set(map(id, leaves_after(entries[k])))
             row = Row(pair for pair in row.items() if id(pair[0]) in reached)
@@ -186,7 +186,7 @@ def _heads(
     for (i, node), g in zip(own, found, strict=False):
         if g is not None and (leaf := leaf_of(node)) is not None:
             # The tensor may be expanded, or the same one for several leaves.
-            rows[i][leaf] = g.clone()
+            rows[i][leaf] = laid_out(leaf, g.clone())
     for i, root in enumerate(graph.roots):
         if i not in alone:
             crossing[i][root] = seeds[i]
