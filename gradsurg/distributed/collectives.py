@@ -105,17 +105,17 @@ class Group:
             dist.all_gather_object(found, mine, group=self.group)
         return found
 
-    def refuse_other_options(self, options: Mapping[str, str]) -> None:
-        """Raise an error, on all ranks, if the options of wrap() differ between them; they have to ask all at once."""
-        of_ranks = self.objects(dict(options))
-        differing = [name for name in options if len({each.get(name) for each in of_ranks}) > 1]
+    def refuse_other_options(self, options: Mapping[str, str], preferences: Sequence[tuple[str, float]]) -> None:
+        """Raise an error, on all ranks, if options of wrap() or a step's preferences differ; all ranks have to ask."""
+        of_ranks = self.objects({**options, "preferences of this step": repr(dict(preferences))})
+        differing = [name for name in of_ranks[0] if len({each.get(name) for each in of_ranks}) > 1]
         if differing:
             found = "; ".join(
                 f"{name} is " + ", ".join(f"{each[name]} on rank {rank}" for rank, each in enumerate(of_ranks))
                 for name in differing
             )
             raise RanksError(
-                f"the ranks gave different options to wrap(): {found}. Give the same on every rank; what is computed "
+                f"the ranks have different options: {found}. Give the same on every rank; what is computed "
                 "from a rank's own data has to be averaged or broadcast first. Parameters, p.grad and optimizer state "
                 "are as before."
             )

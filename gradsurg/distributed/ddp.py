@@ -13,7 +13,7 @@ from gradsurg.distributed.buckets import Bucket, cut, flat_reals, plan, share
 from gradsurg.distributed.collectives import Group, listening, start_all_gather
 from gradsurg.distributed.ddp_exchange import SliceExchange, Slicing
 from gradsurg.distributed.ddp_reducer import Replica
-from gradsurg.distributed.layout import Layout, generator_of
+from gradsurg.distributed.layout import NONE, Layout, generator_of
 from gradsurg.gradients.rows import Row
 
 __all__ = ["DDPLayout", "DDPWholeLayout"]
@@ -91,8 +91,10 @@ class DDPLayout(Layout):
             finally:
                 self._quiet = False
 
-    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> SliceExchange:  # noqa: D102
-        return SliceExchange(self._slicing, names, measured)
+    def exchange(  # noqa: D102
+        self, names: Sequence[str], measured: Sequence[str] = (), preferences: Mapping[str, float] = NONE
+    ) -> SliceExchange:
+        return SliceExchange(self._slicing, names, measured, preferences)
 
     def averaging(self) -> SliceExchange | None:
         """Begin an exchange without rows: what is in p.grad at its end is averaged, as DDP itself does."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsurg.distributed.buckets import Bucket, flat_reals, pack, plan, share, unpack
 from gradsurg.distributed.collectives import Group, RanksError, fingerprint, listening, merged, start_reduce_scatter
-from gradsurg.distributed.layout import Delivery
+from gradsurg.distributed.layout import NONE, Delivery
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import ByParameter, Row
 
@@ -105,13 +105,20 @@ class SliceExchange:
     The tasks `measured`, the same on all ranks, have their losses averaged even without a row.
     """
 
-    def __init__(self, slicing: Slicing, names: Sequence[str], measured: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        slicing: Slicing,
+        names: Sequence[str],
+        measured: Sequence[str] = (),
+        preferences: Mapping[str, float] = NONE,
+    ) -> None:
         self._slicing, self._group, self._mine, self._measured = slicing, slicing.group, list(names), measured
         self._waiting: dict[str, tuple[Row, ...]] = {}
         self._shipments: dict[str, _Shipment] = {}
         self._names: list[str] | None = None
+        self._preferences = sorted(preferences.items())
         reach = fingerprint(sorted((name, sorted(reached)) for name, reached in slicing.reach.items()))
-        header = torch.tensor([fingerprint(names), slicing.signature, reach])
+        header = torch.tensor([fingerprint(names), fingerprint([slicing.signature, self._preferences]), reach])
         self._header, self._header_work = self._group.start_gather(header)
 
     @property
@@ -122,7 +129,7 @@ class SliceExchange:
                 self._header_work.wait()
             same_names, same_signature, same_reach = (self._header == self._header[0]).all(0).tolist()
             if not same_signature:
-                self._group.refuse_other_options(self._slicing.options)
+                self._group.refuse_other_options(self._slicing.options, self._preferences)
                 raise RanksError(
                     "the optimizers of the ranks train parameters of different shapes, dtypes or order: build the same "
                     "model and the same parameter groups on every rank"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gradsurg.distributed.collectives import Group, RanksError, checksum, fingerprint, listening, of_backend
-from gradsurg.distributed.layout import Delivery, Layout, generator_of
+from gradsurg.distributed.layout import NONE, Delivery, Layout, generator_of
 from gradsurg.distributed.modules import modules_of
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.rows import Row
@@ -74,8 +74,10 @@ class ShardedLayout(Layout):
             with listening("reducing the gradients of a task, inside its backward pass"):
                 raise
 
-    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> ShardExchange:  # noqa: D102
-        return ShardExchange(self, names)
+    def exchange(  # noqa: D102
+        self, names: Sequence[str], measured: Sequence[str] = (), preferences: Mapping[str, float] = NONE
+    ) -> ShardExchange:
+        return ShardExchange(self, names, preferences)
 
     def averaging(self) -> ShardExchange | None:
         """Compare what is in p.grad of parameters that are not sharded; the others are averaged already."""
@@ -115,13 +117,14 @@ class ShardedLayout(Layout):
 class ShardExchange:
     """Checks that all ranks have the same tasks, and takes the local shards of rows; no row is sent."""
 
-    def __init__(self, shards: ShardedLayout, names: Sequence[str]) -> None:
+    def __init__(self, shards: ShardedLayout, names: Sequence[str], preferences: Mapping[str, float] = NONE) -> None:
         self._shards = shards
         self.names = list(names)
         self._rows: dict[str, Row] = {}
-        heard = shards.group.gather(torch.tensor(fingerprint([*names, shards.signature])))
+        own = sorted(preferences.items())
+        heard = shards.group.gather(torch.tensor(fingerprint([*names, shards.signature, own])))
         if bool((heard != heard[0]).any()):
-            shards.group.refuse_other_options(shards.options)
+            shards.group.refuse_other_options(shards.options, own)
             found = shards.group.objects(self.names)
             raise MultiTaskError(
                 "the ranks have different tasks in this step: "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -17,7 +18,9 @@ from gradsurg.distributed.collectives import Group, RanksError, fingerprint, mer
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.measure import Measure
 
-__all__ = ["ALONE", "Delivery", "Exchange", "Layout", "generator_of", "tell_others"]
+__all__ = ["ALONE", "NONE", "Delivery", "Exchange", "Layout", "generator_of", "tell_others"]
+
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class Layout:
         """Keep the model's own synchronisation out of the backward passes inside this block."""
         return nullcontext()
 
-    def exchange(self, names: Sequence[str], measured: Sequence[str] = ()) -> Exchange:
+    def exchange(
+        self, names: Sequence[str], measured: Sequence[str] = (), preferences: Mapping[str, float] = NONE
+    ) -> Exchange:
         """Begin to exchange the rows of this rank's tasks; the losses of the `measured` tasks are averaged too."""
         raise NotImplementedError
 

@@ -21,6 +21,7 @@ class Session:
         self.layout: Layout = ALONE
         self._exchange: Exchange | None = None
         self._measured: list[str] = []
+        self.preferences: Mapping[str, float] = {}  # of this step alone
 
     def lay_out(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
         """Find out how the parameters are spread over ranks, and switch off DDP's own reduction."""
@@ -78,7 +79,7 @@ class Session:
 
     def _open(self, names: Sequence[str], earlier: Sequence[str]) -> None:
         earlier = [name for name in earlier if name not in names]
-        self._exchange = self.layout.exchange([*earlier, *names], self._measured)
+        self._exchange = self.layout.exchange([*earlier, *names], self._measured, self.preferences)
         for name in earlier:
             self.captured(name)
 

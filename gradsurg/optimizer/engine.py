@@ -134,7 +134,7 @@ class Engine:
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
         if not self.capture.open(run.parameters) and self.step.losses and self.capture.has_rows():
             self.step.losses, self.step.skipped = {}, ()
-        self.run = run
+        self.run, self.session.preferences = run, {**self.step.preferences, **run.preferences}
 
     def open_or_join(self, run: Run) -> list[tuple[str | None, Tensor | Compute]]:
         """Open a run, or join the one that another total of this backward pass opened; return the passes to run."""

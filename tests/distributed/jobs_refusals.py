@@ -129,6 +129,7 @@ def drifting(kind: str, options: dict[str, Any]) -> tuple[list[str], bool]:
 
 
 OPTIONS = {
+    "preferences of this step": lambda rank: {},
     "preferences": lambda rank: {"preferences": {"task0": 1.0 + rank}},
     "seed": lambda rank: {"surgery": "pcgrad", "guarantee": "none", "seed": rank},
     "surgery": lambda rank: {"surgery": ("upgrad", "mgda")[rank]},
@@ -140,8 +141,9 @@ def other_options(kind: str, option: str, options: dict[str, Any]) -> tuple[str,
     """Every rank wraps with an option of its own."""
     model = spread(nets.build(), kind)
     optimizer = nets.optimizer_of(model, **OPTIONS[option](dist.get_rank()), **options)
+    own = {"preferences": {"task1": 0.5 * dist.get_rank()}} if option == "preferences of this step" else {}
     try:
-        optimizer.total(model(*nets.mine(nets.batch(0)))).backward()
+        optimizer.total(model(*nets.mine(nets.batch(0))), **own).backward()
     except RuntimeError as error:
         assert all(p.grad is None for p in model.parameters())
         return str(error), nets.state_of(model)

@@ -42,6 +42,9 @@ def test_check_sync_names_the_first_that_differs(ranks, sharded):
     ("kind", "option", "options"),
     [
         ("ddp", "preferences", {}),
+        ("ddp", "preferences of this step", {}),
+        ("ddp", "preferences of this step", {"rotate": 1}),
+        ("fsdp2", "preferences of this step", {}),
         ("ddp", "seed", {}),
         ("ddp", "surgery", {"rotate": 1}),
         ("fsdp2", "preferences", {}),
@@ -53,7 +56,7 @@ def test_check_sync_names_the_first_that_differs(ranks, sharded):
 def test_options_that_differ_are_refused_on_all_ranks(ranks, kind, option, options):
     results = ranks(2).run(jobs_refusals.other_options, kind, option, options)
     for message, _ in results:
-        assert f"different options to wrap(): {option} is " in message
+        assert f"the ranks have different options: {option} is " in message
         assert " on rank 1" in message
     nets.equal_everywhere([state for _, state in results])
 

@@ -79,7 +79,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
     present = {name: loss for name, loss in losses.items() if loss.requires_grad}
     with Averaged(engine.parameters(), layout) as averaged:
         held_gradients = averaged.held_gradients
-        with _on_all_ranks(layout, known) as done:
+        with _on_all_ranks(layout, known, preferences) as done:
             watch, penalty = run.run_plain(held_gradients, present.values())
             rows, own = _heads(engine, present, features, held_gradients, run.gradient, watch)
             done.extend(rows)
@@ -111,7 +111,7 @@ def run_on_features(engine: Engine, run: Run) -> None:
 
 
 @contextmanager
-def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
+def _on_all_ranks(layout: Layout, losses: Iterable[str], preferences: Mapping[str, float]) -> Iterator[list[str]]:
     """Compare, at the end of this block, what all ranks put into the list; if one raised, all do."""
     done: list[str] = []
     try:
@@ -119,11 +119,11 @@ def _on_all_ranks(layout: Layout, losses: Iterable[str]) -> Iterator[list[str]]:
     except Exception:
         layout.agree(0)
         raise
-    if not layout.agree(fingerprint([*losses, "rows", *done])):
+    if not layout.agree(fingerprint([*losses, "rows", *done, sorted(preferences.items())])):
         raise RanksError(
-            "with features=, every rank needs the same tasks in the same order, and each has to reach the features: a "
-            "rank has other tasks in this step, or raised (see its own error). Parameters, p.grad and optimizer state "
-            "are as before."
+            "with features=, every rank needs the same tasks in the same order, with the same preferences=, and each "
+            "has to reach the features: a rank has others in this step, or raised (see its own error). Parameters, "
+            "p.grad and optimizer state are as before."
         )
 
 
