@@ -95,7 +95,7 @@ class MultiTaskOptimizer(Optimizer):
         engine.lay_out()
         engine.step.unrun += 1
         engine.told.add("no losses")
-        run = Run(parsed, plain, through, own, nested=True)
+        run = Run(parsed, plain, through, own, nested=True, owner=self)
         # On the loss's device: only then autograd makes later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
         # Looked up here, which torch.compile does not trace.

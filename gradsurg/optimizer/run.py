@@ -41,6 +41,7 @@ class Run:
         outer_pass: The number of the backward pass around it; see pass_in_progress().
         joins: Whether it adds rows to a run that another total opened in the same backward pass.
         joined: Whether another total did so to this one.
+        owner: The optimizer, kept alive for as long as the total may run backward.
     """
 
     losses: Mapping[str, Task] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Run:
     outer_pass: int = -1
     joins: bool = False
     joined: bool = False
+    owner: object = None
     _used: bool = False
 
     def begin(self, gradient: Tensor | None) -> None:

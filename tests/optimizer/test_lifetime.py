@@ -89,3 +89,10 @@ def test_of_several_optimizers_one_may_go():
         first.total(model.losses(batch)).backward()
         first.step()
     assert first.report.step == 1
+
+
+def test_a_total_keeps_its_optimizer_until_its_backward_pass():
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    total = gradsurg.wrap(torch.optim.SGD([w], lr=0.1), normalize="none").total({"a": w[0] ** 2, "b": (w[1] - 3) ** 2})
+    total.backward()
+    assert w.grad.tolist() == [2.0, -4.0]
