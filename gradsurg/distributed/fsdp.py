@@ -87,7 +87,7 @@ class ShardedLayout(Layout):
         return [local(t, p) for p, t in zip(parameters, tensors, strict=True)]
 
     def measure(self, parameters: Sequence[Tensor]) -> Measure:  # noqa: D102
-        return Measure([self._cuts[id(p)] for p in parameters], self.group.total)
+        return Measure([self._cuts[id(p)] for p in parameters], self.group.total, self.group.gather)
 
     def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
         """Return one per parameter and shard: ranks that hold the same numbers draw the same."""

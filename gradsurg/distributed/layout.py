@@ -100,7 +100,7 @@ class Layout:
 
     def measure(self, parameters: Sequence[Tensor]) -> Measure:
         """Return what measures lengths and inner products of these parameters."""
-        return Measure() if self.group is None else Measure(total=self.total)
+        return Measure() if self.group is None else Measure(total=self.total, gather=self.group.gather)
 
     def generators(self, parameters: Sequence[Tensor], generator: torch.Generator) -> list[torch.Generator]:
         """Return one random generator per parameter; ranks that hold the same numbers draw the same."""

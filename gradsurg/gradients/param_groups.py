@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["parameter_names", "signs_of", "trained"]
+__all__ = ["parameter_names", "rates_of", "signs_of", "trained"]
 
 
 def parameter_names(optimizers: Iterable[Optimizer]) -> dict[int, str]:
@@ -29,6 +29,20 @@ def signs_of(optimizer: Optimizer) -> dict[int, float]:
     """Return id(parameter) -> −1 if the optimizer maximises, else 1; a movement times its sign is a descent."""
     groups = ((group["params"], -1.0 if group.get("maximize") else 1.0) for group in optimizer.param_groups)
     return {id(p): sign for parameters, sign in groups for p in parameters}
+
+
+def rates_of(optimizer: Optimizer) -> dict[int, float]:
+    """Return id(parameter) -> learning rate of its group; 1 for all if a rate is missing, or would have to be awaited.
+
+    A rate in a tensor on a device is not read, because reading it would wait for the device.
+    """
+    rates: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if not isinstance(rate, (int, float)) and not (isinstance(rate, Tensor) and rate.device.type == "cpu"):
+            return dict.fromkeys((id(p) for each in optimizer.param_groups for p in each["params"]), 1.0)
+        rates.update(dict.fromkeys(map(id, group["params"]), abs(float(rate))))
+    return rates
 
 
 def trained(optimizer: Optimizer) -> list[Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurg.distributed.layout import ALONE, Layout
-from gradsurg.gradients.param_groups import signs_of
+from gradsurg.gradients.param_groups import rates_of, signs_of
 from gradsurg.gradients.rows import TaskRows
 from gradsurg.guarantee.copies import ParameterCopies, Part
+from gradsurg.guarantee.foreign import is_foreign
 from gradsurg.guarantee.movement import DeferredMovement, Movement, joined
 from gradsurg.guarantee.update import project_update
 from gradsurg.linalg.measure import Measure
@@ -59,7 +60,7 @@ class UpdateConstraint:
 
     def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> Movement | DeferredMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
-        sign = signs_of(optimizer)
+        sign, rates = signs_of(optimizer), rates_of(optimizer)
         ours = before.ids().intersection(sign)
         movements = []
         for k, (partition, G) in enumerate(zip(self.partitions, self.gramians, strict=True)):
@@ -72,18 +73,32 @@ class UpdateConstraint:
             if not all_mine:  # several optimizers share the rows: each is held to its own part
                 G = measure.gramian(table, exact=True)
             old: Sequence[Tensor] = Part(before, mine)
-            new = mine
+            new: Sequence[Tensor] = mine
+            gradients: Sequence[Tensor | None] = [p.grad for p in mine]
             if self.layout is not ALONE:
                 old = self.layout.held(mine, [before[p] for p in mine])
                 new = self.layout.held(mine, [p.detach() for p in mine])
-            asked = None
-            if self.margin:
-                asked, _ = attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)
-            movement = project_update(table, G, old, new, [sign[id(p)] for p in mine], self.allowed, measure, asked)
+                gradients = self.layout.held(mine, [p if p.grad is None else p.grad for p in mine])
+            movement = project_update(
+                table,
+                G,
+                old,
+                new,
+                [sign[id(p)] for p in mine],
+                self.allowed,
+                measure,
+                self._asked if self.margin else None,
+                [0.0 if is_foreign(p) else rates[id(p)] for p in mine],
+                gradients,
+            )
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)
         return joined(movements)
+
+    def _asked(self, G: Tensor) -> Tensor:
+        """Return the cosines that the margin asks for, as far as these gradients leave them within reach."""
+        return attainable(G, self.margin, tuple(self.rows), self.allowed, ROUNDING_QUICK)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

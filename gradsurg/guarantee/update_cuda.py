@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradsurg.guarantee.metric import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.guarantee.movement import DeferredMovement, stream_of
-from gradsurg.guarantee.update import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
 from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.kernels.table import constant
 from gradsurg.solvers.tolerances import ROUNDING_CUDA, STATIONARY

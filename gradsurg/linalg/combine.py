@@ -113,22 +113,28 @@ def correct_(
     signs: Sequence[float],
     *,
     exact: bool = False,
+    left: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Subtract sign · Σ λ_i g_i from the parameters `after` in place, rounding each number once.
 
-    A row with λ_i = 0 is not read. The sign of a parameter is −1 if the optimizer maximises. `exact` adds up in
-    float64, for movements that nearly cancel.
+    A row with λ_i = 0 is not read. The sign of a parameter is −1 if the optimizer maximises, or any other factor.
+    `exact` adds up in float64, for movements that nearly cancel. Numbers that `left` says, a bool tensor per parameter
+    or None, stay as they are; see moved.left_in_place.
     """
     exact = exact or _too_large(coefficients)
     used = [i for i, c in enumerate(coefficients) if c != 0]
     small = packed(rows)
-    if small is not None and used:
+    if left is None and small is not None and used:
         small.correct_(coefficients, after, signs, exact)
         rows = small.rest
         after, signs = [after[k] for k in small.others], [signs[k] for k in small.others]
     for k, parameter in enumerate(after):
-        present = [(g, -signs[k] * coefficients[i]) for i in used if (g := rows[i][k]) is not None]
-        if any(g.is_sparse for g, _ in present):
+        present = [(g, -signs[k] * coefficients[i]) for i in used if (g := rows[i][k]) is not None and signs[k] != 0]
+        still = None if left is None else left[k]
+        if still is not None and present:
+            column = [g.to_dense() if g.is_sparse else g for g, _ in present]
+            _sum_blocks(column, [c for _, c in present], parameter, exact, add=True, still=still)
+        elif any(g.is_sparse for g, _ in present):
             for g, c in present:
                 parameter.add_(g.to(parameter.dtype), alpha=c)
         elif present:
@@ -136,10 +142,16 @@ def correct_(
 
 
 def _sum_blocks(
-    column: Sequence[Tensor], weights: Sequence[float], out: Tensor, exact: bool, *, add: bool = False
+    column: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor,
+    exact: bool,
+    *,
+    add: bool = False,
+    still: Tensor | None = None,
 ) -> None:
-    """Write Σ w_i g_i into `out`, or add it, block by block, in a wide enough dtype."""
-    *views, target = [t for t in flat_column([*column, out]) if t is not None]
+    """Write Σ w_i g_i into `out`, or add it where not `still`, block by block, in a wide enough dtype."""
+    target, *views = [t for t in flat_column([out, *column, still]) if t is not None]
     wide = torch.float64 if exact else torch.promote_types(target.dtype, torch.float32)
     direct = target.dtype == wide and not add
     for goal, *parts in cut([target, *views], DIRECT if direct else COMBINED):
@@ -148,8 +160,10 @@ def _sum_blocks(
             torch.mul(parts[0], weights[0], out=total)
         else:
             total.copy_(parts[0]).mul_(weights[0])
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
+        for part, weight in zip(parts[1 : len(weights)], weights[1:], strict=True):
             total.add_(part, alpha=weight)
+        if still is not None:
+            total.masked_fill_(parts[-1], 0)
         if add and goal.dtype == wide:
             goal.add_(total)
         elif add:

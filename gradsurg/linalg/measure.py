@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.gramian import gramian
+from gradsurg.linalg.moved import gramian_moved
 from gradsurg.linalg.movement import inner_update
 
 __all__ = ["Measure"]
@@ -22,9 +23,12 @@ class Measure:
     """
 
     def __init__(
-        self, cuts: Sequence[slice | None] | None = None, total: Callable[[Tensor], Tensor] | None = None
+        self,
+        cuts: Sequence[slice | None] | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._cuts, self._total = cuts, total
+        self._cuts, self._total, self._gather = cuts, total, gather
 
     @property
     def alone(self) -> bool:
@@ -55,6 +59,28 @@ class Measure:
         inner, square = inner_update(self.counted(rows), old, new, signs, exact=exact)  # type: ignore[arg-type]
         numbers = self._sum(torch.cat([inner, inner.new_tensor([square])]))
         return numbers[:-1], float(numbers[-1])
+
+    def gramian_moved(
+        self,
+        rows: Rows,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        metric: Sequence[float],
+        left: Sequence[Tensor | None],
+    ) -> tuple[Tensor, float]:
+        """Return the Gramian of the whole rows in a step's metric, and the step's length; see moved.gramian_moved."""
+        old, new = self._counted(before), self._counted(after)
+        G, square = gramian_moved(self.counted(rows), old, new, metric, self._counted(left))  # type: ignore[arg-type]
+        numbers = self._sum(torch.cat([G.flatten(), G.new_tensor([square])]))
+        return numbers[:-1].view_as(G), float(numbers[-1])
+
+    def any_rank(self, here: bool) -> bool:
+        """Return whether `here` is true on any rank."""
+        return here if self._total is None else bool(self._total(torch.tensor([float(here)], dtype=torch.float64)))
+
+    def highest(self, numbers: Tensor) -> Tensor:
+        """Return the highest over all ranks, number by number."""
+        return numbers if self._gather is None else self._gather(numbers).amax(0)
 
     def nonzero(self, rows: Rows) -> list[bool]:
         """Return, for each row, whether any rank has a number other than 0 in it."""

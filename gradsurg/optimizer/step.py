@@ -18,7 +18,7 @@ from gradsurg.guarantee.copies import ParameterCopies, Snapshot
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.report import DeferredReport, Report
 
-__all__ = ["Attempt", "after_step", "before_step", "take_back", "watch"]
+__all__ = ["Attempt", "after_step", "before_step", "enforce", "take_back", "watch"]
 
 
 @dataclass(eq=False)
@@ -107,18 +107,22 @@ def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Calla
     return watched
 
 
-def after_step(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
-    """Project the movement, then drop the rows."""
-    if _only_builds_state(engine, optimizer):
-        return
-    _warn_of_unrun_totals(engine)
-    _warn_of_no_losses(engine)
+def enforce(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
+    """Project the movement."""
     if attempt.first is not None:
         engine.step.constraint, engine.latest = attempt.first
     if len(attempt.copies) and engine.step.constraint is not None:
         movement = engine.step.constraint.enforce(optimizer, attempt.copies)
         if engine.latest is not None and movement is not None:
             engine.latest = engine.latest.with_movement(movement)
+
+
+def after_step(engine: Engine, optimizer: Optimizer) -> None:
+    """Count the step, and drop the rows once all optimizers that share them have stepped."""
+    if _only_builds_state(engine, optimizer):
+        return
+    _warn_of_unrun_totals(engine)
+    _warn_of_no_losses(engine)
     engine.step.stepped.add(id(optimizer))
     if not all(id(other) in engine.step.stepped for other in engine.optimizers):
         return
@@ -148,17 +152,29 @@ def _is_zero(rate: object) -> bool:
     return rate == 0
 
 
-def take_back(optimizer: Optimizer, attempt: Attempt) -> None:
-    """Undo what a failed step did to everything that was copied; rows stay for another try."""
+def take_back(optimizer: Optimizer, attempt: Attempt, error: BaseException) -> None:
+    """Undo what a failed step did to everything that was copied, and say so; rows stay for another try."""
     if attempt.snapshot is not None:
         attempt.snapshot.restore()
+        _note(error, "step() did not finish: all parameters and the optimizer's state are as before it.")
         return
+    if len(attempt.copies):
+        _note(
+            error,
+            "step() did not finish: the parameters are as before it. The optimizer's own state, such as moments, may "
+            "have moved on; wrap(..., atomic=True) puts it back too.",
+        )
     with torch.no_grad():
         for p, old in attempt.copies.row.items():
             p.copy_(old)
     if attempt.first is not None and isinstance(optimizer, LBFGS):
         # It failed inside a line search, with its state half updated, from which torch's LBFGS cannot go on.
         optimizer.state.clear()
+
+
+def _note(error: BaseException, text: str) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11 and later
+        error.add_note(text)
 
 
 def _warn_of_unrun_totals(engine: Engine) -> None:

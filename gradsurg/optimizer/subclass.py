@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradsurg.gradients.compile import outside_compilation
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer
-from gradsurg.optimizer.step import after_step, before_step, take_back, watch
+from gradsurg.optimizer.step import after_step, before_step, enforce, take_back, watch
 
 __all__ = ["extend", "inner_class", "patch_for_scheduler", "restore_class", "scheduler_patch"]
 
@@ -135,10 +135,11 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
         inner: Callable[..., Any] = inner_class(self).step
         inner = getattr(inner, "__wrapped__", inner) if getattr(inner, "hooked", False) else inner
         result = inner(self, *arguments, **named)
-    except BaseException:
-        take_back(self, attempt)
+        enforce(engine, self, attempt)
+    except BaseException as error:
+        take_back(self, attempt, error)
         raise
-    after_step(engine, self, attempt)
+    after_step(engine, self)
     return result
 
 

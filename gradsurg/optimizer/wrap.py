@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsurg.distributed.modules import check_model, refuse_optimizer
+from gradsurg.gradients.param_groups import trained
+from gradsurg.guarantee.foreign import check_foreign
 from gradsurg.normalize import Normalizer
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.cheap.batched import Batched
@@ -141,6 +143,8 @@ def wrap(
     options = check_options(optimizers, given)
     for each in optimizers:
         check_group(each, options.pipeline)
+    if options.guarantee == "update":
+        check_foreign(p for each in optimizers for p in trained(each))
     full = Batched() if options.batched else OneByOne()
     passes = full if options.refresh_every == 1 else Reused(options.refresh_every, full)
     engine = Engine(options, passes, checked)
