@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from typing import Any
 
@@ -249,3 +250,29 @@ def dying(kind: str, raises: bool, options: dict[str, Any]) -> str:
             return str(error)
         optimizer.step()
     return ""
+
+
+def dying_before_step(kind: str, options: dict[str, Any]) -> tuple[str, list[str]]:
+    """Rank 1 is killed between backward and the end of step(); return the error of rank 0, and what was added to it."""
+    model = spread(nets.build(nets.Shared), kind)
+    optimizer = nets.optimizer_of(model, **options)
+    parameters = optimizer.param_groups[0]["params"]
+    for step in range(2):
+        optimizer.zero_grad()
+        optimizer.total(model(*nets.mine(nets.batch(step)))).backward()
+        if step == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        before = [local_of(t.detach()).clone() for p in parameters for t in (p, p.grad)]
+        state = [optimizer.state[p]["exp_avg"].clone() for p in parameters] if step == 1 else []
+        try:
+            optimizer.step()
+        except gradsurg.MultiTaskError as error:
+            after = [local_of(t.detach()) for p in parameters for t in (p, p.grad)]
+            assert all(map(torch.equal, before, after))
+            if options.get("atomic"):
+                assert all(
+                    local_of(optimizer.state[p]["exp_avg"]).equal(local_of(old))
+                    for p, old in zip(parameters, state, strict=True)
+                )
+            return str(error), getattr(error, "__notes__", [])
+    return "", []

@@ -1,5 +1,7 @@
 """Never silent: what cannot be done says so on every rank, and nothing is written half."""
 
+import sys
+
 import pytest
 
 from tests.distributed import jobs_refusals, nets
@@ -108,5 +110,21 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(kind, raises, options):
             pool.run(jobs_refusals.dying, kind, raises, options)
         (message,) = error.value.results  # of rank 0, which found everything as it was
         assert "another rank did not answer" in message
+    finally:
+        pool.end()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("ddp", {}), ("ddp", {"atomic": True}), ("fsdp2", {})], ids=str)
+def test_a_rank_that_dies_before_the_end_of_step_leaves_the_others_as_they_were(kind, options):
+    """The optimizer has moved the parameters by then; an update that was not held to the tasks is put back."""
+    pool = Pool(2)
+    try:
+        with pytest.raises(RankError, match="rank 1: the process died") as error:
+            pool.run(jobs_refusals.dying_before_step, kind, options)
+        ((message, notes),) = error.value.results
+        assert "another rank did not answer" in message
+        assert "Parameters and p.grad of this rank are as before" in message
+        said = "all parameters and the optimizer's state" if options.get("atomic") else "the optimizer's own state"
+        assert any(said in note.lower() for note in notes) or sys.version_info < (3, 11)
     finally:
         pool.end()
