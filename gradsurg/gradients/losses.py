@@ -89,6 +89,8 @@ def check_scalar(label: str, loss: object) -> Tensor:
             f"{label} is a function: functions go into optimizer.backward(losses), without features= and without "
             "refresh_every=. Pass the loss that it returns"
         )
+    if isinstance(loss, (list, tuple)):
+        raise ValueError(f"{label} is a {type(loss).__name__} of {len(loss)}: pass their sum, as in sum({label})")
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"{label} is a {type(loss).__name__}, which carries no gradient: pass the tensor itself, or None if "

@@ -8,9 +8,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from gradsurg.guarantee.movement import Movement
 from gradsurg.optimizer.report import Report
 
-__all__ = ["PackedReport", "from_json", "to_json", "write_csv"]
+__all__ = ["PackedReport", "from_json", "replacing", "to_json", "write_csv"]
 
 # Stands in a packed report for each tensor.
 NOTHING = torch.empty(0)
@@ -115,14 +117,19 @@ def from_json(entry: object) -> Report:
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     values = _parsed(Report, entry)
-    if values.get("movement") is not None:
-        values["movement"] = Movement(**_parsed(Movement, values["movement"]))
-    if "gramian" not in values and values.get("gramians") is not None:
-        values["gramian"] = values["gramians"].sum(0)
     try:
-        return Report(**values)
+        if values.get("movement") is not None:
+            values["movement"] = Movement(**_parsed(Movement, values["movement"]))
+        if "gramian" not in values and values.get("gramians") is not None:
+            values["gramian"] = values["gramians"].sum(0)
+        report = Report(**values)
     except TypeError as error:
         raise ValueError(f"no report: {str(error).partition(') ')[2] or error}") from None
+    m = len(report.tasks)
+    for name in ("gramian", "scales", "weights", "products"):
+        if (shape := tuple(getattr(report, name).shape))[-1:] != (m,):
+            raise ValueError(f"{name} has shape {shape}, and there are {m} tasks")
+    return report
 
 
 def _plain(value: Any) -> Any:
@@ -146,25 +153,54 @@ def _parsed(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
         if field.name not in entry:
             continue
         value, kind = entry[field.name], str(field.type)
-        # A field that may be None keeps it; in a list of numbers None stands for NaN.
-        if value is None and "None" in kind:
-            pass
-        elif kind.startswith("Tensor"):
-            value = torch.tensor(_with_nan(value), dtype=torch.float64)
-        elif kind == "dict[str, Tensor]":
-            value = {name: torch.tensor(_with_nan(each), dtype=torch.float64) for name, each in value.items()}
-        elif kind == "float":
-            value = _with_nan(value)
-        elif kind.startswith("tuple") and value is not None:
-            value = tuple(value)
-        values[field.name] = value
+        try:
+            # A field that may be None keeps it; in a list of numbers None stands for NaN.
+            values[field.name] = None if value is None and "None" in kind else _of_kind(kind, value)
+        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+            raise ValueError(f"{field.name} is {value!r:.60}, and must be {kind}") from None
     return values
+
+
+def _of_kind(kind: str, value: Any) -> Any:
+    """Return the value of a field from JSON; `kind` is its annotation."""
+    if kind.startswith("Tensor"):
+        return torch.tensor(_with_nan(value), dtype=torch.float64)
+    if kind == "dict[str, Tensor]":
+        return {name: torch.tensor(_with_nan(each), dtype=torch.float64) for name, each in value.items()}
+    if kind == "float":
+        return float(_with_nan(value))
+    if kind.startswith("tuple"):
+        right = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        value = tuple(value) if right else value
+    else:
+        right = kind not in PLAIN or type(value) is PLAIN[kind]
+    if not right:
+        raise TypeError
+    return value
+
+
+# Annotations of fields that JSON keeps as they are.
+PLAIN = {"int": int, "bool": bool, "str": str}
 
 
 def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nan(each) for each in value]
     return math.nan if value is None else value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a new file beside an old one, and put it in the old one's place when all is written."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Half a surrogate pair, which a task's name may have, becomes the escape that JSON has for it.
+        with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, reports: Sequence[Report]) -> None:
@@ -176,7 +212,7 @@ def write_csv(path: Path, reports: Sequence[Report]) -> None:
     # Cosines come last: there are more of them whenever a new task appears.
     columns = dict.fromkeys(name for row in rows for name in row)
     last = [name for name in columns if name.startswith(_COSINE)]
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as file:
         writer = csv.DictWriter(file, [*(name for name in columns if name not in last), *last])
         writer.writeheader()
         writer.writerows(rows)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradsurg.gradients.param_groups import parameter_names
-from gradsurg.monitor.files import PackedReport, from_json, to_json, write_csv
+from gradsurg.monitor.files import PackedReport, from_json, replacing, to_json, write_csv
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer
 from gradsurg.optimizer.proxies import find_wrapped
 from gradsurg.optimizer.report import Report
@@ -187,7 +187,7 @@ class History:
         The table has a row per step and task, and of the numbers per block only the sum or mean.
 
         Args:
-            path: The file; an existing one is overwritten.
+            path: The file. An existing one is replaced when all is written: a full disk leaves it as it is.
 
         Raises:
             ValueError: Another ending.
@@ -212,7 +212,8 @@ class History:
             write_csv(path, self.reports)
         else:
             lines = (json.dumps(to_json(report), allow_nan=False, ensure_ascii=False) for report in self.reports)
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with replacing(path) as file:
+                file.writelines(f"{line}\n" for line in lines)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> History:
@@ -228,7 +229,7 @@ class History:
         if path.suffix != ".jsonl":
             raise ValueError(f"{str(path)!r}: a history is loaded from a .jsonl file")
         history = cls(every=1, megabytes=float("inf"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -9,6 +9,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,9 @@ PICTURES: list[tuple[Callable[..., Axes], dict[str, Any], str]] = [
     (plot.layers, {}, "Where in the model tasks conflict."),
     (plot.losses, {}, "As handed over, batch by batch."),
 ]
+
+# What XML forbids, in a picture or a page: names of tasks may have any character.
+UNPRINTABLE = re.compile("[^\\t\\n\\r -\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --soft: #555; --back: #fff; --line: #ddd }
@@ -77,6 +81,7 @@ def page(reports: Sequence[Report], name: str, made_by: str) -> str:
     Raises:
         ValueError: No step of several tasks that share parameters is among them.
     """
+    reports, name = list(map(_printable, reports)), _printed(name)
     found = verdict(reports)
     sections = "".join(
         f"<h2>{html.escape(heading)}</h2><ul>{''.join(f'<li>{html.escape(s)}</li>' for s in sentences)}</ul>"
@@ -93,6 +98,18 @@ def page(reports: Sequence[Report], name: str, made_by: str) -> str:
         f'<h2>At the last recorded step</h2><div class="wide">{reports[-1]._repr_html_()}</div>'
         f'<h2>Pictures</h2><div class="pictures">{pictures}</div></body></html>\n'
     )
+
+
+def _printed(name: str) -> str:
+    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
+
+
+def _printable(report: Report) -> Report:
+    """Return the report with names that a page and its pictures can show."""
+    losses = {_printed(name): loss for name, loss in report.losses.items()}
+    tasks, nonfinite = tuple(map(_printed, report.tasks)), tuple(map(_printed, report.nonfinite))
+    fresh = None if report.fresh is None else tuple(map(_printed, report.fresh))
+    return replace(report, losses=losses, tasks=tasks, nonfinite=nonfinite, fresh=fresh)
 
 
 def _pictures(reports: Sequence[Report]) -> list[str]:

@@ -8,10 +8,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from gradsurg.errors import warn
+
 __all__ = ["FRESH", "KEY", "METHODS", "Checkpoint", "sealed", "unreadable", "unsealed"]
 
 # METHODS says, in the sealed piece, whose the state is.
 KEY, SEAL, METHODS = "gradsurg", "sealed", "methods"
+# State is kept for so many task names.
+MOST_NAMES = 1024
 FRESH: dict[str, Any] = {"version": 1, "step": 0, "state": {}, "skipped": {}, "tasks": []}
 
 
@@ -49,8 +53,15 @@ class Checkpoint:
     def learn(self, names: Iterable[str]) -> None:
         """Remember names of tasks."""
         known: list[str] = self.home()[KEY]["tasks"]
+        names = list(names)
         new = [name for name in names if name not in known]
-        if new:
+        if new and known and len(known) + len(new) > MOST_NAMES:
+            warn(
+                f"more than {MOST_NAMES} different task names were met, the last one {new[-1]!r}: what is "
+                "remembered by name would grow for ever, and starts afresh now. Name a task alike in every step."
+            )
+            self._replace(tasks=list(dict.fromkeys(names)), state={}, skipped={}, rotate={}, refresh={})
+        elif new:
             self._replace(tasks=[*known, *new])
 
     def recall(self, key: str) -> Mapping[str, Any]:

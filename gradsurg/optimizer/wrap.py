@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["unwrap", "wrap"]
 
+# Packages whose optimizers are proxies around others.
+TRAINERS = ("accelerate", "lightning", "pytorch_lightning")
+
 
 @overload
 def wrap(optimizer: Optimizer, **options: Unpack[WrapOptions]) -> MultiTaskOptimizer: ...
@@ -185,6 +188,18 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(
             f"wrap() was given a {type(optimizer).__name__}: pass an instance of torch.optim.Optimizer, such as "
             "torch.optim.AdamW(model.parameters(), lr=3e-4)"
+        )
+    if type(optimizer).__module__.split(".")[0] == "opacus" or hasattr(optimizer, "original_optimizer"):
+        raise TypeError(
+            f"wrap() was given a {type(optimizer).__name__}, which replaces p.grad in step() by a noisy sum of "
+            "gradients per sample: surgery would have no effect on it"
+        )
+    # torch's own step needs its hooks; Accelerate's class does not call torch's __init__.
+    if type(optimizer).__module__.split(".")[0] in TRAINERS or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"wrap() was given a {type(optimizer).__name__}, a trainer's proxy around an optimizer: wrap the optimizer "
+            "first and hand it to the trainer then, as in accelerator.prepare(gradsurg.wrap(optimizer)); "
+            "gradsurg.total(proxy, losses) sees through the proxy"
         )
     if "step" in vars(optimizer) and not scheduler_patch(optimizer):
         raise TypeError(

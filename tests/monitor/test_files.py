@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gradsurg
+from gradsurg.monitor import files
 from gradsurg.monitor.files import from_json, to_json
 from tests.monitor.recorded_runs import as_values, attached, do, table
 from tests.networks import same
@@ -128,3 +129,86 @@ def test_json_of_a_later_version_still_reads():
     do(model, optimizer, 0)
     (report,) = history.reports
     assert same(as_values(from_json({**to_json(report), "something new": [1]})), as_values(report))
+
+
+def a_history(names=("a", "b")):
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+    history = gradsurg.History(optimizer, every=1)
+    for _ in range(3):
+        first, second = names
+        optimizer.backward({first: w[0] ** 2, second: (w[0] - w[1] - 3) ** 2})
+        optimizer.step()
+    return history
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, ending):
+    path, history = tmp_path / f"run.{ending}", a_history()
+    history.save(path)
+    before = path.read_bytes()
+    real = files._plain if ending == "jsonl" else files._rows
+    calls = []
+
+    def fails(value):
+        calls.append(value)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        return real(value)
+
+    monkeypatch.setattr(files, real.__name__, fails)
+    with pytest.raises(OSError, match="no space"):
+        history.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_through_a_link_replaces_what_it_points_to(tmp_path):
+    path, link = tmp_path / "run.jsonl", tmp_path / "link.jsonl"
+    path.write_text("old")
+    link.symlink_to(path)
+    a_history().save(link)
+    assert link.is_symlink()
+    assert len(gradsurg.History.load(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("step", "x"),
+        ("step", 1.5),
+        ("step", None),
+        ("tasks", "ab"),
+        ("tasks", [1, 2]),
+        ("tasks", ["a"]),
+        ("losses", [1.0]),
+        ("losses", {"a": "x"}),
+        ("weights", {"a": 1}),
+        ("weights", [[1.0], [2.0, 3.0]]),
+        ("weights", None),
+        ("stationary", 0),
+        ("path", 3),
+        ("movement", [1]),
+        ("movement", {"inner": [1.0, 1.0]}),
+        ("blocks", [None]),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_line(tmp_path, field, wrong):
+    path = tmp_path / "run.jsonl"
+    a_history().save(path)
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), field: wrong})
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 2: "):
+        gradsurg.History.load(path)
+
+
+NAMES = ["\x00\x07", "\x85\u2028\u2029", "\ud800", '<b>&"', "\ufffe", "a\nb"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_all_kinds_of_characters_come_back(tmp_path, name):
+    history = a_history((name, "b"))
+    history.save(tmp_path / "run.jsonl")
+    history.save(tmp_path / "run.csv")
+    assert gradsurg.History.load(tmp_path / "run.jsonl").reports[0].tasks == (name, "b")

@@ -1,6 +1,8 @@
 """python -m gradsurg report: one page that loads nothing, with pictures and the verdict."""
 
 import re
+import warnings
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import gradsurg
 from gradsurg.__main__ import main
+from gradsurg.monitor.page import page
 from tests.networks import build, trained
 
 
@@ -73,3 +76,22 @@ def test_a_page_that_cannot_be_written_is_refused(history, tmp_path, capsys):
         main(["report", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "nowhere" / "out.html")])
     assert stop.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["\x00\x07", "\ud800", "\ufffe", "<b>&--", "\x0b"])
+def test_names_that_xml_forbids(name):
+    """Every picture is XML, with the names in its comments."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.1))
+    history = gradsurg.History(optimizer, every=1)
+    for _ in range(3):
+        optimizer.backward({name: w[0] ** 2, "b": (w[0] - w[1] - 3) ** 2})
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib's fonts lack these characters
+        text = page(history.reports, name, "test")
+    text.encode("utf-8")
+    pictures = re.findall("<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(pictures) > 3
+    for picture in pictures:
+        ET.fromstring(picture)

@@ -220,3 +220,32 @@ def test_names_known_before_a_checkpoint_are_known_after_it():
     fresh = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), primary="left")
     with pytest.raises(ValueError, match="primary names the task 'left'"):
         fresh.total({"right": model.losses(1)["right"]})
+
+
+@pytest.mark.parametrize("options", [{"normalize": "dwa", "surgery": "modo"}, {"rotate": 1}], ids=str)
+def test_names_without_end_do_not_grow_the_state(monkeypatch, options):
+    monkeypatch.setattr("gradsurg.optimizer.checkpoint.MOST_NAMES", 20)
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w], lr=0.01), **options)
+    sizes = []
+
+    def run():
+        for step in range(60):
+            optimizer.zero_grad()
+            optimizer.total({"a": (w - 3).square().sum() + 1, f"batch {step}": w.square().sum() + 1}).backward()
+            optimizer.step()
+            sizes.append(len(pickle.dumps(optimizer.state_dict())))
+
+    with pytest.warns(UserWarning, match="more than 20 different task names were met, the last one 'batch"):
+        run()
+    assert max(sizes[20:]) <= 1.1 * max(sizes[:20])
+    assert optimizer.report.step == 59
+    assert w.isfinite().all()
+
+
+def test_many_tasks_at_once_are_no_names_without_end(monkeypatch):
+    monkeypatch.setattr("gradsurg.optimizer.checkpoint.MOST_NAMES", 2)
+    model = build()
+    optimizer = gradsurg.wrap(torch.optim.SGD(model.parameters(), lr=0.1), normalize="dwa")
+    train(optimizer, model, several, range(3))
+    assert len(optimizer.param_groups[0]["gradsurg"]["state"]["normalize"]) == 3

@@ -138,3 +138,38 @@ def test_a_proxy_with_a_copied_dict_sees_the_same_rows():
         assert proxy.report.movement is not None
     assert equal_weights(model, other)
     assert gradsurg.unwrap(optimizer) is optimizer
+
+
+def test_the_proxy_of_a_trainer_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    bare = torch.optim.SGD(build().parameters(), lr=0.1)
+    prepared = accelerate.Accelerator(cpu=True).prepare(bare)
+    with pytest.raises(TypeError, match=r"accelerator\.prepare\(gradsurg\.wrap\(optimizer\)\)"):
+        gradsurg.wrap(prepared)
+    assert type(bare) is torch.optim.SGD
+    gradsurg.wrap(bare)
+
+
+class DPOptimizer(torch.optim.Optimizer):
+    """What Opacus makes of an optimizer, as far as wrap() can see."""
+
+    def __init__(self, original):
+        self.original_optimizer = original
+
+    param_groups = property(lambda self: self.original_optimizer.param_groups)
+
+
+def test_an_optimizer_that_makes_its_gradients_from_samples_is_refused():
+    with pytest.raises(TypeError, match="noisy sum of gradients per sample"):
+        gradsurg.wrap(DPOptimizer(torch.optim.SGD(build().parameters(), lr=0.1)))
+
+
+def test_an_optimizer_without_torchs_hooks_is_refused():
+    class Proxy(torch.optim.Optimizer):
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    with pytest.raises(TypeError, match="a trainer's proxy around an optimizer"):
+        gradsurg.wrap(Proxy(torch.optim.SGD(build().parameters(), lr=0.1)))

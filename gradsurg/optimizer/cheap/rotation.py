@@ -54,6 +54,8 @@ class Rotation:
         """Return the tasks that are due: those without an average, and then those that waited longest."""
         assert self.count is not None
         self._unpack()
+        if len(self._averages) > len(known := self.checkpoint.tasks):  # these start afresh if there are too many
+            self._averages = {name: row for name, row in self._averages.items() if name in known}
         last: Mapping[str, int] = self.checkpoint.recall(KEY).get("last", {})
         new = [name for name in names if name not in self._averages]
         waiting = sorted((name for name in names if name in self._averages), key=lambda name: last.get(name, -1))
