@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradsurg.gradients.dtensor import local_of
 from gradsurg.gradients.rows import Row
 
-__all__ = ["Reachability"]
+__all__ = ["Reachability", "is_apart"]
 
 
 class Reachability:
@@ -48,3 +48,20 @@ class Reachability:
     def count(self, parameter: Tensor, names: Iterable[str]) -> int:
         """Return how many of these tasks are known to reach a parameter."""
         return sum(parameter in self._known.get(name, ()) for name in names)
+
+
+def is_apart(gradients: Sequence[Tensor]) -> bool:
+    """Whether no two tasks have a number other than 0 at one place, and together they have half of all places.
+
+    Fewer may be chance, as with a table of embeddings of which each batch touches a few rows.
+    """
+    if any(g.is_sparse for g in gradients):
+        return False
+    touched = [local_of(g) != 0 for g in gradients]
+    if touched[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    count = torch.zeros_like(touched[0], dtype=torch.int32)
+    for each in touched:
+        count += each
+    several = torch.stack([each.any() for each in touched]).sum() > 1
+    return bool(((count <= 1).all() & several & ((count > 0).sum() * 2 >= count.numel())).item())

@@ -13,6 +13,7 @@ from gradsurg.distributed.averaging import Averaged
 from gradsurg.distributed.check_sync import compare
 from gradsurg.errors import MultiTaskError, warn
 from gradsurg.gradients.param_groups import parameter_names, trained
+from gradsurg.gradients.reachability import is_apart
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.guarantee.copies import ParameterCopies, Snapshot
 from gradsurg.optimizer.engine import Engine
@@ -46,6 +47,8 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
     if not closure:
         _warn_of_unrun_totals(engine)
     _warn_of_unknown_names(engine)
+    if "reached" not in engine.told:
+        _warn_of_what_is_reached(engine)
     if engine.options.check_sync_every and engine.checkpoint.step % engine.options.check_sync_every == 0:
         _check_sync(engine, optimizer)
     copies = _copies(engine, optimizer, closure)
@@ -100,6 +103,8 @@ def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Calla
         if engine.step.pending or engine.step.unaveraged:
             _send_what_waits(engine)
         engine.finish_pending()
+        if "reached" not in engine.told:
+            _warn_of_what_is_reached(engine)
         if attempt.first is None:
             attempt.first = (engine.step.constraint, engine.latest)
         return value
@@ -195,6 +200,32 @@ def _warn_of_no_losses(engine: Engine) -> None:
             "this optimizer is wrapped, but has been given no task's loss yet: it steps on the gradients of a plain "
             "backward(), without surgery or guarantee. Call optimizer.total(losses).backward() with the losses apart."
         )
+
+
+def _warn_of_what_is_reached(engine: Engine) -> None:
+    """Look once, before the first step with rows, at what the tasks reach."""
+    rows = engine.capture.rows
+    if not len(rows):
+        return
+    engine.told.add("reached")
+    if not any(len(rows[name]) for name in rows):
+        warn(
+            f"the losses of {engine.checkpoint.tasks} reach no parameter of this optimizer, so there is no surgery or "
+            "guarantee: it steps on whatever else is in p.grad. If it trains copies of the parameters, as float32 "
+            "master weights or a shared model of asynchronous workers, hand over gradients: "
+            "optimizer.set_gradients({name: [one tensor per parameter]}). Else build the optimizer from the parameters "
+            "that the losses depend on."
+        )
+    elif engine.options.shared is None and len(rows) > 1:
+        names, shared = parameter_names(engine.optimizers), rows.shared(engine.parameters())
+        apart = [names[id(p)] for p in shared if is_apart(rows.of(p))]
+        # If nothing else is shared, there is nothing that these tensors could outweigh.
+        if 0 < len(apart) < len(shared):
+            warn(
+                f"no two tasks touch the same number of {', '.join(apart)}, though each reaches the tensor: one output "
+                "or one log-variance per task, kept in one tensor. Surgery counts it as shared, so these numbers weigh "
+                "in all norms and cosines. Keep one tensor per task, or say what is shared: wrap(..., shared=trunk)."
+            )
 
 
 def _warn_of_unknown_names(engine: Engine) -> None:
