@@ -16,6 +16,7 @@ from gradsurg.solvers.problem import Problem
 from gradsurg.surgery import Surgery
 from gradsurg.surgery.catalogue import methods
 from gradsurg.surgery.functional import combine, weights
+from gradsurg.surgery.steps import Steps
 
 __version__ = "0.1.0.dev0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Normalizer",
     "Problem",
     "Report",
+    "Steps",
     "Surgery",
     "__version__",
     "backward",

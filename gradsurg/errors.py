@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,9 @@ import torch
 __all__ = ["MultiTaskError", "choose", "unknown_name", "warn"]
 
 T = TypeVar("T")
+# What other libraries call a method that is here under another name.
+OTHER_NAMES = {"dualproj": "cone", "gem": "cone", "ew": "sum", "uw": "uncertainty", "rlw": "random", "gls": "loss"}
+OTHER_NAMES |= {"imtl": "imtlg", "linearscalarization": "sum", "scalarization": "sum", "unitnorm": "norm"}
 # torch's frames lie between the user's line and ours too: hooks around step(), autograd, torch.compiler.disable.
 _OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, torch.__file__))
 
@@ -39,6 +43,11 @@ def choose(argument: str, value: object, choices: Mapping[str, T], otherwise: st
     """Return choices[value], or raise a ValueError that lists the valid names and the nearest one."""
     if isinstance(value, str) and value in choices:
         return choices[value]
+    if isinstance(value, type):
+        built = f"{argument}={value.__name__}()"
+        raise ValueError(
+            f"{argument} is the class {value.__name__}, not {otherwise or 'a name'}: build it, as in {built}"
+        )
     valid = ", ".join(map(repr, choices))
     or_else = f", or {otherwise}" if otherwise else ""
     raise ValueError(f"{argument}={value!r} is not known: use one of {valid}{or_else}.{_nearest(value, choices)}")
@@ -54,8 +63,17 @@ def unknown_name(argument: str, name: object, known: Iterable[str]) -> ValueErro
 
 
 def _nearest(value: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(value, list(known), n=1) if isinstance(value, str) else []
-    return f" Did you mean {near[0]!r}?" if near else ""
+    if not isinstance(value, str):
+        return ""
+    # "UPGrad" and "Nash_MTL" are other libraries' spellings.
+    spelt = {_letters(name): name for name in known}
+    alike = _letters(value)
+    near = [alike] if alike in spelt else difflib.get_close_matches(OTHER_NAMES.get(alike, alike), list(spelt), n=1)
+    return f" Did you mean {spelt[near[0]]!r}?" if near else ""
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower() or name
 
 
 def warn(message: str) -> None:

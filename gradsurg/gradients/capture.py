@@ -48,6 +48,8 @@ class Capture:
         self.reach = Reachability()
         self.fresh = TaskRows(row_dtype)
         self.recycled = Recycler()
+        # Whether losses came as one tensor, whose graph gives zeros where a task reaches nothing.
+        self.stacked = False
         # While a run is open.
         self._held: HeldGradients | None = None
         # Those of the run, until p.grad is written.
@@ -72,7 +74,7 @@ class Capture:
         """Move what backward passes left in p.grad into the fresh row of a task."""
         row = self.lift()
         # The module is imported by the first compilation; asked here, because this runs once per task.
-        if "torch._functorch.aot_autograd" in sys.modules and anything_compiled():
+        if self.stacked or ("torch._functorch.aot_autograd" in sys.modules and anything_compiled()):
             self.fresh.leave_blank(self.reach.sift(name, row))
         self.fresh.add(name, row)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ __all__ = [
     "value_of",
 ]
 
-Losses = Mapping[str, "Tensor | None"] | Sequence["Tensor | None"]
+Losses = Mapping[str, "Tensor | None"] | Iterable["Tensor | None"]
 Compute = Callable[[], "Tensor | None"]
-Computations = Mapping[str, "Tensor | Compute | None"] | Sequence["Tensor | Compute | None"]
+Computations = Mapping[str, "Tensor | Compute | None"] | Iterable["Tensor | Compute | None"]
 
 
 def parse_losses(
@@ -34,7 +34,7 @@ def parse_losses(
     """Return name -> loss from a dict or a sequence.
 
     Args:
-        losses: A dict from names to losses, or a sequence of losses.
+        losses: A dict from names to losses, or losses in order.
         tasks: The declared names; None accepts any names.
         functions: Whether a function that computes a loss later is allowed.
         empty: Whether there may be no task at all, since other ranks may have some.
@@ -44,10 +44,13 @@ def parse_losses(
             real scalar tensor; the message names the task.
     """
     given: object = losses
-    if isinstance(given, (Tensor, str)) or not isinstance(given, (Mapping, Sequence)):
+    # A set has no order, by which losses without names are told apart.
+    if isinstance(given, (Tensor, str, set, frozenset)) or not isinstance(given, (Mapping, Iterable)):
         raise ValueError(
             f"losses is a {type(losses).__name__}: pass one loss per task, as a dict {{'name': loss, …}} or a list"
         )
+    if not isinstance(losses, (Mapping, Sequence)):
+        losses = list(losses)
     if isinstance(losses, Mapping):
         pairs = [(task_name("losses", name), loss) for name, loss in losses.items()]
     else:

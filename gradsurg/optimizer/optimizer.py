@@ -51,7 +51,8 @@ class MultiTaskOptimizer(Optimizer):
         pass is done, so `(total + penalty).backward()` adds the penalty's gradient untouched.
 
         Args:
-            losses: Task name -> scalar loss, or a sequence of losses. None, or a loss that does not require grad, is
+            losses: Task name -> scalar loss, or losses in order: a list, a generator, `losses.values()`, or one tensor
+                of shape (m,), as torch.stack makes it. None, or a loss that does not require grad, is
                 a task absent from this step.
             plain: A loss that takes no part in surgery, such as a penalty: its gradient is added as it is.
             features: The tensor, or tensors, that the shared part of the model returned and the heads read. Surgery
@@ -76,6 +77,8 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         engine = self._gradsurg
+        if isinstance(losses, Tensor) and losses.dim() == 1:
+            losses = _apart(engine, losses, features)
         # With other ranks, this one may have no task in a step, and takes part in what the others have.
         others = several_processes() and several_ranks()
         # Without functions=True, each is a tensor or None.
@@ -139,6 +142,8 @@ class MultiTaskOptimizer(Optimizer):
             >>> optimizer.step()
         """
         engine = self._gradsurg
+        if isinstance(losses, Tensor) and losses.dim() == 1:
+            losses = _apart(engine, losses, features)
         functions = features is None and engine.options.refresh_every == 1
         others = several_processes() and several_ranks()
         parsed = parse_losses(losses, engine.options.tasks, functions=functions, empty=others)
@@ -269,3 +274,20 @@ class MultiTaskOptimizer(Optimizer):
         state_dict, averages = checked(self, state_dict, ROWS, engine.options.pipeline)
         super().load_state_dict(state_dict)
         engine.rotation.replace_averages(self, averages)
+
+
+def _apart(engine: Engine, losses: Tensor, features: object) -> Losses:
+    """Return the losses in a tensor of shape (m,), whose graph gives each task zeros for the heads of all others."""
+    options = engine.options
+    for option, used in (
+        ("features=", features is not None),
+        ("refresh_every=", options.refresh_every > 1),
+        ("batched=", options.batched),
+    ):
+        if used:
+            raise ValueError(
+                f"losses is one tensor of shape {tuple(losses.shape)}, in whose graph all losses depend on all heads: "
+                f"{option} cannot tell whose head is whose: pass the losses that it was made of, as a list or a dict"
+            )
+    engine.capture.stacked = True
+    return losses.unbind()

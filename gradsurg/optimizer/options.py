@@ -8,7 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar, cast
 
 import torch
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from gradsurg.errors import choose
 from gradsurg.linalg.kernels import dispatch
-from gradsurg.normalize import Normalizer, resolve_normalizer
-from gradsurg.surgery import Surgery, resolve_surgery
+from gradsurg.normalize import NORMALIZERS, Normalizer, resolve_normalizer
+from gradsurg.surgery import SURGERIES, Surgery, resolve_surgery
 from gradsurg.surgery.base import ElementwiseSurgery
 from gradsurg.surgery.margin import named, parse_margin
 from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, check_mapping
@@ -120,6 +120,7 @@ def naming_the_nearest_option(function: F) -> F:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = _option_of_a_method(name, options) or hint
                 raise TypeError(
                     f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint} The options are "
                     f"{', '.join(known[1:])}."
@@ -127,6 +128,17 @@ def naming_the_nearest_option(function: F) -> F:
         return function(*arguments, **options)
 
     return cast(F, checked)
+
+
+def _option_of_a_method(name: str, options: Mapping[str, Any]) -> str:
+    """Say how to build the method that was asked for with this option, if it is one of the method's."""
+    for argument, known in (("surgery", SURGERIES), ("normalize", NORMALIZERS)):
+        method = options.get(argument)
+        cls: Any = known.get(method) if isinstance(method, str) else None
+        if cls is not None and name in {field.name for field in fields(cls)}:
+            built = f"gradsurg.{argument}.{cls.__name__}({name}={options[name]!r})"
+            return f" It is an option of the method: pass {argument}={built}."
+    return ""
 
 
 def check_options(optimizers: Sequence[Optimizer], given: WrapOptions) -> Options:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurg.solvers.problem import Problem, State
 
-__all__ = ["ElementwiseSurgery", "Surgery", "check"]
+__all__ = ["ElementwiseSurgery", "Surgery", "check", "check_gramian"]
 
 
 class Surgery(ABC):
@@ -102,3 +102,21 @@ def check(option: str, value: object, valid: bool, must: str) -> None:
     """Raise a ValueError that says what an option of a method must be, unless the value is valid."""
     if not valid:
         raise ValueError(f"{option}={value!r}: must {must}")
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """Raise a ValueError for what cannot be inner products of vectors; a matrix on a device is not read."""
+    if not gramian.is_cpu:
+        return
+    G = gramian.detach().double()
+    squares = G.diagonal(dim1=-2, dim2=-1)
+    lengths = squares.clamp(min=0).sqrt()
+    bound = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    # The rounding of long sums in the dtype that it came in.
+    slack = 1e3 * torch.finfo(gramian.dtype).eps
+    wrong = ((G - G.mT).abs() > slack * bound) | (G.abs() > (1 + slack) * bound) & (bound > 0)
+    if bool((squares < 0).any() | wrong.any()):
+        raise ValueError(
+            "gramian is no matrix of inner products: it must be symmetric, with G_ii ≥ 0 and |G_ij| ≤ √(G_ii G_jj). "
+            "From the gradients J, one per row, it is J @ J.T"
+        )

@@ -19,13 +19,13 @@ from gradsurg.normalize import Normalizer, Unscaled, resolve_normalizer
 from gradsurg.solvers.problem import Problem
 from gradsurg.solvers.tolerances import ROUNDING_EXACT
 from gradsurg.surgery import Surgery, resolve_surgery
-from gradsurg.surgery.base import ElementwiseSurgery
+from gradsurg.surgery.base import ElementwiseSurgery, check_gramian
 from gradsurg.surgery.margin import Margin
 from gradsurg.surgery.pipeline import GUARANTEES, Pipeline, settled
 from gradsurg.surgery.pipeline_small import MOST, knows, solve
 from gradsurg.surgery.priority import AUXILIARY, parse_levels
 
-__all__ = ["combine", "weights"]
+__all__ = ["combine", "make_pipeline", "numbers_of", "row_names", "weights"]
 
 
 # The default margin. `is` tells it from every other margin, whatever its type, in 0.03 µs.
@@ -100,15 +100,16 @@ def weights(
     m = shape[-1]
     if m == 0:
         raise ValueError("gramian has no rows: at least one task is needed")
+    check_gramian(gramian)
     if guarantee == "update":
         raise ValueError("guarantee='update' needs an optimizer's update: use 'gradient' here, or gradsurg.wrap")
     levels = None if primary is None else _levels(primary, m)
-    pipeline = _pipeline(surgery, normalize, levels, auxiliary, guarantee, _margin(margin, m))
+    pipeline = make_pipeline(surgery, normalize, levels, auxiliary, guarantee, _margin(margin, m))
     with torch.no_grad():
         problem = Problem(
             gramian=gramian.detach().double(),
-            preferences=_preferences(preferences, m, gramian.device),
-            tasks=_names(m),
+            preferences=numbers_of(preferences, m, gramian.device),
+            tasks=row_names(m),
             losses=None if losses is None else losses.detach().double(),
             generator=generator,
         )
@@ -166,13 +167,14 @@ def _weights_plainly(gramian: Tensor, m: int, surgery: str | Surgery, generator:
     if known is not None and generator is None and (reads == "nothing" or 0.0 not in gramian.diagonal().tolist()):
         found = torch.frombuffer(array("d", known), dtype=torch.float64)
         return found if dtype is torch.float64 else found.to(dtype)
+    check_gramian(gramian)
     surgery = _resolved(surgery)
     # The cone of few tasks, by the function that solves the default step: 8 tasks take 50 µs, tensor by tensor 110.
     if m <= MOST and knows(_UNSCALED, surgery) and isfinite(sum(map(sum, rows := gramian.tolist()))):
         numbers = solve(rows, [1.0] * m, _UNSCALED, surgery.conflict_free, ROUNDING_EXACT)[0]
         return torch.frombuffer(array("d", numbers), dtype=torch.float64).to(dtype)
     exact = gramian.detach().double()
-    problem = Problem(exact, exact.new_ones(m), _names(m), generator=generator)
+    problem = Problem(exact, exact.new_ones(m), row_names(m), generator=generator)
     found, _ = surgery.weights(problem, {})
     return (settled(problem, found) if surgery.conflict_free else found).detach().to(dtype)
 
@@ -184,7 +186,7 @@ def _known(surgery: str | Surgery, m: int) -> tuple[str, array[float] | None]:
     if surgery.reads == "products":
         return surgery.reads, None
     gramian = torch.eye(m, dtype=torch.float64)
-    found, _ = surgery.weights(Problem(gramian, gramian.new_ones(m), _names(m)), {})
+    found, _ = surgery.weights(Problem(gramian, gramian.new_ones(m), row_names(m)), {})
     return surgery.reads, array("d", found.tolist())
 
 
@@ -217,7 +219,7 @@ def _combine_elementwise(
     # The call above has checked the name of the guarantee; scales are those without it.
     if guarantee != "none":
         scales = weights(G, "sum", normalize=normalize, losses=losses)
-    pull = _preferences(preferences, len(exact), torch.device("cpu"))
+    pull = numbers_of(preferences, len(exact), torch.device("cpu"))
     rows, draws = [[row] for row in exact], [generator or torch.Generator().manual_seed(0)]
     found = elementwise_direction(
         surgery.combine, rows, [exact[0]], scales.tolist(), pull, draws, guarantee=guarantee == "gradient"
@@ -233,7 +235,7 @@ _by_name = functools.lru_cache(maxsize=64)(resolve_surgery)
 
 
 @functools.lru_cache(maxsize=64)
-def _pipeline(
+def make_pipeline(
     surgery: str | Surgery,
     normalize: str | Normalizer,
     levels: tuple[tuple[str, ...], ...] | None,
@@ -241,6 +243,7 @@ def _pipeline(
     guarantee: str,
     margin: Margin,
 ) -> Pipeline:
+    """Return the pipeline of these options, checked."""
     return Pipeline(
         normalizer=resolve_normalizer(normalize),
         surgery=resolve_surgery(surgery),
@@ -252,7 +255,8 @@ def _pipeline(
 
 
 @functools.lru_cache(maxsize=64)
-def _names(m: int) -> tuple[str, ...]:
+def row_names(m: int) -> tuple[str, ...]:
+    """Return what rows without names are called."""
     return tuple(map(str, range(m)))
 
 
@@ -260,7 +264,7 @@ def _levels(primary: int | Sequence[Any], m: int) -> tuple[tuple[str, ...], ...]
     nested: list[Any] = [[primary]] if isinstance(primary, int) else list(primary)
     as_names: list[Any] = [[str(i) for i in item] if isinstance(item, Sequence) else str(item) for item in nested]
     levels = parse_levels(as_names)
-    if not {name for level in levels or () for name in level} <= set(_names(m)):
+    if not {name for level in levels or () for name in level} <= set(row_names(m)):
         raise ValueError(f"primary={primary!r}: the rows are 0 … {m - 1}")
     return levels
 
@@ -278,10 +282,11 @@ def _margin(value: object, m: int) -> Margin:
         numbers = [value] * m
     if numbers is None or not all(0 <= float(number) < 1 for number in numbers):
         raise ValueError(f"margin={value!r}: pass a number in [0, 1), {m} of them, or a dict from row (0 … {m - 1})")
-    return tuple((name, float(number)) for name, number in zip(_names(m), numbers, strict=True) if float(number) > 0)
+    return tuple((name, float(number)) for name, number in zip(row_names(m), numbers, strict=True) if float(number) > 0)
 
 
-def _preferences(value: Tensor | Sequence[float] | Mapping[int, float] | None, m: int, device: torch.device) -> Tensor:
+def numbers_of(value: Tensor | Sequence[float] | Mapping[int, float] | None, m: int, device: torch.device) -> Tensor:
+    """Return preferences as m checked numbers."""
     if value is None:
         return torch.ones(m, dtype=torch.float64, device=device)
     if isinstance(value, Mapping):

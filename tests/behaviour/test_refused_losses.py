@@ -24,7 +24,7 @@ ONE = torch.ones((), requires_grad=True)
         ({1: ONE, "1": ONE}, "two tasks named '1'"),
         (ONE, "losses is a Tensor"),
         ({"a": [ONE, ONE]}, r"losses\['a'\] is a list of 2: pass their sum, as in sum\(losses\['a'\]\)"),
-        ((x for x in [ONE]), "losses is a generator"),
+        ({ONE}, "losses is a set"),
         ("ab", "losses is a str"),
         (None, "losses is a NoneType"),
     ],

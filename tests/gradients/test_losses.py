@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import gradsurg
 from tests.gradients.ways import gradients, wrapped
-from tests.networks import build, rows_of, run_backward, same, twins
+from tests.networks import build, rows_of, run_backward, same, trained, twins
 
 
 def test_losses_as_a_list_get_numbers_or_the_declared_names():
@@ -91,3 +92,36 @@ def test_tasks_of_micro_batches_may_differ():
     )
     for a, b in zip(gradients(model), gradients(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("kind", ["list", "values", "generator", "stacked"])
+@pytest.mark.parametrize("way", ["total", "backward"])
+def test_losses_without_names(kind, way):
+    """Heads get their own plain gradient also if one tensor holds all losses."""
+    model, other = twins()
+    losses = model.losses(0)
+    given = {
+        "list": lambda: list(losses.values()),
+        "values": losses.values,
+        "generator": lambda: (loss for loss in losses.values()),
+        "stacked": lambda: torch.stack(list(losses.values())),
+    }[kind]()
+    a, b = (gradsurg.wrap(torch.optim.SGD(trained(m), lr=0.1)) for m in (model, other))
+    if way == "total":
+        a.total(given).backward()
+    else:
+        a.backward(given)
+    b.backward(other.losses(0))
+    for p, q in zip(trained(model), trained(other), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+    for name, loss in other.losses(0).items():
+        (plain,) = torch.autograd.grad(loss, other.heads[name].bias)
+        assert torch.equal(model.heads[name].bias.grad, plain)
+
+
+@pytest.mark.parametrize("options", [{"refresh_every": 2}, {"batched": True}])
+def test_one_tensor_of_losses_where_heads_cannot_be_told_apart(options):
+    model = twins()[0]
+    optimizer = gradsurg.wrap(torch.optim.SGD(trained(model), lr=0.1), **options)
+    with pytest.raises(ValueError, match="cannot tell whose head is whose"):
+        optimizer.total(torch.stack(list(model.losses(0).values())))

@@ -206,3 +206,35 @@ def test_settings_do_not_follow_later_changes_of_what_was_passed():
     preferences["a"], tasks[0] = 9.0, "z"
     assert settings.preferences == {"a": 2.0}
     assert settings.tasks == ("a", "b")
+
+
+def optimizer():
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"surgery": "cagrad", "c": 0.4}, r"surgery=gradsurg\.surgery\.CAGrad\(c=0\.4\)"),
+        ({"normalize": "dwa", "temperature": 1.0}, r"normalize=gradsurg\.normalize\.DWA\(temperature=1\.0\)"),
+    ],
+)
+def test_an_option_of_a_method_says_how_to_build_it(options, match):
+    with pytest.raises(TypeError, match=match):
+        gradsurg.wrap(optimizer(), **options)
+
+
+def test_a_class_says_how_to_build_it():
+    with pytest.raises(ValueError, match=r"surgery is the class CAGrad, not a .* build it, as in surgery=CAGrad\(\)"):
+        gradsurg.wrap(optimizer(), surgery=gradsurg.surgery.CAGrad)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("UPGrad", "upgrad"), ("dualproj", "cone"), ("DualProj", "cone"), ("Nash_MTL", "nash_mtl"), ("IMTLG", "imtl_g")],
+)
+def test_names_of_other_libraries(theirs, ours):
+    with pytest.raises(ValueError, match=f"Did you mean '{ours}'"):
+        gradsurg.wrap(optimizer(), surgery=theirs)
+    with pytest.raises(ValueError, match=f"Did you mean '{ours}'"):
+        gradsurg.weights(torch.eye(2), theirs)
