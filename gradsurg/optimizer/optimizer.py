@@ -132,12 +132,13 @@ class MultiTaskOptimizer(Optimizer):
 
         Example:
             >>> import torch, gradsurg
-            >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+            >>> trunk = torch.nn.Linear(3, 4)
+            >>> heads = torch.nn.ModuleList([torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)])
             >>> parameters = [*trunk.parameters(), *heads.parameters()]
             >>> optimizer = gradsurg.wrap(torch.optim.SGD(parameters, lr=0.1))
             >>> x = torch.ones(5, 3)
             >>> def loss(task):
-            ...     return (heads(torch.tanh(trunk(x)))[:, task] - task).square().mean()
+            ...     return (heads[task](torch.tanh(trunk(x))) - task).square().mean()
             >>> optimizer.backward({"zero": lambda: loss(0), "one": lambda: loss(1)})
             >>> optimizer.step()
         """
