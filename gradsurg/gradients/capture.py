@@ -155,6 +155,10 @@ class Capture:
                 written.append((p, (total, total._version if type(total) is Tensor else version_of(total))))
         self._written, self._sentinel, self._again = ByParameter(written), None, again
 
+    def has_foreign(self) -> bool:
+        """Return whether p.grad holds gradients that belong to no task."""
+        return bool(self._foreign)
+
     def write_pending(self) -> None:
         """Leave a sentinel in one p.grad while surgery is deferred; else model.zero_grad() could not be noticed."""
         parameters = self._parameters or self.parameters()

@@ -17,6 +17,7 @@ from gradsurg.gradients.reachability import is_apart
 from gradsurg.guarantee.constraint import UpdateConstraint
 from gradsurg.guarantee.copies import ParameterCopies, Snapshot
 from gradsurg.optimizer.engine import Engine
+from gradsurg.optimizer.line_search import LineSearch, searches, warn_of_many_evaluations
 from gradsurg.optimizer.report import DeferredReport, Report
 
 __all__ = ["Attempt", "after_step", "before_step", "enforce", "take_back", "watch"]
@@ -27,12 +28,16 @@ class Attempt:
     """One call of step(), until it has worked or was undone.
 
     `copies` are the parameters before the step, as far as the guarantee or undoing needs them. With atomic=True,
-    `snapshot` is all that the step may write. `first` is the constraint and the report of a closure's first evaluation.
+    `snapshot` is all that the step may write. `first` is the constraint and the report of gradients from before the
+    step, else of the closure's first evaluation; `value` is what that one returned. `search` has the weights of L-BFGS.
     """
 
     copies: ParameterCopies
     snapshot: Snapshot | None = None
     first: tuple[UpdateConstraint | None, Report | DeferredReport | None] | None = None
+    search: LineSearch | None = None
+    evaluations: int = 0
+    value: Any = None
 
 
 def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
@@ -52,7 +57,11 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
     if engine.options.check_sync_every and engine.checkpoint.step % engine.options.check_sync_every == 0:
         _check_sync(engine, optimizer)
     copies = _copies(engine, optimizer, closure)
-    return Attempt(copies, Snapshot(optimizer, copies.row) if engine.options.atomic else None)
+    search = LineSearch() if closure and searches(optimizer) else None
+    snapshot = Snapshot(optimizer, copies.row) if engine.options.atomic else None
+    # Gradients that were there before the closure belong to the weights before the step, as those of SAM.
+    first = (engine.step.constraint, engine.latest) if closure and engine.step.constraint is not None else None
+    return Attempt(copies, snapshot, first, search)
 
 
 def _check_sync(engine: Engine, optimizer: Optimizer) -> None:
@@ -92,7 +101,7 @@ def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCop
     return ParameterCopies()
 
 
-def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Callable[[], Any]:
+def watch(engine: Engine, optimizer: Optimizer, closure: Callable[[], Any], attempt: Attempt) -> Callable[[], Any]:
     """Return a closure that keeps the constraint of its first evaluation, which holds for the whole step."""
 
     def watched() -> Any:
@@ -105,9 +114,15 @@ def watch(engine: Engine, closure: Callable[[], Any], attempt: Attempt) -> Calla
         engine.finish_pending()
         if "reached" not in engine.told:
             _warn_of_what_is_reached(engine)
+        if attempt.evaluations == 0:
+            attempt.value = value
         if attempt.first is None:
             attempt.first = (engine.step.constraint, engine.latest)
-        return value
+        attempt.evaluations += 1
+        # A single task is the plain optimizer's, whatever that does.
+        if attempt.evaluations == (3 if attempt.search is None else 2) and len(engine.step.losses) > 1:
+            warn_of_many_evaluations(engine, optimizer)
+        return value if attempt.search is None else attempt.search.evaluate(engine, value)
 
     return watched
 
@@ -116,6 +131,10 @@ def enforce(engine: Engine, optimizer: Optimizer, attempt: Attempt) -> None:
     """Project the movement."""
     if attempt.first is not None:
         engine.step.constraint, engine.latest = attempt.first
+    # SAM evaluates twice, and is judged by the gradients before its step. A step of more evaluations, or of a line
+    # search, belongs to many gradients: to project it by the first ones would throw most of it away.
+    if attempt.search is not None or attempt.evaluations > 2:
+        return
     if len(attempt.copies) and engine.step.constraint is not None:
         movement = engine.step.constraint.enforce(optimizer, attempt.copies)
         if engine.latest is not None and movement is not None:

@@ -128,7 +128,7 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
     """Do the surgery if it is pending, step the optimizer, then enforce the guarantee on the update."""
     engine = self._gradsurg
     attempt = before_step(engine, self, closure is not None)
-    watched = None if closure is None else watch(engine, closure, attempt)
+    watched = None if closure is None else watch(engine, self, closure, attempt)
     arguments = () if watched is None and not more else (watched, *more)
     try:
         # torch wraps each class's step once to run hooks; ours runs them, so the inner one must not run them again.
@@ -140,7 +140,8 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
         take_back(self, attempt, error)
         raise
     after_step(engine, self)
-    return result
+    # The optimizer was given another value, and handed it on.
+    return result if attempt.search is None else attempt.value
 
 
 def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:

@@ -125,6 +125,7 @@ def plain_step(optimizer, model, batch):
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:a step of LBFGS evaluates")
 def test_an_atomic_lbfgs_keeps_its_history():
     model, other = twins()
     optimizers = [gradsurg.wrap(torch.optim.LBFGS(trained(m), lr=0.5, max_iter=3), atomic=True) for m in (model, other)]
@@ -179,6 +180,7 @@ def test_an_exception_in_a_closure(when):
     assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
 
 
+@pytest.mark.filterwarnings("ignore:a step of LBFGS evaluates")
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 def test_an_exception_in_an_evaluation_of_lbfgs(evaluation):
     model = build()
@@ -200,7 +202,7 @@ def test_an_exception_in_an_evaluation_of_lbfgs(evaluation):
     assert same(Snapshot.of(model).parameters, was)
     optimizer.step(closure)
     assert not same(Snapshot.of(model).parameters, was)
-    assert (optimizer.report.update_cosines >= -1e-4).all()  # float32 gradients
+    assert optimizer.report.update_cosines is None  # the guarantee does not cover many evaluations
 
 
 def test_a_hook_around_the_step_that_raises():

@@ -65,7 +65,9 @@ def _id(row):
 
 
 ROWS = [
-    pytest.param(*row, id=_id(row))
+    pytest.param(
+        *row, id=_id(row), marks=pytest.mark.filterwarnings("ignore:a step of LBFGS evaluates the losses many")
+    )
     for row in [*((*r, "heads") for r in DENSE), *SPECIAL]
     if hasattr(torch.optim, row[0])  # Muon came with torch 2.9
 ]
