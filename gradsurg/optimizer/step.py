@@ -29,7 +29,7 @@ class Attempt:
 
     `copies` are the parameters before the step, as far as the guarantee or undoing needs them. With atomic=True,
     `snapshot` is all that the step may write. `first` is the constraint and the report of gradients from before the
-    step, else of the closure's first evaluation; `value` is what that one returned. `search` has the weights of L-BFGS.
+    step, else of the closure's first evaluation; `value` is what that one returned. `search` has L-BFGS's weights.
     """
 
     copies: ParameterCopies
