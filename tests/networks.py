@@ -35,6 +35,9 @@ class Heads(nn.Module):
         }
 
 
+MIXED = torch.tensor([[1.0, 0.1, -0.1], [-0.1, 1.0, 0.1], [0.1, -0.1, 1.0]])
+
+
 class AllShared(nn.Module):
     """No heads: every task reaches every parameter."""
 
@@ -43,7 +46,8 @@ class AllShared(nn.Module):
         self.body = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 
     def losses(self, batch: int) -> dict[str, Tensor]:
-        columns = self.body(data(batch, 16, 5)).unbind(1)
+        # Each task reads every output: else no two tasks would touch the same number of the last layer.
+        columns = (self.body(data(batch, 16, 5)) @ MIXED).unbind(1)
         return {
             name: (z - t).square().mean() for name, z, t in zip(TASKS, columns, data(batch + 1000, 3, 16), strict=True)
         }
@@ -90,7 +94,8 @@ class Dtypes(nn.Module):
         self.third = nn.Linear(6, 2).bfloat16()
 
     def losses(self, batch: int) -> dict[str, Tensor]:
-        z = self.third(torch.tanh(self.second(self.first(data(batch, 16, 5).double()).float())).bfloat16()).float()
+        z = torch.tanh(self.second(self.first(data(batch, 16, 5).double()).float())).bfloat16()
+        z = self.third(z).float() @ MIXED[:2, :2]
         target = data(batch + 1000, 2, 16)
         return {"a": (z[:, 0] - target[0]).square().mean(), "b": (z[:, 1] - target[1]).square().mean().double()}
 
