@@ -105,7 +105,7 @@ def test_a_failed_step_is_taken_back_from_the_vector():
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     optimizer = gradsurg.wrap(Interrupted(model.parameters(), lr=0.1))
     held = Row((p, p.detach().clone()) for p in model.parameters())
-    out = model(torch.randn(8, 4))
+    out = model(torch.randn(8, 4)) @ torch.tensor([[1.0, 0.1], [0.1, 1.0]])
     optimizer.total([out[:, 0].square().mean(), out[:, 1].mean()]).backward()
     with pytest.raises(RuntimeError, match="half way"):
         optimizer.step()
