@@ -117,10 +117,12 @@ class Capture:
             self.rows = TaskRows(self.row_dtype)
         if not self._was_live or sent:
             self.unsent = TaskRows(self.row_dtype)
-        if sent is False:
-            self.unsent.merge(self.fresh)
-        elif len(self.rows):
-            self.rows.merge(self.fresh)
+        rows, unsent = self.rows, self.unsent
+        if sent is False or len(rows):
+            # If memory runs out in between, there are no rows rather than half merged ones.
+            self.part_with_rows()
+            (unsent if sent is False else rows).merge(self.fresh)
+            self.rows, self.unsent = rows, unsent
         else:
             self.rows = self.fresh
         held = self._held
@@ -278,7 +280,7 @@ def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     """Whether all numbers are finite and equal; the answer is on their device."""
-    difference = local_of(a) - local_of(b)
+    difference = added(local_of(a), -local_of(b))
     return ~(difference.coalesce().values() if difference.is_sparse else difference).any()
 
 

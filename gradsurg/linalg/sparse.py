@@ -16,6 +16,9 @@ def added(a: Tensor | None, b: Tensor, *, in_place: bool = False) -> Tensor:
     """Return a + b of gradients that may be sparse; b itself if there is no a. `in_place` writes to a dense a."""
     if a is None:
         return b
+    if a.is_sparse and b.is_sparse and a.dtype is torch.float16 and not a.is_cuda:
+        # torch adds no sparse float16 tensors on the CPU.
+        return (a.float() + b.float()).half()
     if a.is_sparse or b.is_sparse:
         # torch adds sparse to dense, but not dense to sparse.
         return b + a if a.is_sparse and not b.is_sparse else a + b

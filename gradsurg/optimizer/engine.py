@@ -147,14 +147,17 @@ class Engine:
         if run.plain is not None and run.plain.requires_grad:
             passes.append((None, run.plain))
         run.known = {name: detached(loss) for name, loss in run.tensors.items()}
-        self.step.unrun = 0
+        # Other totals of this backward pass may have a part of the graph in common with this one.
+        run.others, self.step.unrun = self.step.unrun - run.nested, 0
         if self.run is not None and self.run.outer_pass == pass_in_progress():
             run.joins = self.run.joined = True
+            run.others = self.run.others = self.run.others - 1
             self.run.preferences.update(run.preferences)
             run.parameters = self.run.parameters
             self.capture.take_plain()
         else:
             self.open(run)
+        run.retain_graph |= run.others > 0
         return passes
 
     def finish(self, defer: bool | None = None) -> None:
@@ -191,12 +194,12 @@ class Engine:
                 sent, losses, agreed = self.session.settle(waiting, losses, run.joined)
                 self.checkpoint.learn(agreed)
             bad = self.screen(losses, self.capture.fresh)
+            held = self.capture.commit(sent)
         except BaseException as error:
             self.abort(error)
             raise
         # A task left out of this run may have rows of earlier ones, to which its earlier loss belongs.
         self.step.losses = {**losses, **{name: loss for name, loss in self.step.losses.items() if name in bad}}
-        held = self.capture.commit(sent)
         self.step.preferences.update(run.preferences)
         self.run, self.step.pending = None, True
         return (None if waiting or sent is False else self.capture.rows), held

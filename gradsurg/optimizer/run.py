@@ -42,6 +42,8 @@ class Run:
         joins: Whether it adds rows to a run that another total opened in the same backward pass.
         joined: Whether another total did so to this one.
         owner: The optimizer, kept alive for as long as the total may run backward.
+        others: How many other totals were built and have not run, at most.
+        unbatched: Why the passes could not be run as one, if an attempt showed it.
     """
 
     losses: Mapping[str, Task] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Run:
     joins: bool = False
     joined: bool = False
     owner: object = None
+    others: int = 0
+    unbatched: str = ""
     _used: bool = False
 
     def begin(self, gradient: Tensor | None) -> None:

@@ -39,6 +39,10 @@ class Attempt:
     evaluations: int = 0
     value: Any = None
 
+    def unmoved(self) -> bool:
+        """Whether parameters were copied, and all still are what they were."""
+        return len(self.copies) > 0 and all(torch.equal(p, old) for p, old in self.copies.row.items())
+
 
 def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
     """Finish pending surgery, and copy what the guarantee or the undoing of the step needs."""
@@ -105,6 +109,9 @@ def watch(engine: Engine, optimizer: Optimizer, closure: Callable[[], Any], atte
     """Return a closure that keeps the constraint of its first evaluation, which holds for the whole step."""
 
     def watched() -> Any:
+        # At unmoved weights, the step is judged by what is there after this evaluation, which may clear or add.
+        if attempt.first is not None and attempt.evaluations == 0 and attempt.unmoved():
+            attempt.first = None
         # An optimizer that evaluates again, as LBFGS does: this evaluation gets rows of its own.
         if attempt.first is not None:
             engine.capture.part_with_rows()

@@ -135,3 +135,23 @@ def test_an_exception_in_the_body_of_a_task(error, when, declared):
     assert same(Snapshot.of(model), was)
     assert rows_of(optimizer) == {}
     assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
+
+
+@pytest.mark.parametrize("way", PASSES)
+def test_an_exception_while_rows_are_added_up(way, monkeypatch):
+    # As when memory runs out.
+    model, optimizer, other, reference = prepare(way)
+    optimizer.zero_grad()
+    optimizer.total(model.losses(2)).backward()
+    was = Snapshot.of(model)
+    losses = model.losses(3)
+    with monkeypatch.context() as broken:
+        broken.setattr("gradsurg.gradients.rows.TaskRows.merge", raises)
+        with pytest.raises(Mine):
+            run_backward(way, optimizer, losses)
+    assert same(Snapshot.of(model), was)
+    assert_next_step_is_that_of_one_that_never_failed(optimizer, model, reference, other)
+
+
+def raises(*_):
+    raise Mine

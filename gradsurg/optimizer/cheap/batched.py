@@ -40,6 +40,12 @@ OBSTACLES = {
 class Batched(OneByOne):
     """Runs the passes of all tasks as one, or one by one if the first attempt fails."""
 
+    def run(self, engine: Engine, run: Run) -> None:
+        """Fill the rows; if only passes one by one went through, leave it at these from now on."""
+        super().run(engine, run)
+        if run.unbatched:
+            self.give_up(engine, run.unbatched)
+
     def together(self, engine: Engine, run: Run, passes: list[Pass]) -> list[Pass]:
         """Run the passes of all tasks, and return those that are left."""
         losses = {name: task for name, task in passes if name is not None and isinstance(task, Tensor)}
@@ -77,7 +83,9 @@ class Batched(OneByOne):
                     f"({_first_line(error)}). p.grad is as before. Leave out batched= to run the tasks one by one."
                 ) from error
             engine.capture.lift()
-            self.give_up(engine, _first_line(error))
+            # If the passes one by one fail too, it was not the batching.
+            if engine.run is not None:
+                engine.run.unbatched = _first_line(error)
             return False
         engine.told.add("batched works")
         ours = set(map(id, parameters))
