@@ -39,14 +39,14 @@ class Capture:
     then live while the sentinel is there, and whatever is added to any `p.grad` meanwhile is foreign.
     """
 
-    def __init__(self, parameters: Callable[[], list[Tensor]], row_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, parameters: Callable[[], list[Tensor]], make: Callable[[], TaskRows] = TaskRows) -> None:
         self.parameters = parameters
-        self.row_dtype = row_dtype
-        self.rows = TaskRows(row_dtype)
+        self.make = make
+        self.rows = make()
         # Under DDP, rows of this rank alone: those of no_sync(), or of deferred surgery.
-        self.unsent = TaskRows(row_dtype)
+        self.unsent = make()
         self.reach = Reachability()
-        self.fresh = TaskRows(row_dtype)
+        self.fresh = make()
         self.recycled = Recycler()
         # Whether losses came as one tensor, whose graph gives zeros where a task reaches nothing.
         self.stacked = False
@@ -67,7 +67,7 @@ class Capture:
         self._next_foreign = self._foreign_among(parameters)
         self._select_on_device(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
-        self.fresh = TaskRows(self.row_dtype)
+        self.fresh = self.make()
         return self._was_live
 
     def take(self, name: str) -> None:
@@ -100,7 +100,8 @@ class Capture:
 
     def arrived(self, rows: Iterable[tuple[str, Row]], foreign: Row) -> None:
         """Take what the exchange between ranks made of the fresh rows and the foreign gradients."""
-        self.fresh = TaskRows(self.row_dtype)
+        overflowed, self.fresh = self.fresh.overflowed, self.make()
+        self.fresh.overflowed |= overflowed
         for name, row in rows:
             self.fresh.add(name, row)
         self._next_foreign = foreign
@@ -114,9 +115,9 @@ class Capture:
         self.take_plain()
         self._foreign = self._next_foreign
         if not self._was_live:
-            self.rows = TaskRows(self.row_dtype)
+            self.rows = self.make()
         if not self._was_live or sent:
-            self.unsent = TaskRows(self.row_dtype)
+            self.unsent = self.make()
         rows, unsent = self.rows, self.unsent
         if sent is False or len(rows):
             # If memory runs out in between, there are no rows rather than half merged ones.
@@ -194,7 +195,7 @@ class Capture:
 
     def part_with_rows(self) -> None:
         """Begin new rows; another reference to the old ones sees them unchanged."""
-        self.rows, self.unsent = TaskRows(self.row_dtype), TaskRows(self.row_dtype)
+        self.rows, self.unsent = self.make(), self.make()
 
     def has_rows(self) -> bool:
         """Whether there are rows, live or not."""
@@ -268,7 +269,7 @@ class Capture:
 
     def _close(self) -> None:
         if self._held is not None:
-            self._held, self._next_foreign, self.fresh = None, Row(), TaskRows(self.row_dtype)
+            self._held, self._next_foreign, self.fresh = None, Row(), self.make()
 
 
 def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:

@@ -100,12 +100,17 @@ class TaskRows:
         dtype: The dtype in which gradients of shared parameters are stored (row_dtype); None keeps theirs. A parameter
             that only one task reached keeps its gradient to the bit, and so do complex and sparse ones.
 
+        declared: The parameters that count as shared, if the user said so. All others keep their gradients to the bit.
+
     Attributes:
+        overflowed: Tasks of which a finite gradient became infinite in that dtype.
         blank: Zeros of parameters that no task reached, but for which compiled code returned a gradient.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, declared: Sequence[Tensor] | None = None) -> None:
         self.dtype = dtype
+        self.overflowed: set[str] = set()
+        self._declared = None if declared is None else frozenset(map(id, declared))
         self.blank: Row | None = None
         self._rows: dict[str, Row] = {}
 
@@ -128,12 +133,17 @@ class TaskRows:
             row = self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
         else:
             for parameter, gradient in gradients.items():
-                row[parameter] = added(row.get(parameter), gradient, in_place=True)
+                before = row.get(parameter)
+                # A sum of two narrow gradients may not fit into their dtype either.
+                if before is not None and before.dtype == self.dtype:
+                    before = before.to(parameter.dtype)
+                row[parameter] = added(before, gradient, in_place=True)
         if self.dtype is not None:
             self._narrow(row)
 
     def merge(self, other: TaskRows) -> None:
         """Add all rows of `other`, which must not be used afterwards."""
+        self.overflowed |= other.overflowed
         for name in other:
             self.add(name, other[name])
         if other.blank is not None:
@@ -195,11 +205,23 @@ class TaskRows:
 
     def _narrow(self, row: Row) -> None:
         """Convert the gradients of this row's parameters that are shared by now, in all rows."""
-        for parameter in list(row):
-            holders = [other for other in self._rows.values() if parameter in other]
-            if len(holders) >= 2 and parameter.is_floating_point():
-                for holder in (row for row in holders if not row[parameter].is_sparse):
-                    holder[parameter] = holder[parameter].to(self.dtype)
+        assert self.dtype is not None
+        for parameter in row if self._declared is None else [p for p in row if id(p) in self._declared]:
+            holders = [(name, other) for name, other in self._rows.items() if parameter in other]
+            if len(holders) < 2 or not parameter.is_floating_point():
+                continue
+            for name, holder in holders:
+                wide = holder[parameter]
+                if wide.is_sparse or wide.dtype == self.dtype:
+                    continue
+                holder[parameter] = narrow = wide.to(self.dtype)
+                # bfloat16 has the range of float32, so nothing is read then.
+                if torch.finfo(self.dtype).max < torch.finfo(wide.dtype).max / 2 and _overflows(wide, narrow):
+                    self.overflowed.add(name)
+
+
+def _overflows(wide: Tensor, narrow: Tensor) -> bool:
+    return bool((narrow.isinf() & wide.isfinite()).any())
 
 
 def is_finite(gradient: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.distributed.layout import ALONE
+from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.constraint import UpdateConstraint
@@ -33,6 +34,8 @@ __all__ = ["compute_direction", "whole_direction_again"]
 def compute_direction(inputs: StepInputs) -> StepResult:
     """Turn rows into gradients: surgery on the parameters that tasks share, the plain gradients of all others."""
     rows = inputs.rows
+    if rows.overflowed or rows.dtype == torch.float16:
+        _refuse_overflow(inputs)
     # A single task has no other to protect: to the bit what the plain optimizer gets.
     if len(rows) == 1:
         (name,) = rows
@@ -52,6 +55,16 @@ def compute_direction(inputs: StepInputs) -> StepResult:
         result = _compute_on_host(inputs, partitions)
     result.gradients.update(own)
     return result
+
+
+def _refuse_overflow(inputs: StepInputs) -> None:
+    layout, names = inputs.layout, [name for name in inputs.rows if name in inputs.rows.overflowed]
+    if names := layout.on_any_rank(list(inputs.rows), names) if layout.several else names:
+        raise MultiTaskError(
+            f"row_dtype={inputs.rows.dtype}: a gradient of {', '.join(map(repr, names))} is finite, but does not fit "
+            f"into numbers up to {torch.finfo(inputs.rows.dtype or torch.float32).max:.5g}. Parameters and p.grad are "
+            "as before. row_dtype=torch.bfloat16 has the range of float32; or make the loss smaller."
+        )
 
 
 def whole_direction_again(inputs: StepInputs) -> Row:

@@ -44,8 +44,9 @@ class Engine:
         self.options, self.passes = options, passes
         self.checkpoint = Checkpoint()
         # Nothing in here refers to the engine or to an optimizer: in a circle, the model would outlive its last user.
-        self.capture = Capture(partial(_parameters, self.checkpoint), options.row_dtype)
-        self.rotation = Rotation(options.rotate, self.checkpoint, options.row_dtype)
+        make = partial(TaskRows, options.row_dtype, options.shared)
+        self.capture = Capture(partial(_parameters, self.checkpoint), make)
+        self.rotation = Rotation(options.rotate, self.checkpoint, make)
         ranks = Ranks(model, whole_rows=options.rotate is not None, options=options.agreed)
         self.session = Session(self.capture, ranks)
         self.latest: Report | DeferredReport | None = None
@@ -162,8 +163,7 @@ class Engine:
 
     def finish(self, defer: bool | None = None) -> None:
         """Turn the rows of the open run into p.grad, unless surgery has to wait; on any error p.grad is as before."""
-        # Another call came in between, and finished or dropped the run.
-        if (run := self.run) is None:
+        if (run := self.run) is None:  # another call came in between, and finished or dropped it
             return
         # gradients/ and distributed/: what each task wants, over all ranks.
         rows, held = self._commit(run, self.deferring > 0 if defer is None else defer)
@@ -195,6 +195,8 @@ class Engine:
                 self.checkpoint.learn(agreed)
             bad = self.screen(losses, self.capture.fresh)
             held = self.capture.commit(sent)
+            if self.capture.rows.overflowed:
+                run.excuse(self.capture.rows)
         except BaseException as error:
             self.abort(error)
             raise

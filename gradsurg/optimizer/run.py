@@ -15,7 +15,7 @@ from torch import Tensor
 from gradsurg.errors import MultiTaskError
 from gradsurg.gradients.compile import Watch, advise, graph_is_kept
 from gradsurg.gradients.losses import Compute, seed_of
-from gradsurg.gradients.rows import HeldGradients, Row
+from gradsurg.gradients.rows import HeldGradients, Row, TaskRows
 from gradsurg.gradients.total import at_end_of_backward
 from gradsurg.guarantee.constraint import UpdateConstraint
 
@@ -87,6 +87,11 @@ class Run:
         """Drop the losses, and their graphs with them, unless another run may come."""
         if self.nested and not self.retain_graph:
             self.losses, self.plain, self.features, self._used = {}, None, None, True
+
+    def excuse(self, rows: TaskRows) -> None:
+        """Forget that gradients overflowed if the losses are scaled: the scaler sees the infinity and scales less."""
+        if self.gradient is not None and float(self.gradient) != 1:
+            rows.overflowed.clear()
 
     def when_done(self, finish: Callable[[], None], abandoned: Callable[[], None]) -> None:
         """Call `finish` when the backward pass around it is complete, or now; `abandoned` if that pass dies first."""

@@ -57,7 +57,7 @@ ALLOWED = {
         "_quick": "where the solvers are the host's",
     },
     "gradients/capture.py": {"_is_zero": "surgery that is deferred: accumulate(), declared tasks"},
-    "gradients/rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'"},
+    "gradients/rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'", "_overflows": "row_dtype=torch.float16"},
     "normalize/norm.py": {"_smoothed": "smoothing > 0, for which `waits` is True"},
 }
 

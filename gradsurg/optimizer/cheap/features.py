@@ -83,6 +83,8 @@ def run_on_features(engine: Engine, run: Run) -> None:
             watch, penalty = run.run_plain(held_gradients, present.values())
             rows, own = _heads(engine, present, features, held_gradients, run.gradient, watch)
             done.extend(rows)
+        if rows.overflowed:
+            run.excuse(rows)
         averaged.begin()
         known = layout.mean_losses(known)
         engine.screen(known, rows, own)

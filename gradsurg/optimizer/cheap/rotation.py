@@ -9,7 +9,7 @@ gradient of this step. So the promise holds exactly for them, and for the other 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +38,10 @@ class Rotation:
     resumed run is equal to the bit to an uninterrupted one.
     """
 
-    def __init__(self, count: int | None, checkpoint: Checkpoint, row_dtype: torch.dtype | None) -> None:
+    def __init__(self, count: int | None, checkpoint: Checkpoint, make: Callable[[], TaskRows]) -> None:
         self.count = count
         self.checkpoint = checkpoint
-        self.row_dtype = row_dtype
+        self.make = make
         self._averages: dict[str, Row] = {}
         # Averages from a checkpoint that are not used yet.
         self._arrived: list[tuple[weakref.ref[Optimizer], Mapping[str, Sequence[Tensor | None]]]] = []
@@ -70,7 +70,8 @@ class Rotation:
         """Return the rows of the tasks that were due and the averages of those that were neither due nor skipped."""
         if all(self._present.values()):
             return rows
-        complete = TaskRows(self.row_dtype)
+        complete = self.make()
+        complete.overflowed |= rows.overflowed
         for name, due in self._present.items():
             if name in rows:
                 complete.add(name, rows[name].copy())
