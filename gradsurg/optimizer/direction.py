@@ -42,8 +42,10 @@ def compute_direction(inputs: StepInputs) -> StepResult:
         preference = inputs.options.preferences.get(name, 1.0)
         own = Row((p, g if preference == 1 else g * preference) for p, g in rows[name].items())
         own.update(rows.untouched())
+        own = own if rows.dtype is None else _widened(own, rows.dtype)
         return StepResult(own, unmeasured(inputs))
     shared, own = rows.split(inputs.parameters, inputs.options.shared)
+    own = own if rows.dtype is None else _widened(own, rows.dtype)
     if not shared:
         return StepResult(own, unmeasured(inputs))
     partitions = _partitions(inputs, shared)
@@ -55,6 +57,11 @@ def compute_direction(inputs: StepInputs) -> StepResult:
         result = _compute_on_host(inputs, partitions)
     result.gradients.update(own)
     return result
+
+
+def _widened(own: Row, dtype: torch.dtype) -> Row:
+    """Return gradients in their parameters' dtypes: some were narrowed before another task was left out of the step."""
+    return Row((p, g.to(p.dtype) if g.dtype == dtype else g) for p, g in own.items())
 
 
 def _refuse_overflow(inputs: StepInputs) -> None:
