@@ -17,7 +17,7 @@ from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import local_of, on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
-from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, laid_out
+from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, is_finite, laid_out
 from gradsurg.gradients.sentinel import Sentinel
 from gradsurg.linalg.sparse import added
 
@@ -69,6 +69,10 @@ class Capture:
         self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = self.make()
         return self._was_live
+
+    def still_nonfinite(self) -> tuple[str, ...]:
+        """Return the tasks whose NaN or infinity stands in p.grad, though their rows count no more."""
+        return () if all(map(is_finite, self.foreign.values())) else tuple(self.rows.nonfinite())
 
     def take(self, name: str) -> None:
         """Move what backward passes left in p.grad into the fresh row of a task."""

@@ -39,10 +39,8 @@ def compute_direction_cuda(inputs: StepInputs, partitions: Partitions) -> StepRe
     finite = torch.isfinite(G).all()
     state: State | None
     if pipeline.waits(len(table)):
-        problem = problem_of(inputs, G.cpu())
-        healthy = all_finite(problem.gramian)
-        direction = pipeline.direction(problem, inputs.state, ROUNDING_CUDA) if healthy else plain_sum(problem)
-        weights, state = direction.weights.to(G.device), direction.state if healthy else None
+        problem, direction, state = _on_the_host(inputs, G)
+        weights = direction.weights.to(G.device)
     else:
         problem = _problem(inputs, G)
         direction = pipeline.direction(problem, inputs.state, ROUNDING_CUDA)
@@ -90,3 +88,12 @@ def _fetched(stream: torch.cuda.Stream | None, problem: Problem, direction: Dire
         stationary=direction.stationary.cpu(),
         margin_kept=None if direction.margin_kept is None else direction.margin_kept.cpu(),
     )
+
+
+def _on_the_host(inputs: StepInputs, G: Tensor) -> tuple[Problem, Direction, State | None]:
+    """Wait for the Gramian and find the weights there, for methods that read numbers."""
+    problem = problem_of(inputs, G.cpu())
+    if not all_finite(problem.gramian):
+        return problem, plain_sum(problem), None
+    direction = inputs.options.pipeline.direction(problem, inputs.state, ROUNDING_CUDA)
+    return problem, direction, direction.state

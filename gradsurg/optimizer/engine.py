@@ -134,7 +134,7 @@ class Engine:
         self.abort()
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
         if not self.capture.open(run.parameters) and self.step.losses and self.capture.has_rows():
-            self.step.losses, self.step.skipped = {}, ()
+            self.step.losses, self.step.skipped = {}, self.capture.still_nonfinite()
         self.run, self.session.preferences = run, {**self.step.preferences, **run.preferences}
 
     def open_or_join(self, run: Run) -> list[tuple[str | None, Tensor | Compute]]:

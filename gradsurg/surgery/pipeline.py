@@ -123,6 +123,9 @@ class Pipeline:
         usual = self.levels is None and not self.margin and problem.solvers is HOST
         if not (usual and applies(problem.gramian, self.normalizer, self.surgery)):
             return self._general(problem, state, rounding)
+        return self._quick(problem, state, rounding)
+
+    def _quick(self, problem: Problem, state: State, rounding: float) -> Direction:
         weights, scales, nothing, cancellation = solve_quickly(
             problem.gramian[0].tolist(), problem.preferences.tolist(), self.normalizer, self.conflict_free, rounding
         )
