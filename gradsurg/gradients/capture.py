@@ -62,13 +62,13 @@ class Capture:
         self._unread: Tensor | None = None
 
     def open(self, parameters: list[Tensor]) -> bool:
-        """Take p.grad of every parameter away, so that backward passes start from nothing; return is_live()."""
+        """Take p.grad away, so that passes start from nothing; return False if rows do not stand for it any more."""
         self._was_live = self.is_live(parameters)
         self._next_foreign = self._foreign_among(parameters)
         self._select_on_device(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = self.make()
-        return self._was_live
+        return self._was_live or not self._written
 
     def still_nonfinite(self) -> tuple[str, ...]:
         """Return the tasks whose NaN or infinity stands in p.grad, though their rows count no more."""

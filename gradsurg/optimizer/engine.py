@@ -133,7 +133,7 @@ class Engine:
         """Take p.grad away for a run; one whose backward pass died without telling us is dropped first."""
         self.abort()
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
-        if not self.capture.open(run.parameters) and self.step.losses and self.capture.has_rows():
+        if not self.capture.open(run.parameters) and self.capture.has_rows():
             self.step.losses, self.step.skipped = {}, self.capture.still_nonfinite()
         self.run, self.session.preferences = run, {**self.step.preferences, **run.preferences}
 
