@@ -117,6 +117,8 @@ class Capture:
         """
         # A penalty of the same backward pass may have run since our last task.
         self.take_plain()
+        held = self._held
+        assert held is not None
         self._foreign = self._next_foreign
         if not self._was_live:
             self.rows = self.make()
@@ -124,14 +126,13 @@ class Capture:
             self.unsent = self.make()
         rows, unsent = self.rows, self.unsent
         if sent is False or len(rows):
-            # If memory runs out in between, there are no rows rather than half merged ones.
+            # If memory runs out in between, there are no rows rather than half merged ones. A head's p.grad may be a
+            # tensor of the rows, and stays as it is, to go back if the surgery fails.
             self.part_with_rows()
-            (unsent if sent is False else rows).merge(self.fresh)
+            (unsent if sent is False else rows).merge(self.fresh, held.standing())
             self.rows, self.unsent = rows, unsent
         else:
             self.rows = self.fresh
-        held = self._held
-        assert held is not None
         self._close()
         return held
 

@@ -147,7 +147,7 @@ def map_of(losses: Sequence[Tensor], declared: Iterable[Tensor] = ()) -> Map:
     # Looked for once, instead of at every edge.
     if SINK in kinds:
         owner, after, met = _owners(roots, _after)
-    met.update(edge_of(leaf)[0] for leaf in declared)
+    met.update(edge_of(leaf)[0] for leaf in declared if leaf.requires_grad)
     # Whatever comes after a node that several losses reach is reached by several too.
     common = set(walk(met, lambda node: after.get(node, ()))[0])
     borders, hidden, entered = [], False, set()

@@ -126,26 +126,27 @@ class TaskRows:
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
 
-    def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor]) -> None:
-        """Add a task's gradients to its row. The tensors, and a Row itself, now belong to the rows."""
+    def add(self, name: str, gradients: Row | Mapping[Tensor, Tensor], standing: Row | None = None) -> None:
+        """Add a task's gradients to its row, which owns them now; what is `standing` in p.grad is not changed."""
         row = self._rows.get(name)
         if row is None:
             row = self._rows[name] = gradients if isinstance(gradients, ByParameter) else Row(gradients.items())
         else:
             for parameter, gradient in gradients.items():
                 before = row.get(parameter)
+                in_p_grad = standing is not None and standing.get(parameter) is before
                 # A sum of two narrow gradients may not fit into their dtype either.
                 if before is not None and before.dtype == self.dtype:
                     before = before.to(parameter.dtype)
-                row[parameter] = added(before, gradient, in_place=True)
+                row[parameter] = added(before, gradient, in_place=not in_p_grad)
         if self.dtype is not None:
             self._narrow(row)
 
-    def merge(self, other: TaskRows) -> None:
-        """Add all rows of `other`, which must not be used afterwards."""
+    def merge(self, other: TaskRows, standing: Row | None = None) -> None:
+        """Add all rows of `other`, which must not be used afterwards; see `add`."""
         self.overflowed |= other.overflowed
         for name in other:
-            self.add(name, other[name])
+            self.add(name, other[name], standing)
         if other.blank is not None:
             self.leave_blank(other.blank)
 

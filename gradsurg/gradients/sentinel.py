@@ -26,8 +26,9 @@ class Sentinel:
         self.parameter = parameter
         self._signal: float | None = None
         if parameter.grad is None:
-            # It vanishes in any sum, yet is not zero after a division by a loss scale of 2²⁴.
-            self._signal = 2.0**-24 if parameter.dtype == torch.float16 else 2.0**-100
+            # It vanishes in any sum, yet is not zero after a division by a loss scale of 2²⁴. In float16, whose
+            # gradients no scaler takes, it is not zero after clipping to a thousandth.
+            self._signal = 2.0**-14 if parameter.dtype == torch.float16 else 2.0**-100
             parameter.grad = torch.zeros_like(parameter)
             numbers = local_of(parameter.grad)
             numbers[(0,) * numbers.dim()] = self._signal

@@ -88,7 +88,7 @@ class Part(Sequence[Tensor]):
 
 
 class Snapshot:
-    """A copy of everything that a step may write.
+    """A copy of everything that a step may write; SGD with nesterov and foreach writes to p.grad, too.
 
     Args:
         optimizer: The optimizer that is about to step.
@@ -99,11 +99,12 @@ class Snapshot:
         self._optimizer = optimizer
         self._parameters = Row((p, copied[p] if p in copied else p.detach().clone()) for p in trained(optimizer))
         self._state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+        self._gradients = Row((p.grad, p.grad.clone()) for p in self._parameters if p.grad is not None)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore parameters and state; state that did not exist before is removed."""
-        for p, old in self._parameters.items():
-            p.copy_(old)
+        """Restore parameters, their gradients and state; state that did not exist before is removed."""
+        for tensor, old in (*self._parameters.items(), *self._gradients.items()):
+            tensor.copy_(old)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)

@@ -63,6 +63,28 @@ KEPT = {
     "a closure that clears the gradients of a batch that was skipped": Program(
         {"tasks": 3}, actions=(("skip", {"batch": 804}), ("train", {"way": "closure", "batch": 832}))
     ),
+    "a surgery that fails on the second of two micro-batches": Program(
+        {"tasks": 3, "extras": ("apart",)},
+        options={"normalize": "tchebycheff"},
+        actions=(("nan", {"batch": 528, "micro": 2}), ("train", {"batch": 529})),
+    ),
+    "a frozen parameter that is declared as shared": Program(
+        options={"shared": "trunk", "refresh_every": 3},
+        actions=(("train", {"batch": 1}), ("freeze", {"number": 0}), ("train", {"batch": 2}), ("train", {"batch": 3})),
+    ),
+    "functions in one step of batched=True, and losses in the next": Program(
+        options={"batched": True},
+        actions=(("train", {"way": "functions", "batch": 1}), ("reload", {}), ("train", {"batch": 2})),
+    ),
+    "a step of nesterov with foreach that fails half way": Program(
+        optimizer={"name": "SGD", "lr": 0.01, "nesterov": True, "momentum": 0.9, "foreach": True},
+        options={"atomic": True},
+        actions=(("fail", {"where": "half way", "batch": 633}), ("train", {"batch": 634})),
+    ),
+    "clipping in float16 while surgery waits": Program(
+        {"tasks": 3, "heads": True, "dtype": "float16"},
+        actions=(("train", {"batch": 48, "micro": 2, "gather": "all", "change": "clip"}), ("train", {"batch": 49})),
+    ),
     "a closure that adds to the gradients that are there": Program(
         {"tasks": 3}, actions=(("skip", {"batch": 804}), ("train", {"way": "closure", "batch": 832, "clear": "no"}))
     ),

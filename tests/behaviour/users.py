@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import gradsurg
 from tests.behaviour.failures import Broken, Mine
-from tests.behaviour.programs import FAILING, Net, Spec
+from tests.behaviour.fragile import FAILING
+from tests.behaviour.programs import Net, Spec
 
 
 @dataclass(eq=False)
@@ -46,6 +47,10 @@ class User:
         return [None if p.grad is None else p.grad.clone() for p in self.parameters]
 
     # -- what a watcher overrides -----------------------------------------------------------------------------------
+
+    def forward(self, batch: int, names: tuple[str, ...] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the model."""
+        return self.net(batch, names)
 
     def call(self, function: Callable[[], Any], *, steps: bool = False, closure: bool = False) -> Any:
         """Call the library: its step, with a closure, or something else."""
@@ -103,8 +108,7 @@ class User:
 
     def losses(self, step: Spec, batch: int, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return features and losses of one micro-batch; the last loss of the last one may be broken."""
-        z = self.net.features(batch)
-        losses = {name: self.net.loss(name, z, batch) for name in step.get("tasks") or self.net.names}
+        z, losses = self.forward(batch, step.get("tasks"))
         name = next(reversed(losses))
         if last and step.get("where") == "broken":
             losses[name] = Broken.apply(losses[name])
@@ -224,3 +228,25 @@ def reference(loss: Tensor, parameters: list[Tensor], scale: float = 1.0) -> lis
     found = torch.autograd.grad(loss, wanted, torch.full_like(loss, scale), retain_graph=True, allow_unused=True)
     by_id = dict(zip(map(id, wanted), found, strict=True))
     return [by_id.get(id(p)) for p in parameters]
+
+
+def values(g: Tensor) -> Tensor:
+    return g.coalesce().values() if g.is_sparse else g
+
+
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients; torch adds no sparse float16 tensors."""
+    if a is None or b is None:
+        return b if a is None else a
+    return (a.float() + b.float()).half() if a.is_sparse and a.dtype is torch.float16 else a + b
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return all numbers in float64, complex ones as pairs."""
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return (torch.view_as_real(dense) if dense.is_complex() else dense).double().reshape(-1)
+
+
+def rounding(parameters: Sequence[Tensor]) -> float:
+    """Return what rounding may do to a gradient."""
+    return 3e-2 if any(p.element_size() <= 2 for p in parameters) else 1e-4

@@ -51,7 +51,8 @@ class Batched(OneByOne):
         losses = {name: task for name, task in passes if name is not None and isinstance(task, Tensor)}
         tasks = sum(name is not None for name, _ in passes)
         if len(losses) < tasks:
-            self.give_up(engine, "functions are computed and run one by one")
+            # Losses of another step can be batched.
+            self.give_up(engine, "functions are computed and run one by one", "batched functions")
         elif self.fill(engine, losses, run.gradient, run.retain_graph or len(passes) > tasks):
             return [(name, task) for name, task in passes if name is None]
         return passes
@@ -97,11 +98,11 @@ class Batched(OneByOne):
             engine.capture.fresh.add(name, row)
         return True
 
-    def give_up(self, engine: Engine, reason: str) -> None:
-        """Run passes one by one from now on, and say why."""
-        if "batched fails" in engine.told:
+    def give_up(self, engine: Engine, reason: str, what: str = "batched fails") -> None:
+        """Run passes one by one, from now on if batching fails, and say why."""
+        if what in engine.told:
             return
-        engine.told.add("batched fails")
+        engine.told.add(what)
         warn(
             f"batched=True has no effect: {reason}. The tasks' backward passes run one after the other; leave out "
             "batched= to ask for that."
