@@ -54,7 +54,7 @@ class Judge(User):
 
     def __init__(self, program: Program) -> None:
         super().__init__(*build(program))
-        self.program = program
+        self.program, self.reuses, self.way = program, "refresh_every" in program.options, ""
         self.rows: Rows | None = {}
         self.seen: list[Tensor | None] | None = None
         self.twin: User | None = None
@@ -110,7 +110,8 @@ class Judge(User):
         except (ValueError, TypeError, gradsurg.MultiTaskError) as error:
             check_helpful(error)
             self.rows = None
-        if "change" in step or step.get("scale", 1.0) > 1:
+        # What features= and reused weights bring has no rows.
+        if "change" in step or step.get("scale", 1.0) > 1 or step.get("way") == "features" or self.reuses:
             self.rows = None
         self.take_as_twin(before)
 
@@ -176,8 +177,8 @@ class Judge(User):
     def call(self, function: Callable[[], Any], *, steps: bool = False, closure: bool = False) -> Any:
         """Call the library, and check that nothing changes that may not."""
         before, failed = self.standing(), True
-        # A step begins with the surgery that waits.
-        surgery = closure or (steps and self.optimizer._gradsurg.step.pending)
+        # A step begins with the surgery that waits, and so does a total with features=.
+        surgery = closure or (self.optimizer._gradsurg.step.pending and (steps or self.way == "features"))
         try:
             value = function()
             failed = False
@@ -194,13 +195,18 @@ class Judge(User):
     def clear(self, step: Spec) -> None:
         """Clear p.grad, and the rows with it."""
         super().clear(step)
+        self.way = step.get("way")
         if step.get("clear") != "no":
             self.rows = {}
 
     def brought(self, step: Spec, batch: int, last: bool, names: list[str]) -> None:
         """Add the gradients of some tasks to the rows; nonfinite="skip_task" leaves out those that are not finite."""
         losses = self.losses(step, batch, last)[1]
+        if step.get("nan") and self.reuses:
+            self.rows = None  # of some micro-batches there are rows, and of others a weighted sum
         for name in names if self.rows is not None else ():
+            if not losses[name].requires_grad:
+                continue
             new = self.mean(reference(losses[name], self.parameters, step.get("scale", 1.0)))
             numbers = [losses[name], *(values(g) for g in new if g is not None)]
             finite = all(bool(torch.isfinite(each).all()) for each in numbers)

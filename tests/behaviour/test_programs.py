@@ -85,6 +85,11 @@ KEPT = {
         {"tasks": 3, "heads": True, "dtype": "float16"},
         actions=(("train", {"batch": 48, "micro": 2, "gather": "all", "change": "clip"}), ("train", {"batch": 49})),
     ),
+    "one of two tasks has no part in the features": Program(
+        {"extras": ("apart",)},
+        options={"preferences": {"a": 0.3}},
+        actions=(("train", {"way": "features", "batch": 9}),),
+    ),
     "a closure that adds to the gradients that are there": Program(
         {"tasks": 3}, actions=(("skip", {"batch": 804}), ("train", {"way": "closure", "batch": 832, "clear": "no"}))
     ),

@@ -88,6 +88,8 @@ def run_on_features(engine: Engine, run: Run) -> None:
         averaged.begin()
         known = layout.mean_losses(known)
         engine.screen(known, rows, own)
+        if len(rows) == 1 < len(own):  # its task shares nothing, and is not alone in the step: its gradient stays plain
+            options = replace(options, preferences={})
         inputs = engine.inputs(rows, features)
         found = compute_direction(
             replace(inputs, groups=[features], losses=known, options=options, layout=spread, recycled=Recycler())
