@@ -244,7 +244,8 @@ def _warn_of_what_is_reached(engine: Engine) -> None:
         )
     elif engine.options.shared is None and len(rows) > 1:
         names, shared = parameter_names(engine.optimizers), rows.shared(engine.parameters())
-        apart = [names[id(p)] for p in shared if is_apart(rows.of(p))]
+        # On a device the numbers are not read, because that would wait for it.
+        apart = [names[id(p)] for p in shared if p.is_cpu and is_apart(rows.of(p))]
         # If nothing else is shared, there is nothing that these tensors could outweigh.
         if 0 < len(apart) < len(shared):
             warn(
