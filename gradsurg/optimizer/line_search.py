@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurg.distributed.layout import ALONE
 from gradsurg.errors import warn
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.combine import combine
@@ -50,8 +49,8 @@ class LineSearch:
     def evaluate(self, engine: Engine, value: object) -> object:
         """Write p.grad of the evaluation that was just done, and return its value, in place of the closure's."""
         rows = engine.capture.rows
-        preferences = {name: engine.options.preferences.get(name, 1.0) for name in engine.step.losses}
-        preferences.update((name, r) for name, r in engine.step.preferences.items() if name in preferences)
+        preferred = engine.options.preferring(engine.step.preferences).preferences
+        preferences = {name: preferred.get(name, 1.0) for name in engine.step.losses}
         if self._weights is None:
             self._weights = _scaled(engine.report, preferences)
         # Ways that save backward passes leave no rows: their p.grad is the sum by their own weights.
@@ -62,7 +61,7 @@ class LineSearch:
         table, factors = rows.table(parameters), [weights[name] for name in rows]
         row = Row(zip(parameters, combine(table, factors, parameters), strict=True))
         beside = engine.capture.has_foreign()
-        engine.capture.write(row if engine.session.layout is ALONE else engine.session.layout.whole(row))
+        engine.capture.write(engine.session.layout.whole(row))
         if value is None:
             return None
         losses = {name: loss.double() for name, loss in engine.step.losses.items()}
