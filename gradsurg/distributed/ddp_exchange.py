@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradsurg.distributed.buckets import Bucket, flat_reals, pack, plan, share, unpack
+from gradsurg.distributed.buckets import Bucket, cut, flat_reals, pack, plan, share, unpack
 from gradsurg.distributed.collectives import Group, RanksError, fingerprint, listening, merged, start_reduce_scatter
 from gradsurg.distributed.layout import NONE, Delivery
 from gradsurg.errors import MultiTaskError
@@ -59,6 +60,12 @@ class Slicing:
         pieces = unpack(bucket, part, self.parameters, self.owners)
         return Row((p, flat.view(p.shape)) for p, flat in pieces.items()) if self.whole else pieces
 
+    def zeros(self, blank: Sequence[bool]) -> Row:
+        """Return what this rank holds of zeros like some parameters."""
+        zeros = [torch.zeros_like(p) for p in compress(self.parameters, blank)]
+        held = zeros if self.whole else [cut(z, self.owners, self.group.rank) for z in zeros]
+        return Row(zip(compress(self.parameters, blank), held, strict=True))
+
     def mean(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the means over ranks of whole gradients; None counts as zeros. To average twice changes nothing."""
         result = Row()
@@ -91,6 +98,7 @@ class _Heard(NamedTuple):
     failed: list[int]  # the ranks that raised
     used: list[frozenset[int]]  # of each task, which parameters it reached on any rank
     foreign: list[bool]  # which parameters have a gradient outside surgery, on any rank
+    blank: list[bool]  # for which compiled code returned nothing but zeros, on any rank
     outside: list[bool]  # the same of DDP's parameters that are not this optimizer's
     means: dict[str, Tensor]  # name -> loss, mean over ranks
 
@@ -146,12 +154,12 @@ class SliceExchange:
         self._waiting[name] = parts
         self._send_ready()
 
-    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor], untouched: Sequence[Tensor] = ()) -> Delivery:
         """Wait for all rows; raises MultiTaskError on every rank if one failed."""
         _refuse_sparse(foreign, "p.grad holds")
         self._send_ready()
         assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
-        heard = self._compare(foreign, losses)
+        heard = self._compare(foreign, losses, untouched)
         if heard.failed:
             self._land()
             raise RanksError(
@@ -169,7 +177,7 @@ class SliceExchange:
         rows = self._land(heard.used)
         for name, used in zip(self.names, heard.used, strict=True):
             self._slicing.reach[name] = self._slicing.reach.get(name, frozenset()) | used
-        return Delivery(rows, averaged, heard.means)
+        return Delivery(rows, averaged, heard.means, self._slicing.zeros(heard.blank))
 
     def fail(self) -> None:
         """Take part in what the others still wait for, with zeros, and tell them that this rank raised."""
@@ -199,7 +207,9 @@ class SliceExchange:
         if members >= shipment.reached:
             shipment.parts = ()  # the copies in flight are all that is needed
 
-    def _compare(self, foreign: Row, losses: Mapping[str, Tensor], *, failed: bool = False) -> _Heard:
+    def _compare(
+        self, foreign: Row, losses: Mapping[str, Tensor], untouched: Sequence[Tensor] = (), *, failed: bool = False
+    ) -> _Heard:
         """Add up over ranks what each has, in one message that is read once: this waits for the device one time."""
         parameters, outside = self._slicing.parameters, self._slicing.outside
         n, ranks, tasks, device = len(parameters), self._group.size, self.names, self._group.device
@@ -209,17 +219,20 @@ class SliceExchange:
             reached = self._shipments[name].reached
             flags += [k in reached for k in range(n)]
         flags += [p in foreign for p in parameters]
+        blank = {self._slicing.position[p] for p in untouched}
+        flags += [k in blank for k in range(n)]
         flags += [p.grad is not None for p in outside]
         flags += [name in losses for name in measured]
         zero = torch.zeros((), dtype=torch.float64, device=device)
         values = [losses[name].double().to(device).view(1) if name in losses else zero.view(1) for name in measured]
         sums = self._group.total(torch.cat([torch.tensor(flags).to(device).double(), *values]))
-        sizes = [ranks, *[n] * len(tasks), n, len(outside), len(measured), len(measured)]
-        failures, *used, inside, others, present, totals = sums.cpu().split(sizes)
+        sizes = [ranks, *[n] * len(tasks), n, n, len(outside), len(measured), len(measured)]
+        failures, *used, inside, zeros, others, present, totals = sums.cpu().split(sizes)
         return _Heard(
             failed=[rank for rank, flag in enumerate(failures.tolist()) if flag],
             used=[frozenset(k for k, flag in enumerate(each.tolist()) if flag) for each in used],
             foreign=(inside > 0).tolist(),
+            blank=(zeros > 0).tolist(),
             outside=(others > 0).tolist(),
             means={name: totals[i] / ranks for i, name in enumerate(measured) if present[i]},
         )

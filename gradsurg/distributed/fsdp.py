@@ -15,6 +15,7 @@ from gradsurg.distributed.collectives import Group, RanksError, checksum, finger
 from gradsurg.distributed.layout import NONE, Delivery, Layout, generator_of
 from gradsurg.distributed.modules import modules_of
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.dtensor import local_of
 from gradsurg.gradients.rows import Row
 from gradsurg.linalg.measure import Measure
 
@@ -138,13 +139,14 @@ class ShardExchange:
         for part in parts:
             self._rows[name] = Row((p, local(g, p)) for p, g in part.items())
 
-    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor], untouched: Sequence[Tensor] = ()) -> Delivery:
         """Average the losses, and compare the gradients of parameters that are not sharded."""
         group = self._shards.group
         if self._shards.plain:
             self._compare_plain([*self._rows.values(), foreign])
         means = group.mean({name: losses[name] for name in self.names if name in losses})
-        return Delivery(self._rows, foreign, means)
+        # All ranks have the same ones: see `ShardedLayout.anywhere`.
+        return Delivery(self._rows, foreign, means, Row((p, torch.zeros_like(local_of(p))) for p in untouched))
 
     def fail(self) -> None:
         """Do nothing: backward passes of sharded models are collective, so the process group tells the others."""

@@ -31,11 +31,13 @@ class Delivery:
         rows: Task name -> the part of the task's gradients that this rank holds, in an order that all ranks share.
         foreign: The averaged gradients that take no part in surgery.
         losses: Name -> mean over ranks; a rank without the task counts as 0, as its gradient does.
+        blank: Zeros, like rows, of parameters that are untouched on some rank. Others may have rows of them.
     """
 
     rows: dict[str, Row]
     foreign: Row
     losses: dict[str, Tensor]
+    blank: Row
 
 
 class Exchange(Protocol):
@@ -44,8 +46,11 @@ class Exchange(Protocol):
     def offer(self, name: str, *parts: Row) -> None:
         """Hand over a task's row, in parts to be added up; may start to send it."""
 
-    def finish(self, foreign: Row, losses: Mapping[str, Tensor]) -> Delivery:
-        """Wait for all rows; raises MultiTaskError on every rank if one failed."""
+    def finish(self, foreign: Row, losses: Mapping[str, Tensor], untouched: Sequence[Tensor] = ()) -> Delivery:
+        """Wait for all rows; raises MultiTaskError on every rank if one failed.
+
+        Compiled code returned nothing but zeros for the parameters `untouched`.
+        """
 
     def fail(self) -> None:
         """Tell the others that this rank raised, so that they do not wait for it."""

@@ -68,7 +68,8 @@ class Session:
             for name in fresh:
                 self.captured(name)
             arrived.append(self._finish(losses))
-        self._capture.arrived([row for delivery in arrived for row in delivery.rows.items()], arrived[-1].foreign)
+        rows = [row for delivery in arrived for row in delivery.rows.items()]
+        self._capture.arrived(rows, arrived[-1].foreign, arrived[-1].blank)
         means = {name: loss for delivery in arrived for name, loss in delivery.losses.items()}
         return True, means, list(dict.fromkeys(name for delivery in arrived for name in delivery.rows))
 
@@ -85,6 +86,6 @@ class Session:
 
     def _finish(self, losses: Mapping[str, Tensor]) -> Delivery:
         assert self._exchange is not None
-        delivery = self._exchange.finish(self._capture.foreign, losses)
+        delivery = self._exchange.finish(self._capture.foreign, losses, self._capture.untouched())
         self._exchange = None
         return delivery

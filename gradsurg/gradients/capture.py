@@ -102,13 +102,17 @@ class Capture:
         """What others put into p.grad, in the run that is open."""
         return self._next_foreign
 
-    def arrived(self, rows: Iterable[tuple[str, Row]], foreign: Row) -> None:
-        """Take what the exchange between ranks made of the fresh rows and the foreign gradients."""
+    def untouched(self) -> list[Tensor]:
+        """Return the parameters for which compiled code returned nothing but zeros to this rank."""
+        return [*self.fresh.untouched(), *(self.unsent.untouched() if self._was_live else ())]
+
+    def arrived(self, rows: Iterable[tuple[str, Row]], foreign: Row, blank: Row) -> None:
+        """Take what the exchange between ranks made of the fresh rows, the foreign gradients and the untouched ones."""
         overflowed, self.fresh = self.fresh.overflowed, self.make()
         self.fresh.overflowed |= overflowed
         for name, row in rows:
             self.fresh.add(name, row)
-        self._next_foreign = foreign
+        self.fresh.blank, self._next_foreign = blank, foreign
 
     def commit(self, sent: bool | None = None) -> HeldGradients:
         """Make the fresh rows part of the rows and return what was in p.grad; it is None now.
@@ -225,10 +229,10 @@ class Capture:
         for p, foreign in self._foreign.items():
             again[p] = added(again.get(p), foreign)
         answers = [_same(tensor, again[p]) for p, (tensor, _) in self._written.items()]
-        device = next((answer.device for answer in answers if not _may_be_read(answer)), answers[0].device)
+        device = next((answer.device for answer in answers if answer.device.type != "cpu"), answers[0].device)
         differ = ~torch.stack([answer.to(device) for answer in answers]).all()
         same = ~self.reach.anywhere(differ.reshape(1))[0]
-        if _may_be_read(same):
+        if same.device.type == "cpu":
             return bool(same)
         self._unread = same
         return True
@@ -288,10 +292,6 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
     """Whether all numbers are finite and equal; the answer is on their device."""
     difference = added(local_of(a), -local_of(b))
     return ~(difference.coalesce().values() if difference.is_sparse else difference).any()
-
-
-def _may_be_read(answer: Tensor) -> bool:
-    return answer.device.type == "cpu"
 
 
 def _is_zero(gradient: Tensor) -> bool:

@@ -336,18 +336,30 @@ class Compiled(nets.Net):
         self.trunk.compile(backend="aot_eager")
 
 
+class Adapter(nets.Net):
+    """An adapter as of LoRA: the gradient of its first half begins with zero, and weight decay shrinks it even then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.zeros(2, 5))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return super().forward(x + x @ self.down @ self.up, y)
+
+
 KINDS = {
     "reentrant": Checkpointed,
     "non-reentrant": CheckpointedAnew,
     "compiled": Compiled,
     "compiled whole": nets.Net,
+    "compiled adapter": Adapter,
     "complex": Complex,
 }
 
 
 def special(kind: str) -> dict[str, Tensor]:
     model = ddp_of(nets.build(KINDS[kind]))
-    if kind == "compiled whole":
+    if kind in ("compiled whole", "compiled adapter"):
         model = torch.compile(model, backend="aot_eager")
     train(model, nets.optimizer_of(model), "total", nets.mine)
     return nets.state_of(model)

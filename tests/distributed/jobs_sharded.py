@@ -98,9 +98,12 @@ class Blocks(Mixed):
 
 
 class Residual(nn.Module):
+    """Begins as the identity: at first the gradient of `up` is zero."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+        nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(x)))

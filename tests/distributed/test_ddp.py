@@ -127,7 +127,7 @@ def test_a_task_that_is_not_finite_where_others_lack_it(ranks, options):
         assert all(t.isfinite().all() for t in state.values())
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "compiled", "compiled whole", "complex"])
+@pytest.mark.parametrize("kind", jobs_ddp.KINDS)
 def test_checkpointed_compiled_and_complex_models(ranks, kind):
     results = ranks(2).run(jobs_ddp.special, kind)
     nets.equal_everywhere(results)
