@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class UpdateConstraint:
 
     def enforce(self, optimizer: Optimizer, before: ParameterCopies) -> Movement | DeferredMovement | None:
         """Move the optimizer's shared parameters so that their step from `before` hurts no protected task."""
-        sign, rates = signs_of(optimizer), rates_of(optimizer)
+        sign = signs_of(optimizer)
         ours = before.ids().intersection(sign)
         movements = []
         for k, (partition, G) in enumerate(zip(self.partitions, self.gramians, strict=True)):
@@ -74,11 +75,9 @@ class UpdateConstraint:
                 G = measure.gramian(table, exact=True)
             old: Sequence[Tensor] = Part(before, mine)
             new: Sequence[Tensor] = mine
-            gradients: Sequence[Tensor | None] = [p.grad for p in mine]
             if self.layout is not ALONE:
                 old = self.layout.held(mine, [before[p] for p in mine])
                 new = self.layout.held(mine, [p.detach() for p in mine])
-                gradients = self.layout.held(mine, [p if p.grad is None else p.grad for p in mine])
             movement = project_update(
                 table,
                 G,
@@ -88,13 +87,18 @@ class UpdateConstraint:
                 self.allowed,
                 measure,
                 self._asked if self.margin else None,
-                [0.0 if is_foreign(p) else rates[id(p)] for p in mine],
-                gradients,
+                partial(self._meant, optimizer, mine),
             )
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)
         return joined(movements)
+
+    def _meant(self, optimizer: Optimizer, mine: Sequence[Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Return the learning rate and p.grad of each parameter; p itself if it has none."""
+        rates = rates_of(optimizer)
+        gradients = self.layout.held(mine, [p if p.grad is None else p.grad for p in mine])
+        return [0.0 if is_foreign(p) else rates[id(p)] for p in mine], gradients
 
     def _asked(self, G: Tensor) -> Tensor:
         """Return the cosines that the margin asks for, as far as these gradients leave them within reach."""

@@ -56,8 +56,7 @@ def project_update(
     allowed: Tensor | None,
     measure: Measure | None = None,
     asked: Callable[[Tensor], Tensor] | None = None,
-    rates: Sequence[float] | None = None,
-    gradients: Sequence[Tensor | None] | None = None,
+    meant: Callable[[], tuple[Sequence[float], Sequence[Tensor | None]]] | None = None,
 ) -> Movement:
     """Move the parameters so that ⟨d, g_i⟩ ≥ 0 for every protected task, changing d as little as possible.
 
@@ -77,8 +76,8 @@ def project_update(
         measure: Measures lengths and inner products over all ranks; None is this process alone.
         asked: Margins, see gradsurg.surgery.margin: takes a Gramian and returns cosines a_i ≥ 0, shape (m,), that make
             the promise ⟨d, g_i⟩ ≥ a_i ‖g_i‖ ‖d_0‖, d_0 the movement of the inner optimizer. None is 0.
-        rates: The learning rate of each parameter; None is one for all.
-        gradients: p.grad of each parameter at the step; None if it is unknown.
+        meant: Returns the learning rate and p.grad of each parameter, and is called if a task would get worse; None is
+            one rate for all, and p.grad unknown.
 
     Returns:
         The movement as it is stored.
@@ -101,9 +100,10 @@ def project_update(
     if not coefficients.any():
         return Movement(inner, square)
     update = Update(rows, before, after, signs, allowed, measure, G.diagonal().sqrt(), G)
-    in_place = left_in_place(before, after, [None] * len(after) if gradients is None else gradients)
-    if (rates is not None and len(set(rates)) > 1) or measure.any_rank(pulled(rows, in_place)):
-        return project_in_metric(update, asked, [1.0] * len(after) if rates is None else rates, in_place)
+    rates, gradients = ([1.0] * len(after), [None] * len(after)) if meant is None else meant()
+    in_place = left_in_place(before, after, gradients)
+    if len(set(rates)) > 1 or measure.any_rank(pulled(rows, in_place)):
+        return project_in_metric(update, asked, rates, in_place)
     rest, spread = lengths(G, inner + least, square, coefficients)
     # If most of d is taken away, what is left needs every digit: the quick sums err by up to 4e-13 of ‖d‖ ‖g_i‖.
     if not rest * CANCELLATION_GRAMIAN**2 > spread:
