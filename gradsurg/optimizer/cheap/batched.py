@@ -140,13 +140,13 @@ def _rows(losses: Sequence[Tensor], seeds: Sequence[Tensor], graph: Map, keep: b
         allow_unused=True,
         is_grads_batched=True,
     )
-    gradients = [() if g is None else g.unbind(0) for g in _owned(found)]
+    gradients = [_parts(leaf, g) for leaf, g in zip(graph.leaves, _owned(found), strict=True)]
     entries = [frozenset(node for node, _ in crossing[i]) for i in tasks]
     # If all tasks enter at the same nodes, all reach every leaf; else zeros of the batched pass have to be told from
     # gradients.
     alike = len(set(entries)) == 1
     for k, i in enumerate(tasks):
-        row = Row((leaf, laid_out(leaf, each[k])) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
+        row = Row((leaf, each[k]) for leaf, each in zip(graph.leaves, gradients, strict=True) if each)
         if not alike:
             reached = set(map(id, leaves_after(entries[k])))
             row = Row(pair for pair in row.items() if id(pair[0]) in reached)
@@ -204,6 +204,14 @@ def _heads(
             have = crossing[i].get(edge)
             crossing[i][edge] = g if have is None else have + g
     return rows, crossing
+
+
+def _parts(leaf: Tensor, g: Tensor | None) -> Sequence[Tensor]:
+    """Return the gradients of all tasks, with the strides that autograd gives them."""
+    parts = () if g is None else g.unbind(0)
+    # All have the same strides.
+    usual = not parts or parts[0].stride() == leaf.stride()
+    return parts if usual else [laid_out(leaf, each) for each in parts]
 
 
 def _reading(slots: Mapping[int, list[Tensor]]) -> Callable[[Sent, Sent], None]:
