@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradsurg.gradients.param_groups import trained
 from gradsurg.gradients.rows import Row
@@ -98,13 +99,31 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer, copied: Row) -> None:
         self._optimizer = optimizer
         self._parameters = Row((p, copied[p] if p in copied else p.detach().clone()) for p in trained(optimizer))
-        self._state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
-        self._gradients = Row((p.grad, p.grad.clone()) for p in self._parameters if p.grad is not None)
+        self._state = _copied(dict(optimizer.state))
+        # Many optimizers count their steps in their groups, and Prodigy keeps the rate that it has found there.
+        self._groups = [dict(group) for group in optimizer.param_groups]
+        values = [value for group in self._groups for value in group.values() if isinstance(value, Tensor)]
+        written = [*values, *(p.grad for p in self._parameters if p.grad is not None)]
+        self._written = Row((tensor, tensor.clone()) for tensor in written)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore parameters, their gradients and state; state that did not exist before is removed."""
-        for tensor, old in (*self._parameters.items(), *self._gradients.items()):
+        """Restore parameters, gradients, state and groups; state that did not exist before is removed."""
+        for tensor, old in (*self._parameters.items(), *self._written.items()):
             tensor.copy_(old)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
+        for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.clear()
+            group.update(values)
+
+
+def _copied(state: Any) -> Any:
+    """Return a deep copy. Tensors made of others are copied part by part: those of torchao refuse to be cloned."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if not is_traceable_wrapper_subclass(state):
+        return copy.deepcopy(state)
+    names, context = state.__tensor_flatten__()
+    parts = {name: _copied(getattr(state, name)) for name in names}
+    return type(state).__tensor_unflatten__(parts, context, state.size(), state.stride())

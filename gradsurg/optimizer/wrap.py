@@ -99,9 +99,9 @@ def wrap(
         nonfinite: What happens to a task whose gradient has a NaN or an infinity. "propagate": it goes into p.grad,
             so that GradScaler sees it. "skip_task": this step goes without the task. "raise": an error. The last two
             also look at the loss.
-        atomic: If the optimizer's own step raises half way, put back its state, all parameters and p.grad, so that the
-            step can be tried again. Costs a copy of them in each step: 4 P numbers for Adam. If False, only the copies
-            of parameters that guarantee="update" needs are put back.
+        atomic: If the optimizer's own step raises half way, put back its state and parameter groups, all parameters and
+            p.grad, so that the step can be tried again. Costs a copy of them in each step: 4 P numbers for Adam. If
+            False, only the copies of parameters that guarantee="update" needs are put back.
         backend: "auto" uses the Triton kernels if the shared parameters are on one CUDA device and Triton is
             installed, and torch otherwise; `report.path` says which. "triton" is an error where the kernels cannot
             run; "torch" never uses them. With the kernels nothing waits for the device from the first backward pass

@@ -13,6 +13,7 @@ OPTIONAL = [
     "transformers",
     "matplotlib",
     "sklearn",
+    "schedulefree",
     "scipy",
     "quadprog",
     "torchjd",
