@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
+from gradsurg.gradients.changes import holds_same, is_untouched, was_added_to, what_was_added
 from gradsurg.gradients.compile import anything_compiled
-from gradsurg.gradients.dtensor import local_of, on_every_rank, version_of
+from gradsurg.gradients.dtensor import on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
 from gradsurg.gradients.recycle import Recycler
 from gradsurg.gradients.rows import ByParameter, HeldGradients, Row, TaskRows, is_finite, laid_out
-from gradsurg.gradients.sentinel import Sentinel
+from gradsurg.gradients.sentinel import Sentinels, watched
 from gradsurg.linalg.sparse import added
 
 __all__ = ["Capture"]
@@ -35,8 +36,8 @@ class Capture:
     those of the surgery done once more. That costs nothing in a step with one backward pass, because then there are no
     rows when the next run opens. On a device the answer is not read: it selects what rows and foreign gradients are.
 
-    While surgery is deferred (`write_pending`) no result stands in `p.grad`, only a sentinel in one of them. Rows are
-    then live while the sentinel is there, and whatever is added to any `p.grad` meanwhile is foreign.
+    While surgery is deferred (`write_pending`) no result stands in `p.grad`, only a sentinel in two of them. Rows are
+    then live while the sentinels are there, and whatever is added to any `p.grad` meanwhile is foreign.
     """
 
     def __init__(self, parameters: Callable[[], list[Tensor]], make: Callable[[], TaskRows] = TaskRows) -> None:
@@ -56,15 +57,20 @@ class Capture:
         self._parameters: list[Tensor] = []
         self._foreign, self._next_foreign = Row(), Row()
         self._written: ByParameter[tuple[Tensor, int]] = ByParameter()
-        self._sentinel: Sentinel | None = None
+        self._sentinels: Sentinels | None = None
         # Returns once more what `write` was given, and whether p.grad still holds it, if a device knows.
         self._again: Callable[[], Row] | None = None
         self._unread: Tensor | None = None
 
-    def open(self, parameters: list[Tensor]) -> bool:
-        """Take p.grad away, so that passes start from nothing; return False if rows do not stand for it any more."""
+    def open(self, parameters: list[Tensor], were_live: bool = False) -> bool:
+        """Take p.grad away, so that passes start from nothing; return False if rows do not stand for it any more.
+
+        Rows that `were_live` when the total was built stay so if only its own backward pass added to p.grad since.
+        """
         self._was_live = self.is_live(parameters)
-        self._next_foreign = self._foreign_among(parameters)
+        penalty = self._added_since(parameters) if were_live and not self._was_live else None
+        self._was_live |= penalty is not None
+        self._next_foreign = self._foreign_among(parameters) if penalty is None else penalty
         self._select_on_device(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
         self.fresh = self.make()
@@ -151,7 +157,7 @@ class Capture:
 
         Args:
             result: The gradients.
-            again: Returns them once more, to the bit; None if nothing but the sentinel tells whether rows are live.
+            again: Returns them once more, to the bit; None if nothing but the sentinels tell whether rows are live.
         """
         parameters, self._parameters = self._parameters or self.parameters(), []
         totals = result.at(parameters)
@@ -165,14 +171,14 @@ class Capture:
             p.grad = total
             if total is not None:
                 written.append((p, (total, total._version if type(total) is Tensor else version_of(total))))
-        self._written, self._sentinel, self._again = ByParameter(written), None, again
+        self._written, self._sentinels, self._again = ByParameter(written), None, again
 
     def has_foreign(self) -> bool:
         """Return whether p.grad holds gradients that belong to no task."""
         return bool(self._foreign)
 
     def write_pending(self) -> None:
-        """Leave a sentinel in one p.grad while surgery is deferred; else model.zero_grad() could not be noticed."""
+        """Leave sentinels in p.grad while surgery is deferred; else model.zero_grad() could not be noticed."""
         parameters = self._parameters or self.parameters()
         somewhere = [p for p in parameters if p.numel() > 0 and (self.rows.of(p) or self.unsent.of(p))]
         reached = [p for p in somewhere if on_every_rank(p)]
@@ -181,25 +187,20 @@ class Capture:
                 "surgery cannot wait here: of every parameter that the tasks reach, some rank holds nothing. Leave out "
                 "accumulate(), or shard over fewer ranks."
             )
-        clean = [p for p in reached if p not in self._foreign or _is_zero(self._foreign[p])]
-        # In foreign gradients, a multiple is told from a sum by comparing numbers: one number cannot be compared.
-        others = [p for p in reached if p.numel() > 1]
-        parameter = min(clean or others or reached, key=Tensor.numel, default=None)
-        if clean and parameter is not None:
-            self._foreign.pop(parameter)
+        parameters = watched(reached, self._foreign)
         self.write(Row())
-        if parameter is not None:
-            self._sentinel = Sentinel(parameter)
-            assert parameter.grad is not None
-            self._written[parameter] = (parameter.grad, version_of(parameter.grad))
+        self._sentinels = Sentinels(parameters) if parameters else None
+        for p in parameters:
+            assert p.grad is not None
+            self._written[p] = (p.grad, version_of(p.grad))
 
     def clear(self) -> None:
-        """Forget rows, foreign gradients and the sentinel; p.grad is left alone."""
+        """Forget rows, foreign gradients and the sentinels; p.grad is left alone."""
         if self.has_rows():
             self.part_with_rows()
         if self._written or self._foreign:
             self._foreign, self._written = Row(), ByParameter()
-        self._sentinel = self._again = None
+        self._sentinels = self._again = None
         self._close()
 
     def part_with_rows(self) -> None:
@@ -214,10 +215,20 @@ class Capture:
         """Whether the rows still stand for what is in p.grad of the parameters."""
         if not self.has_rows() or not self._written:
             return False
-        if self._sentinel is not None:
-            return self._sentinel.fate() != "gone"
+        if self._sentinels is not None:
+            return self._sentinels.fate() != "gone"
+        return self.is_untouched(parameters) and self._holds_what_was_written()
+
+    def is_untouched(self, parameters: list[Tensor] | None = None) -> bool:
+        """Whether p.grad are the tensors that we wrote, and nothing wrote to them since, as far as torch knows."""
         parameters = self.parameters() if parameters is None else parameters
-        return all(map(_is_untouched, parameters, self._written.at(parameters))) and self._holds_what_was_written()
+        return all(map(is_untouched, parameters, self._written.at(parameters)))
+
+    def _added_since(self, parameters: list[Tensor]) -> Row | None:
+        """Return all that is foreign in p.grad if one backward pass added to it, else None."""
+        if self._again is None or not self.has_rows() or not was_added_to(parameters, self._written):
+            return None
+        return what_was_added(parameters, self._again())
 
     @torch.no_grad()
     def _holds_what_was_written(self) -> bool:
@@ -228,11 +239,11 @@ class Capture:
         again = self._again()
         for p, foreign in self._foreign.items():
             again[p] = added(again.get(p), foreign)
-        answers = [_same(tensor, again[p]) for p, (tensor, _) in self._written.items()]
-        device = next((answer.device for answer in answers if answer.device.type != "cpu"), answers[0].device)
+        answers = [holds_same(tensor, again[p]) for p, (tensor, _) in self._written.items()]
+        device = next((answer.device for answer in answers if not _may_be_read(answer)), answers[0].device)
         differ = ~torch.stack([answer.to(device) for answer in answers]).all()
         same = ~self.reach.anywhere(differ.reshape(1))[0]
-        if same.device.type == "cpu":
+        if _may_be_read(same):
             return bool(same)
         self._unread = same
         return True
@@ -256,20 +267,20 @@ class Capture:
         written = self._written.get(p)
         return written is not None and p.grad is written[0]
 
-    def sentinel_was_scaled(self) -> bool:
-        """Whether p.grad was clipped or unscaled while surgery was deferred, which cannot reach the rows."""
-        return self._sentinel is not None and self._sentinel.fate() == "scaled"
+    def sentinels_were_changed(self) -> bool:
+        """Whether p.grad was clipped, unscaled or masked while surgery was deferred, which cannot reach the rows."""
+        return self._sentinels is not None and self._sentinels.fate() in ("scaled", "in part")
 
     def _foreign_among(self, parameters: list[Tensor]) -> Row:
         """Return what others put into p.grad, or what we knew of it if all of p.grad is ours."""
         # What we wrote stands there untouched, so the foreign part of it is the one that we remember.
-        if self._was_live and self._sentinel is None:
+        if self._was_live and self._sentinels is None:
             return self._foreign.copy()
         standing = Row((p, p.grad) for p in parameters if p.grad is not None)
-        if self._was_live and self._sentinel is not None:
-            standing.pop(self._sentinel.parameter)
-            if (below := self._sentinel.below()) is not None:
-                standing[self._sentinel.parameter] = below
+        if self._was_live and self._sentinels is not None:
+            for p in self._sentinels.parameters:
+                standing.pop(p)
+            standing.update(self._sentinels.below())
         return standing
 
     def lift(self) -> Row:
@@ -281,19 +292,5 @@ class Capture:
             self._held, self._next_foreign, self.fresh = None, Row(), self.make()
 
 
-def _is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
-    gradient = p.grad
-    if written is None or gradient is None:
-        return written is None and gradient is None
-    return gradient is written[0] and version_of(gradient) == written[1]
-
-
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Whether all numbers are finite and equal; the answer is on their device."""
-    difference = added(local_of(a), -local_of(b))
-    return ~(difference.coalesce().values() if difference.is_sparse else difference).any()
-
-
-def _is_zero(gradient: Tensor) -> bool:
-    # The ranks must agree, and a shard that is zero on this rank may not be so on others.
-    return not hasattr(gradient, "to_local") and not gradient.is_sparse and not bool(gradient.any())
+def _may_be_read(answer: Tensor) -> bool:
+    return answer.device.type == "cpu"

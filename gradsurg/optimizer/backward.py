@@ -135,7 +135,7 @@ def task_block(engine: Engine, name: str, preferences: Mapping[str, float] | Non
     """Send what happens to p.grad inside this block to one task's row."""
     _refuse_computed(engine, "task()")
     engine.lay_out()
-    engine.refuse_scaled_sentinel()
+    engine.refuse_changes()
     name = task_name("task()", name)
     declared = engine.options.tasks
     if declared is not None and name not in declared:
@@ -174,7 +174,7 @@ def set_rows(
             "set_gradients() was called under torch.inference_mode(), where p.grad would be a tensor that nothing may "
             "write to later: call it outside. The gradients may come from inside; under torch.no_grad() it works."
         )
-    engine.refuse_scaled_sentinel()
+    engine.refuse_changes()
     if not isinstance(gradients, Mapping) or not gradients:
         raise ValueError("gradients must be a dict from task name to a list of tensors, with at least one task")
     gradients = {task_name("gradients", name): tensors for name, tensors in gradients.items()}

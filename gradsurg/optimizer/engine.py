@@ -114,17 +114,17 @@ class Engine:
         if not self.session.layout.several:
             self.checkpoint.learn(names)
 
-    def refuse_scaled_sentinel(self) -> None:
+    def refuse_changes(self) -> None:
         """Refuse to go on if p.grad was changed while surgery waits, because the rows cannot know."""
         if not self.step.pending:
             return
         handed_scale = any(getattr(optimizer, "grad_scale", None) is not None for optimizer in self.optimizers)
-        if handed_scale or self.capture.sentinel_was_scaled():
+        if handed_scale or self.capture.sentinels_were_changed():
             absent = [name for name in self.options.tasks or () if name not in self.capture.rows]
             raise MultiTaskError(
-                "p.grad was clipped, unscaled or zeroed in place while surgery was waiting, which would undo it. It "
-                "waits inside accumulate() and no_sync(), and for declared tasks that have not come (now: "
-                f"{absent}): run the last backward outside, or wrap without tasks=. zero_grad() starts afresh."
+                "p.grad was clipped, unscaled, masked or zeroed in part while surgery was waiting, which would undo "
+                "it. It waits inside accumulate() and no_sync(), and for declared tasks that have not come (now: "
+                f"{absent}): do it after a backward outside, or wrap without tasks=. zero_grad() starts afresh."
             )
 
     # -- a run --------------------------------------------------------------------------------------------------
@@ -133,13 +133,13 @@ class Engine:
         """Take p.grad away for a run; one whose backward pass died without telling us is dropped first."""
         self.abort()
         run.parameters, run.outer_pass = self.parameters(), pass_in_progress()
-        if not self.capture.open(run.parameters) and self.capture.has_rows():
+        if not self.capture.open(run.parameters, run.on_live_rows) and self.capture.has_rows():
             self.step.losses, self.step.skipped = {}, self.capture.still_nonfinite()
         self.run, self.session.preferences = run, {**self.step.preferences, **run.preferences}
 
     def open_or_join(self, run: Run) -> list[tuple[str | None, Tensor | Compute]]:
         """Open a run, or join the one that another total of this backward pass opened; return the passes to run."""
-        self.refuse_scaled_sentinel()
+        self.refuse_changes()
         present = run.present
         due = list(present)
         if self.options.rotate is not None:
@@ -258,7 +258,7 @@ class Engine:
 
     def settle(self) -> None:
         """Do surgery that waits, and drop a run that died, before a result that has no rows is added to p.grad."""
-        self.refuse_scaled_sentinel()
+        self.refuse_changes()
         self.step.unrun = 0
         if self.run is None:
             self.finish_pending()
@@ -274,7 +274,7 @@ class Engine:
         """Do the surgery that accumulation, or a declared task that never came, left undone."""
         if not self.step.pending:
             return
-        self.refuse_scaled_sentinel()
+        self.refuse_changes()
         # A rank that had no task in any micro-batch has no rows that could have been zeroed. It takes part in what the
         # others send.
         if (self.session.layout.several and not self.capture.has_rows()) or self.capture.is_live():

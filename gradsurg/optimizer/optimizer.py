@@ -99,6 +99,8 @@ class MultiTaskOptimizer(Optimizer):
         engine.step.unrun += 1
         engine.told.add("no losses")
         run = Run(parsed, plain, through, own, nested=True, owner=self)
+        if engine.step.losses or engine.step.constraint is not None:
+            run.on_live_rows = engine.capture.is_untouched()
         # On the loss's device: only then autograd makes later work wait for the streams of these backward passes.
         anchor = torch.zeros((), device=trainable[0].device if trainable else value.device, requires_grad=True)
         # Looked up here, which torch.compile does not trace.

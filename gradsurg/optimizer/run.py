@@ -42,6 +42,7 @@ class Run:
         joins: Whether it adds rows to a run that another total opened in the same backward pass.
         joined: Whether another total did so to this one.
         owner: The optimizer, kept alive for as long as the total may run backward.
+        on_live_rows: Whether rows of earlier micro-batches stood in p.grad when the total was built.
         others: How many other totals were built and have not run, at most.
         unbatched: Why the passes could not be run as one, if an attempt showed it.
     """
@@ -59,6 +60,7 @@ class Run:
     joins: bool = False
     joined: bool = False
     owner: object = None
+    on_live_rows: bool = False
     others: int = 0
     unbatched: str = ""
     _used: bool = False

@@ -186,8 +186,6 @@ class User:
     def change(self, step: Spec) -> None:
         """Change p.grad as users do between backward and step."""
         how = step.get("change")
-        if how in ("mask", "rows", "none of one") and self.optimizer._gradsurg.step.pending:
-            return  # if that empties the p.grad that stands for the rows, it is taken for zero_grad()
         present = [p for p in self.parameters if p.grad is not None and not p.grad.is_sparse]
         if step.get("scale", 1.0) > 1:  # as a gradient scaler does
             for p in self.parameters:

@@ -238,6 +238,56 @@ def test_changing_p_grad_while_surgery_waits_is_refused(change, before):
     optimizer.step()
 
 
+CHANGES = {
+    "none of one": lambda p: setattr(p, "grad", None),
+    "zeros in one": lambda p: p.grad.zero_(),
+    "a mask": lambda p: p.grad.mul_(torch.arange(p.numel()).reshape(p.shape) % 2),
+    "rows": lambda p: p.grad[:1].zero_(),
+    "a masked copy": lambda p: setattr(p, "grad", p.grad * (torch.arange(p.numel()).reshape(p.shape) % 2)),
+    "a smaller copy": lambda p: setattr(p, "grad", 0.5 * p.grad),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("waits", ["accumulate", "declared"])
+@pytest.mark.parametrize("then", ["step", "total", "task"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_change_of_one_p_grad_while_surgery_waits_drops_no_task(change, waits, then, which):
+    w, v, big = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(9))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w, v, big], lr=0.1), tasks=["a", "b"])
+
+    def loss(sign):
+        return (w * torch.tensor([1.0, 2.0, 3.0, sign])).sum() + sign * v.sum() + big.sum()
+
+    if waits == "accumulate":
+        with optimizer.accumulate():
+            optimizer.total({"a": loss(1.0), "b": loss(-1.0)}).backward()
+    else:
+        with optimizer.task("a"):
+            loss(1.0).backward()
+    CHANGES[change]((w, v)[which])
+
+    def go_on():
+        if then == "step":
+            optimizer.step()
+        elif then == "total":
+            optimizer.total({"a": loss(1.0), "b": loss(-1.0)}).backward()
+        else:
+            with optimizer.task("b"):
+                loss(-1.0).backward()
+
+    with pytest.raises(MultiTaskError, match="in part while surgery was waiting"):
+        go_on()
+    assert w.tolist() == [1.0] * 4
+    optimizer.zero_grad()
+    optimizer.total({"a": loss(1.0), "b": loss(-1.0)}).backward()
+    optimizer.step()
+    # Opposed gradients of one length on v, and equal ones on the first numbers of w and on big.
+    assert torch.equal(v.detach(), torch.ones(3))
+    assert (w[:3] < 1).all()
+    assert (big < 1).all()
+
+
 def test_a_declared_task_that_never_came_is_named_when_clipping_met_waiting_surgery():
     model = build()
     optimizer = wrapped(model, tasks=["left", "right", "whole"])

@@ -1,10 +1,13 @@
 """The mark that stands for waiting rows, and what can be read off it."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from gradsurg.gradients.sentinel import Sentinel
+from gradsurg.gradients.rows import Row
+from gradsurg.gradients.sentinel import Sentinel, Sentinels, watched
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 SHAPES = [(), (3,), (2, 4)]
@@ -116,3 +119,97 @@ def test_a_sparse_foreign_gradient_tells_only_whether_it_changed():
     assert mark.fate() == "added to"
     p.grad = None
     assert mark.fate() == "gone"
+
+
+MASKS = {
+    "a mask": lambda g: g.mul_(torch.tensor([0.0, 1.0, 0.0])),
+    "the first rows": lambda g: g[:2].zero_(),
+    "the last rows, unscaled too": lambda g: g.mul_(2.0**-10)[1:].zero_(),
+    "through data": lambda g: g.data[:1].zero_(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("before", ["nothing", "foreign"])
+def test_a_mask_leaves_some_of_it(dtype, mask, before):
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    if before == "foreign":
+        p.grad = torch.tensor([1.0, -2.0, 3.0]).to(dtype)
+    mark = Sentinel(p)
+    MASKS[mask](p.grad)
+    assert mark.fate() == "in part"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_that_is_masked_or_scaled_holds_some_of_it(dtype):
+    p, mark = marked(dtype)
+    p.grad = p.grad * torch.tensor([0.0, 1.0, 1.0]).to(dtype)
+    assert mark.fate() == "in part"
+    p, mark = marked(dtype)
+    p.grad = p.grad * 0.5
+    assert mark.fate() == "scaled"
+    # The next gradient, after zero_grad().
+    p, mark = marked(dtype)
+    p.grad = torch.tensor([0.0, 1e-3, -1.0]).to(dtype)
+    assert mark.fate() == "gone"
+
+
+def test_a_penalty_after_zeroing_in_place_shows_if_it_has_zeros():
+    p, mark = marked()
+    p.grad.zero_()
+    p.grad.add_(torch.tensor([0.0, 1.0, 2.0]))
+    assert mark.fate() == "in part"
+
+
+def test_a_sum_in_another_tensor_is_not_taken_for_zeroing():
+    p, mark = marked()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a cycle, which the last line breaks
+        p.square().sum().backward(create_graph=True)
+    assert mark.fate() == "in part"
+    p.grad = None
+
+
+def of_two():
+    parameters = [nn.Parameter(torch.ones(n)) for n in (2, 3)]
+    return parameters, Sentinels(parameters)
+
+
+def test_of_two_sentinels_both_tell():
+    (p, q), marks = of_two()
+    assert marks.fate() == "there"
+    assert len(marks.below()) == 0
+    q.grad.add_(torch.tensor([0.0, 1.0, 2.0]))
+    assert marks.fate() == "added to"
+    assert torch.equal(marks.below()[q], torch.tensor([0.0, 1.0, 2.0]))
+    p.grad = None
+    assert marks.fate() == "in part"
+    q.grad = None
+    assert marks.fate() == "gone"
+    (p, q), marks = of_two()
+    q.grad.mul_(0.5)
+    assert marks.fate() == "scaled"
+    q.grad.zero_()
+    assert marks.fate() == "in part"
+    p.grad.zero_()
+    assert marks.fate() == "gone"
+
+
+def test_which_parameters_are_watched():
+    """Those without foreign gradients first; then not of one number, of different dimensions, and small."""
+    sizes = [(9,), (3,), (1,), (5,), (2, 6), (4, 4)]
+    nine, three, one, five, matrix, square = map(nn.Parameter, map(torch.ones, sizes))
+    foreign = Row([(one, torch.ones(1)), (three, torch.ones(3)), (nine, torch.zeros(9))])
+
+    def sizes_of(*reached):
+        return [tuple(p.shape) for p in watched(reached, foreign)]
+
+    assert sizes_of(square, nine, three, one, five, matrix) == [(5,), (2, 6)]
+    assert len(foreign) == 3
+    assert sizes_of(one, three, five, nine) == [(5,), (9,)]
+    assert [p.numel() for p in foreign] == [1, 3]
+    assert sizes_of(one, three, five) == [(5,), (3,)]
+    assert sizes_of(one, three) == [(3,)]
+    assert sizes_of(one) == [(1,)]
+    assert sizes_of() == []
