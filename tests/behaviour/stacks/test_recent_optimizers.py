@@ -7,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
 
 import gradsurg
 from tests.behaviour.failures import Mine
+from tests.nearest import default_direction, gradients_of, nearest_without_conflict, vector
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they use what torch deprecates while they are imported
@@ -98,10 +98,6 @@ def parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def vector(tensors):
-    return torch.cat([tensor.detach().flatten().double() for tensor in tensors]).numpy()
-
-
 def bits(optimizer):
     return [p.detach().clone() for p in parameters_of(optimizer)]
 
@@ -119,14 +115,6 @@ def train(model, optimizer, batches):
         optimizer.step()
 
 
-def nearest_without_conflict(v, J, metric=1.0):
-    """Solve min Σ (x − v)² / metric so that J x ≥ 0, by its dual, a least-squares problem with λ ≥ 0."""
-    root = np.sqrt(metric * np.ones_like(v))
-    J = J / np.linalg.norm(J, axis=1, keepdims=True)
-    multipliers, _ = nnls((J * root).T, -v / root)
-    return v + metric * (J.T @ multipliers)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_each_step_is_the_independent_solution_and_hurts_no_task(name):
     model, optimizer = build(name)
@@ -134,14 +122,13 @@ def test_each_step_is_the_independent_solution_and_hurts_no_task(name):
     would_hurt = 0
     for batch in range(12):
         parameters, losses = parameters_of(optimizer), model.losses(batch)
-        J = np.stack([vector(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses.values()])
+        J = gradients_of(losses.values(), parameters)
         # The bare optimizer at the same place, to step with the same p.grad.
         _, bare = build(name, model)
         bare.load_state_dict(copied(optimizer.state_dict()))
         optimizer.zero_grad()
         optimizer.total(losses).backward()
-        norms = np.linalg.norm(J, axis=1, keepdims=True)
-        wanted = nearest_without_conflict((J * norms.mean() / norms).sum(0), J)
+        wanted = default_direction(J)
         error = np.linalg.norm(vector([p.grad for p in parameters]) - wanted)
         assert error <= 1e-6 * np.linalg.norm(wanted)
 
@@ -157,8 +144,9 @@ def test_each_step_is_the_independent_solution_and_hurts_no_task(name):
         place = 2**-23 * np.linalg.norm(before)
         assert np.linalg.norm(moved - wanted) <= 1e-5 * np.linalg.norm(alone) + place
         assert moved.any() == alone.any()  # some only prepare themselves in their first steps
-        assert (J @ moved >= -1e-4 * norms[:, 0] * np.linalg.norm(moved)).all()
-        would_hurt += (J @ alone < -1e-3 * norms[:, 0] * np.linalg.norm(alone)).any()
+        norms = np.linalg.norm(J, axis=1)
+        assert (J @ moved >= -1e-4 * norms * np.linalg.norm(moved)).all()
+        would_hurt += (J @ alone < -1e-3 * norms * np.linalg.norm(alone)).any()
     assert would_hurt > 0
 
 
