@@ -42,13 +42,15 @@ def checked(
     return state_dict, averages
 
 
-def check_group(optimizer: Optimizer, pipeline: Pipeline) -> None:
-    """Check the entry that an optimizer brings to wrap(), because it loaded the checkpoint of a wrapped one."""
-    group = optimizer.param_groups[0]
-    if KEY in group:
-        clean, _ = checked(optimizer, {"param_groups": [group]}, "rows", pipeline)
-        group.pop(KEY)
-        group.update(clean["param_groups"][0])
+def check_group(optimizer: Optimizer, pipeline: Pipeline, inside: str) -> tuple[dict[str, Any], Any]:
+    """Check what an optimizer brings to wrap(), because it loaded the checkpoint of a wrapped one; change nothing.
+
+    Returns:
+        What its first group has to hold under KEY (nothing, or the entry), and the averages or None; see `checked`.
+    """
+    clean, averages = checked(optimizer, {"param_groups": optimizer.param_groups[:1]}, inside, pipeline)
+    group = clean["param_groups"][0]
+    return {key: group[key] for key in (KEY,) if key in group}, averages
 
 
 def _check_averages(averages: object, parameters: Sequence[Tensor]) -> None:

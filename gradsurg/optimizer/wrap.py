@@ -21,6 +21,8 @@ from gradsurg.normalize import Normalizer
 from gradsurg.optimizer.backward import OneByOne
 from gradsurg.optimizer.cheap.batched import Batched
 from gradsurg.optimizer.cheap.reuse import Reused
+from gradsurg.optimizer.cheap.rotation import ROWS
+from gradsurg.optimizer.checkpoint import KEY
 from gradsurg.optimizer.engine import Engine
 from gradsurg.optimizer.loading import check_group
 from gradsurg.optimizer.optimizer import MultiTaskOptimizer
@@ -144,14 +146,18 @@ def wrap(
         raise TypeError("wrap() was given the same optimizer twice in a list: pass each once")
     checked = check_model(model)
     options = check_options(optimizers, given)
-    for each in optimizers:
-        check_group(each, options.pipeline)
+    brought = [check_group(each, options.pipeline, ROWS) for each in optimizers]
     if options.guarantee == "update":
         check_foreign(p for each in optimizers for p in trained(each))
     full = Batched() if options.batched else OneByOne()
     passes = full if options.refresh_every == 1 else Reused(options.refresh_every, full)
     engine = Engine(options, passes, checked)
-    wrapped = [extend(each, engine) for each in optimizers]
+    wrapped = []
+    for each, (entry, averages) in zip(optimizers, brought, strict=True):
+        each.param_groups[0].pop(KEY, None)
+        each.param_groups[0].update(entry)
+        wrapped.append(extend(each, engine))
+        engine.rotation.replace_averages(each, averages)
     engine.session.ranks.know_early(engine.parameters())
     return wrapped if several else wrapped[0]
 
@@ -171,7 +177,7 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     engine.forget()
     engine.checkpoint.references.remove(weakref.ref(wrapped))
     for group in wrapped.param_groups:
-        group.pop("gradsurg", None)
+        group.pop(KEY, None)
     return restore_class(wrapped)
 
 

@@ -151,8 +151,7 @@ class Judge(User):
                 self.optimizer = wrapped(self.net, bare, self.program.options)
                 state = copy.deepcopy(self.optimizer.state_dict())
             self.optimizer.load_state_dict(state)
-        # A bare optimizer carries no averages of rotate=.
-        self.rows, self.twin = {}, None if spec.get("how") == "bare" and "rotate" in self.program.options else old
+        self.rows, self.twin = {}, old
 
     def wrong_arguments(self) -> None:
         """Call the library in ways that it has to refuse."""

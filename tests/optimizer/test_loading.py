@@ -155,6 +155,26 @@ def test_another_version_is_refused(version):
     assert type(bare) is torch.optim.Adam
 
 
+def test_a_refused_wrap_changes_nothing():
+    """Of two optimizers that loaded checkpoints, the second one's cannot be read."""
+    model = build()
+    source = wrapped(model, rotate=1)
+    for batch in range(2):
+        step(source, model, batch)
+    good = torch.optim.Adam(trained(model), lr=0.01)
+    good.load_state_dict(source.state_dict())
+    other = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.01)
+    other.param_groups[0]["gradsurg"] = {"version": 9}
+    before = copy.deepcopy(good.state_dict())
+    with pytest.raises(ValueError, match="its version is 9"):
+        gradsurg.wrap([good, other], rotate=1)
+    assert same(good.state_dict(), before)
+    # Without rotate= there is no use for the averages, and the rest goes on.
+    optimizer = gradsurg.wrap(good)
+    assert optimizer._gradsurg.checkpoint.step == 2
+    assert "rows" not in piece_of(optimizer.state_dict())
+
+
 PAIRS = [
     ({"normalize": "uncertainty"}, {"normalize": "dwa"}, "normalize='uncertainty 1'"),
     ({"surgery": "modo"}, {"surgery": "sdmgrad"}, "surgery='modo 1'"),

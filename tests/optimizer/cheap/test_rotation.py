@@ -176,6 +176,14 @@ def copied_by_state_dict(model, optimizer):
     return twin, other
 
 
+def by_a_bare_one(model, optimizer):
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    bare = torch.optim.Adam(trained(twin), lr=0.05)
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return twin, gradsurg.wrap(bare, rotate=1)
+
+
 def copied_by_dcp(model, optimizer):
     twin = build()
     twin.load_state_dict(model.state_dict())
@@ -230,7 +238,9 @@ def test_resuming_from_a_distributed_checkpoint_on_disk_is_not_noticed(tmp_path,
         assert "tensor" not in repr(other)
 
 
-@pytest.mark.parametrize("route", [copied_by_pickle, copied_by_state_dict, copied_by_dcp, lambda *x: copy.deepcopy(x)])
+@pytest.mark.parametrize(
+    "route", [copied_by_pickle, copied_by_state_dict, by_a_bare_one, copied_by_dcp, lambda *x: copy.deepcopy(x)]
+)
 @pytest.mark.parametrize("before", [0, 1, 2, 5])
 def test_resuming_is_not_noticed(route, before):
     model = build()
