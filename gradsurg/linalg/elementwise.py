@@ -65,7 +65,7 @@ def elementwise_direction(
         present = [(i, g) for i in alive if (g := rows[i][k]) is not None]
         direction.append(_column(combine_columns, present, parameter, scales, preferences, generator))
     with_u = [*rows, direction]
-    G = measure.gramian(with_u, exact=True).cpu()
+    G = measure.gramian(with_u, exact=True)
     correction = torch.zeros(len(rows) + 1, dtype=torch.float64)
     correction[-1] = 1.0
     stationary = False

@@ -36,7 +36,7 @@ def gramian(rows: Rows, *, exact: bool = False) -> Tensor:
             numbers at a time are summed one after the other: 6e-14 at worst, on constant rows.
 
     Returns:
-        Shape (m, m), float64, symmetric; on the CPU for CPU rows, on the rows' device otherwise.
+        Shape (m, m), float64, symmetric, on the CPU, as everything of m numbers outside of the kernels is.
     """
     m = len(rows)
     total = GramianSum(m)
@@ -96,7 +96,7 @@ class GramianSum:
         self.lost[i][j] += (old - (new - kept)) + (value - kept)
 
     def result(self) -> Tensor:
-        """Return the whole matrix, exactly symmetric."""
+        """Return the whole matrix, exactly symmetric, on the CPU."""
         parts = [(tasks, _joined([strip.total() for strip in strips])) for (tasks, _), strips in self.strips.items()]
         if len(parts) == 1 and len(parts[0][0]) == self.m and self.entries is None:
             lower = parts[0][1]
@@ -109,7 +109,7 @@ class GramianSum:
                 sums, lost = torch.tensor([self.entries, self.lost], dtype=torch.float64).to(lower.device)
                 # The loss of an infinite entry is NaN, and counts as 0.
                 lower += sums.add_(lost.nan_to_num_(0))
-        return lower.tril().add_(lower.tril(-1).T)
+        return lower.tril().add_(lower.tril(-1).T).cpu()
 
 
 class PairwiseSum:

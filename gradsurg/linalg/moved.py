@@ -105,5 +105,5 @@ def gramian_moved(
             torch._foreach_mul_(present, sqrt(weight))
             d.div_(sqrt(weight))
         total.add([*(i for i, pieces in enumerate(gradients) if pieces), len(rows)], matrix, exact=True)
-    products = total.result().cpu()
+    products = total.result()
     return products[:-1, :-1], float(products[-1, -1])

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gradsurg.gradients.rows import Row
-from gradsurg.guarantee.constraint import UpdateConstraintCUDA
+from gradsurg.guarantee.constraint import UpdateConstraint, UpdateConstraintCUDA
 from gradsurg.guarantee.movement import catch_up, stream_of
 from gradsurg.linalg.blocks import Rows
+from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
 from gradsurg.linalg.kernels.table import constant
 from gradsurg.optimizer.inputs import Partitions, StepInputs, StepResult, plain_sum, problem_of
 from gradsurg.optimizer.recording import later
@@ -49,13 +50,20 @@ def compute_direction_cuda(inputs: StepInputs, partitions: Partitions) -> StepRe
     firsts = [next(g for g in column if g is not None) for column in zip(*table, strict=True)]
     gradients = [torch.empty_like(g, dtype=p.dtype) for g, p in zip(firsts, parameters, strict=True)]
     combine(table, weights, gradients, partitions=partition_of)
-    protected = pipeline.protected(replace(problem, gramian=G))
+    constraint: UpdateConstraint | None
+    if len(table) > PROGRAM_UP_TO:
+        # The kernel that corrects an update holds no more tasks; this reads the device, as the weights of so many do.
+        protected = pipeline.protected(problem)
+        constraint = UpdateConstraint(inputs.rows, partitions, problem.gramian, protected) if bool(finite) else None
+    else:
+        protected = pipeline.protected(replace(problem, gramian=G))
+        constraint = UpdateConstraintCUDA(inputs.rows, partitions, G, protected, finite=finite)
     return StepResult(
         gradients=Row(zip(parameters, gradients, strict=True)),
         report=later(
             inputs, partitions, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))
         ),
-        constraint=UpdateConstraintCUDA(inputs.rows, partitions, G, protected, finite=finite),
+        constraint=constraint,
         state=state,
     )
 

@@ -79,9 +79,10 @@ class Report:
     level: str = "gradients"
     fresh: tuple[str, ...] | None = None
 
-    def with_movement(self, movement: object) -> Report:
+    def with_movement(self, movement: DeferredMovement | Movement) -> Report | DeferredReport:
         """Return the report with one more movement: several optimizers may share the rows."""
-        assert isinstance(movement, Movement)
+        if isinstance(movement, DeferredMovement):  # the report was read before the step
+            return DeferredReport(self.step, lambda: self, (movement,))
         return replace(self, movement=joined([*([] if self.movement is None else [self.movement]), movement]))
 
     @property
@@ -193,21 +194,25 @@ def _ratio(part: float, whole: float) -> float:
 class DeferredReport:
     """A report that is made when it is read; if its numbers are on a device, reading waits for it.
 
-    `make` leaves out the movements, one of each optimizer that shares the report.
+    `make` leaves out the `movements`: of the optimizers that share the report, those that came since.
     """
 
     step: int
     make: Callable[[], Report]
     movements: tuple[DeferredMovement | Movement, ...] = ()
 
-    def with_movement(self, movement: object) -> DeferredReport:
+    def with_movement(self, movement: DeferredMovement | Movement) -> DeferredReport:
         """Return the report with one more movement."""
-        assert isinstance(movement, (DeferredMovement, Movement))
         return replace(self, movements=(*self.movements, movement))
 
     def read(self) -> Report:
         """Return the report, on the CPU."""
-        return replace(self.make(), movement=joined([_on_host(movement) for movement in self.movements]))
+        report = self.make()
+        for movement in map(_on_host, self.movements):
+            report = replace(
+                report, movement=movement if report.movement is None else joined([report.movement, movement])
+            )
+        return report
 
 
 def settled(report: Report | DeferredReport) -> Report:

@@ -25,6 +25,8 @@ FLOAT = (torch.float32, torch.float32)
 def machine(monkeypatch):
     """Sets what dispatch finds: whether Triton is there, whether it interprets, and why a card is unfit for it."""
 
+    dispatch._warn_of.cache_clear()
+
     def is_found(*, available=True, interpreted=False, misfit=""):
         monkeypatch.setattr(dispatch, "triton_is_available", lambda: available)
         monkeypatch.setattr(dispatch, "is_interpreted", lambda: interpreted)
@@ -33,6 +35,7 @@ def machine(monkeypatch):
     return is_found
 
 
+@pytest.mark.filterwarnings("ignore:gradsurg's kernels cannot run")
 @pytest.mark.parametrize(
     ("backend", "device", "available", "interpreted", "wanted"),
     [
@@ -51,6 +54,7 @@ def test_path(machine, backend, device, available, interpreted, wanted):
     assert found == wanted
 
 
+@pytest.mark.filterwarnings("ignore:gradsurg's kernels cannot run")
 @pytest.mark.parametrize(
     ("device", "available", "sparse", "dtypes", "message"),
     [
@@ -69,9 +73,11 @@ def test_triton_asked_for_where_it_cannot_run(machine, device, available, sparse
     assert path("auto", device, **arguments) == "torch"
 
 
-def test_a_card_that_cannot_run_kernels(machine):
+def test_a_card_that_cannot_run_kernels_is_named_once(machine):
     machine(misfit="it is too old")
-    assert path("auto", CUDA, dtypes=[FLOAT]) == "torch"
+    with pytest.warns(UserWarning, match="cannot run on cuda: it is too old") as warned:
+        assert [path("auto", CUDA, dtypes=[FLOAT]) for _ in range(3)] == ["torch"] * 3
+    assert len(warned) == 1
     with pytest.raises(ValueError, match=r"cannot run: it is too old\. Use backend='auto'"):
         path("triton", CUDA, dtypes=[FLOAT])
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurg.errors import choose
+from gradsurg.errors import choose, warn
 
 __all__ = ["BACKENDS", "PROGRAM_UP_TO", "GramianKernel", "gramian_kernel", "path", "path_of", "task_tiles", "vector"]
 
@@ -63,9 +63,12 @@ def path(
     backend = choose("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
-    problem = _problem(device, dtypes, sparse)
+    misfit = _misfit(device)
+    problem = misfit or _problem(dtypes, sparse)
     if problem and backend == "triton":
         raise cannot_run(problem)
+    if misfit and device.type == "cuda":
+        _warn_of(device, misfit)
     return "torch" if problem else "triton"
 
 
@@ -150,14 +153,25 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 
-def _problem(device: torch.device, dtypes: Iterable[tuple[torch.dtype, torch.dtype]], sparse: bool) -> str:
+def _misfit(device: torch.device) -> str:
+    """Return why no kernel can run on a device, whatever the gradients are; "" if some can."""
     if not triton_is_available():
         return "Triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if problem := unfit(device):
-            return problem
-    elif device.type != "cpu" or not is_interpreted():
-        return f"the gradients are on {device}, not on a CUDA device"
+        return unfit(device)
+    on_cpu = device.type == "cpu" and is_interpreted()
+    return "" if on_cpu else f"the gradients are on {device}, not on a CUDA device"
+
+
+@functools.cache
+def _warn_of(device: torch.device, misfit: str) -> None:
+    warn(
+        f"gradsurg's kernels cannot run on {device}: {misfit}. Its steps are right without them, but take longer and "
+        "wait for the device. backend='torch' asks for that, without this warning."
+    )
+
+
+def _problem(dtypes: Iterable[tuple[torch.dtype, torch.dtype]], sparse: bool) -> str:
     if sparse:
         return "there are sparse gradients"
     for row, out in dtypes:
