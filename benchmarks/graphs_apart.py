@@ -36,7 +36,8 @@ def functions(net: nn.Module, points: int) -> dict[str, Callable[[], Tensor]]:
         u = net(inside)
         u_x, u_t = torch.autograd.grad(u.sum(), inside, create_graph=True)[0].unbind(1)
         u_xx = torch.autograd.grad(u_x.sum(), inside, create_graph=True)[0][:, 0]
-        return (u_t + u[:, 0] * u_x - 0.01 * u_xx).square().mean()
+        loss: Tensor = (u_t + u[:, 0] * u_x - 0.01 * u_xx).square().mean()
+        return loss
 
     return {
         "equation": equation,
