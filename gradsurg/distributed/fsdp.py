@@ -97,7 +97,7 @@ class ShardedLayout(Layout):
 
     def anywhere(self, flags: Tensor) -> Tensor:
         """Return which flags are set on any rank: one shard may be zero while others are not."""
-        return self.added(flags.to(torch.int32)) > 0
+        return self.raised(flags)
 
     def agreed(self, names: Sequence[str]) -> list[str]:
         """Return the names themselves: the exchange has made sure that they are equal on all ranks."""

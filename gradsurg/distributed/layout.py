@@ -129,6 +129,10 @@ class Layout:
         """Return which flags are set on any rank, if all ranks ask at this point; otherwise those of this rank."""
         return flags
 
+    def raised(self, flags: Tensor) -> Tensor:
+        """Return which flags are set on any rank; all ranks have to ask at this point."""
+        return flags if self.group is None else self.added(flags.to(torch.int32)) > 0
+
     def on_any_rank(self, names: Iterable[str], mine: Sequence[str]) -> list[str]:
         """Return those of `names`, equal and in one order on all ranks, that are in `mine` on any rank."""
         flags = self.added(torch.tensor([name in mine for name in names], dtype=torch.float64))

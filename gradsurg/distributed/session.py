@@ -27,7 +27,7 @@ class Session:
         """Find out how the parameters are spread over ranks, and switch off DDP's own reduction."""
         self.layout = self.ranks.layout(parameters)
         self.layout.begin()
-        self._capture.reach.anywhere = self.layout.anywhere
+        self._capture.reach.anywhere, self._capture.on_any_rank = self.layout.anywhere, self.layout.raised
 
     def agree_on(self, names: Sequence[str]) -> list[str]:
         """Return the tasks of all ranks; their losses are then averaged, with or without a row."""

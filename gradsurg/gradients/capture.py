@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsurg.errors import MultiTaskError
-from gradsurg.gradients.changes import holds_same, is_untouched, was_added_to, what_was_added
+from gradsurg.gradients.changes import holds_same, how_changed, what_was_added
 from gradsurg.gradients.compile import anything_compiled
 from gradsurg.gradients.dtensor import on_every_rank, version_of
 from gradsurg.gradients.reachability import Reachability
@@ -47,6 +47,8 @@ class Capture:
         # Under DDP, rows of this rank alone: those of no_sync(), or of deferred surgery.
         self.unsent = make()
         self.reach = Reachability()
+        # Turns flags of this rank into flags that are set on any rank; see Layout.raised.
+        self.on_any_rank: Callable[[Tensor], Tensor] = lambda flags: flags
         self.fresh = make()
         self.recycled = Recycler()
         # Whether losses came as one tensor, whose graph gives zeros where a task reaches nothing.
@@ -67,9 +69,9 @@ class Capture:
 
         Rows that `were_live` when the total was built stay so if only its own backward pass added to p.grad since.
         """
-        self._was_live = self.is_live(parameters)
-        penalty = self._added_since(parameters) if were_live and not self._was_live else None
-        self._was_live |= penalty is not None
+        change = self._change(parameters, were_live)
+        penalty = what_was_added(parameters, self._again()) if change == 1 and self._again is not None else None
+        self._was_live = change == 0 or penalty is not None
         self._next_foreign = self._foreign_among(parameters) if penalty is None else penalty
         self._select_on_device(parameters)
         self._held, self._parameters = HeldGradients(parameters), parameters
@@ -211,24 +213,26 @@ class Capture:
         """Whether there are rows, live or not."""
         return bool(len(self.rows) or len(self.unsent))
 
-    def is_live(self, parameters: list[Tensor] | None = None) -> bool:
+    def is_live(self) -> bool:
         """Whether the rows still stand for what is in p.grad of the parameters."""
-        if not self.has_rows() or not self._written:
-            return False
-        if self._sentinels is not None:
-            return self._sentinels.fate() != "gone"
-        return self.is_untouched(parameters) and self._holds_what_was_written()
+        return self._change(self.parameters()) == 0
 
-    def is_untouched(self, parameters: list[Tensor] | None = None) -> bool:
+    def is_untouched(self) -> bool:
         """Whether p.grad are the tensors that we wrote, and nothing wrote to them since, as far as torch knows."""
-        parameters = self.parameters() if parameters is None else parameters
-        return all(map(is_untouched, parameters, self._written.at(parameters)))
+        return how_changed(self.parameters(), self._written) == 0
 
-    def _added_since(self, parameters: list[Tensor]) -> Row | None:
-        """Return all that is foreign in p.grad if one backward pass added to it, else None."""
-        if self._again is None or not self.has_rows() or not was_added_to(parameters, self._written):
-            return None
-        return what_was_added(parameters, self._again())
+    def _change(self, parameters: list[Tensor], were_live: bool = False) -> int:
+        """Return 0 if rows still stand for p.grad, 1 if this backward pass may have added to it, else 2."""
+        if not self.has_rows() or not self._written:
+            return 2
+        if self._sentinels is not None:
+            return 2 if self._sentinels.fate() == "gone" else 0
+        here = how_changed(parameters, self._written)
+        if not were_live or self._again is None:
+            here *= 2
+        # Ranks have to agree, because the next steps are taken together.
+        change = int(self.on_any_rank(torch.tensor([here > 0, here > 1])).sum())
+        return 2 if change == 0 and not self._holds_what_was_written() else change
 
     @torch.no_grad()
     def _holds_what_was_written(self) -> bool:
@@ -242,7 +246,7 @@ class Capture:
         answers = [holds_same(tensor, again[p]) for p, (tensor, _) in self._written.items()]
         device = next((answer.device for answer in answers if not _may_be_read(answer)), answers[0].device)
         differ = ~torch.stack([answer.to(device) for answer in answers]).all()
-        same = ~self.reach.anywhere(differ.reshape(1))[0]
+        same = ~self.on_any_rank(differ.reshape(1))[0]
         if _may_be_read(same):
             return bool(same)
         self._unread = same

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurg.gradients.dtensor import local_of, version_of
 from gradsurg.gradients.rows import ByParameter, Row, added, is_finite
 
-__all__ = ["holds_same", "is_untouched", "was_added_to", "what_was_added"]
+__all__ = ["holds_same", "how_changed", "is_untouched", "what_was_added"]
 
 
 def is_untouched(p: Tensor, written: tuple[Tensor, int] | None) -> bool:
@@ -27,20 +27,25 @@ def holds_same(a: Tensor, b: Tensor) -> Tensor:
     return ~(difference.coalesce().values() if difference.is_sparse else difference).any()
 
 
-def was_added_to(parameters: Sequence[Tensor], written: ByParameter[tuple[Tensor, int]]) -> bool:
-    """Whether one backward pass may have added to the gradients that were written, and nothing else changed them.
+def how_changed(parameters: Sequence[Tensor], written: ByParameter[tuple[Tensor, int]]) -> int:
+    """Return 0 if p.grad is what was written, as far as torch knows, 1 if a backward pass may have added to it, else 2.
 
-    It writes to each once at most. zero_grad(set_to_none=False) does so too, but leaves nothing but zeros.
+    A backward pass writes to each gradient once at most. zero_grad(set_to_none=False) does so too, but leaves nothing
+    but zeros.
     """
-    pairs = [(p.grad, ours) for p, ours in zip(parameters, written.at(parameters), strict=True) if ours is not None]
-    if not all(gradient is ours[0] for gradient, ours in pairs):
-        return False
+    ours = written.at(parameters)
+    if all(map(is_untouched, parameters, ours)):
+        return 0
+    pairs = [(p.grad, mine) for p, mine in zip(parameters, ours, strict=True) if mine is not None]
+    if not all(gradient is mine[0] for gradient, mine in pairs):
+        return 2
     # Views of one buffer count their writes together.
     buffers = [id(g if g._base is None else g._base) for _, (g, _) in pairs]
     writes = {buffer: version_of(g) - before for buffer, (_, (g, before)) in zip(buffers, pairs, strict=True)}
     if any(count > buffers.count(buffer) for buffer, count in writes.items()):
-        return False
-    return not any(writes.values()) or any(_is_nonzero(g) for _, (g, _) in pairs)
+        return 2
+    # What tasks did not reach, a penalty may: p.grad was None there.
+    return 1 if not any(writes.values()) or any(_is_nonzero(g) for _, (g, _) in pairs) else 2
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import gradsurg
 from gradsurg.gradients.dtensor import local_of
 from tests.distributed import nets
 from tests.distributed.jobs_promises import spread
+from tests.distributed.jobs_sharded import Parallel, sharded, split
 
 
 def refused(what: str) -> str:
@@ -140,7 +142,13 @@ OPTIONS = {
 
 def other_options(kind: str, option: str, options: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Every rank wraps with an option of its own."""
-    model = spread(nets.build(), kind)
+    if kind == "tensor":
+        model = nets.build(Parallel)
+        split(model.block, init_device_mesh("cpu", (dist.get_world_size(),)), kind)
+    elif kind == "replicas of shards":
+        model = sharded(nets.build(), kind)
+    else:
+        model = spread(nets.build(), kind)
     optimizer = nets.optimizer_of(model, **OPTIONS[option](dist.get_rank()), **options)
     own = {"preferences": {"task1": 0.5 * dist.get_rank()}} if option == "preferences of this step" else {}
     try:

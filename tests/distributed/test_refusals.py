@@ -52,6 +52,12 @@ def test_check_sync_names_the_first_that_differs(ranks, sharded):
         ("fsdp2", "preferences", {}),
         ("fsdp2", "guarantee", {}),
         ("fsdp2", "seed", {"refresh_every": 2}),
+        ("replicas of shards", "preferences", {}),
+        ("replicas of shards", "seed", {"refresh_every": 2}),
+        ("replicas of shards", "preferences of this step", {}),
+        ("tensor", "preferences", {}),
+        ("tensor", "guarantee", {}),
+        ("tensor", "preferences of this step", {}),
     ],
     ids=str,
 )

@@ -88,3 +88,17 @@ def test_what_was_zeroed_after_the_total_was_built_is_gone(zero, penalised):
     (other + v.square().sum() if penalised else other).backward()
     torch.testing.assert_close([w.grad, s.grad], [v.grad, t.grad])
     assert torch.equal(optimizer._gradsurg.capture.rows["a"][w], 2 * ROWS[0])
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_what_torch_cannot_see_is_no_penalty(penalised):
+    """Numbers that .data changed before the total was built are foreign, also if a penalty reaches another parameter."""
+    w, s, x = (nn.Parameter(torch.ones(n)) for n in (3, 1, 2))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w, s, x], lr=0.1), **PLAIN)
+    optimizer.total(losses_of(w, s[0], 0)).backward()
+    w.grad.data.mul_(0.5)
+    total = optimizer.total(losses_of(w, s[0], 1))
+    (total + x.square().sum() if penalised else total).backward()
+    assert w.grad.tolist() == (0.5 * ROWS.sum(0) + 2 * ROWS[0] + ROWS[1]).tolist()
+    if not penalised:
+        assert torch.equal(optimizer._gradsurg.capture.rows["a"][w], 2 * ROWS[0])
