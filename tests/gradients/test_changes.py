@@ -92,7 +92,7 @@ def test_what_was_zeroed_after_the_total_was_built_is_gone(zero, penalised):
 
 @pytest.mark.parametrize("penalised", [False, True])
 def test_what_torch_cannot_see_is_no_penalty(penalised):
-    """Numbers that .data changed before the total was built are foreign, also if a penalty reaches another parameter."""
+    """Numbers that .data changed before the total was built are foreign, also if a penalty reaches others."""
     w, s, x = (nn.Parameter(torch.ones(n)) for n in (3, 1, 2))
     optimizer = gradsurg.wrap(torch.optim.SGD([w, s, x], lr=0.1), **PLAIN)
     optimizer.total(losses_of(w, s[0], 0)).backward()

@@ -56,6 +56,7 @@ ALLOWED = {
         "settled": "the functional form, not a step",
         "_quick": "where the solvers are the host's",
     },
+    "gradients/capture.py": {"_change": "flags in host memory; over ranks they are exchanged in a later micro-batch"},
     "gradients/rows.py": {"is_finite": "nonfinite='skip_task' and 'raise'", "_overflows": "row_dtype=torch.float16"},
     "optimizer/step.py": {"unmoved": "gradients that came before a closure: SAM"},
     "surgery/base.py": {"check_gramian": "the functional form; a matrix on a device is not read"},
