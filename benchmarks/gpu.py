@@ -6,14 +6,16 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse   # no GPU needed: run every section, tiny, untimed
     python -m benchmarks.gpu --minutes 8      # leave out what cannot be begun by then
 
-What was measured is written after every section, and also where one fails. Peers that are not installed are left out.
-Every time is the median of CUDA events, with its 20th and 80th percentile; the answer's error stands beside it. What
-is computed from byte and instruction counts and not measured is called "model".
+Each number is written when it was measured; what fails is a row that says so. Peers that are not installed are left
+out. Whole training steps come right after correctness, so that a short run has them. Every time is the median of CUDA
+events, with its 20th and 80th percentile; the answer's error stands beside it. What is computed from byte and
+instruction counts and not measured is called "model".
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -93,14 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [one.name for one in shipped() if one.name.startswith(tuple(chosen.kernels or [""]))]
         print_facts(chosen.architectures or ARCHITECTURES, names)
         return 0
-    bench, about = Bench(chosen.rehearse, chosen.minutes), machine()
+    about = machine()
+    keep = (lambda results: None) if chosen.rehearse else functools.partial(save, about)
+    bench = Bench(chosen.rehearse, chosen.minutes, keep)
     print(json.dumps(about, indent=1))
     print_model()
     from benchmarks.gpu_passes import check_correctness, measure_copy, measure_passes, measure_solver
     from benchmarks.gpu_peers import measure_peers
     from benchmarks.gpu_training import measure_training
 
-    sections = (check_correctness, measure_copy, measure_passes, measure_solver, measure_peers, measure_training, judge)
+    sections = (check_correctness, measure_training, measure_copy, measure_passes, measure_solver, measure_peers, judge)
     for section in sections:
         name = section.__name__.replace("_", " ")
         print(f"\n{name}")
@@ -108,15 +112,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             section(bench)
         except BaseException as error:
             about["ended in"] = f"{name}, by {type(error).__name__}"
+            keep(bench.results)
             raise
-        finally:
-            if not chosen.rehearse:
-                print(f"written: {save(about, bench.results)}")
     if chosen.rehearse:
         print("\nA rehearsal: every section ran, nothing was timed.")
     else:
         print(f"written: {record('gpu', tables(about, bench.results))}")
-    return 0
+    failed = [row for row in bench.results if "failed" in row and row.get("by", "gradsurg").startswith("gradsurg")]
+    for row in failed:
+        print("failed:", row)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -15,14 +15,23 @@ from benchmarks.gpu_report import number
 
 __all__ = ["Bench", "count_launches"]
 
-AHEAD = 2_000_000  # clocks of the device: 1 ms
+# Clocks of the fastest devices in a second; a slower one is kept busy for longer than it need be.
+CLOCKS = 2e9
 
 
 class Bench:
-    """Times things on one device; on a rehearsal, only runs them."""
+    """Times things on one device; on a rehearsal, only runs them.
 
-    def __init__(self, rehearse: bool, minutes: float = math.inf) -> None:
-        self.rehearse = rehearse
+    `write` is called with all results after each of them, so that a run that is killed loses nothing.
+    """
+
+    def __init__(
+        self,
+        rehearse: bool,
+        minutes: float = math.inf,
+        write: Callable[[list[dict[str, Any]]], object] = lambda results: None,
+    ) -> None:
+        self.rehearse, self.write = rehearse, write
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.until = time.monotonic() + 60 * minutes
         self.results: list[dict[str, Any]] = []
@@ -33,20 +42,25 @@ class Bench:
     def time(self, run: Callable[[], object], repeats: int = 20, ahead: bool = False) -> dict[str, float]:
         """Return median, 20th and 80th percentile of the device's time, and the host's, in seconds.
 
-        `ahead` keeps the device busy beforehand until the host has launched all of it: else what takes the device less
-        than it takes the host to launch would be timed by the host.
+        `ahead` keeps the device busy beforehand, twice as long as the host takes to launch all of it: else what takes
+        the device less than it takes the host to launch would be timed by the host.
         """
         run()
         if self.rehearse:
             return dict.fromkeys(("seconds", "p20", "p80", "host"), float("nan"))
+        launching = []
         for _ in range(3):
+            torch.cuda.synchronize()
+            before = time.perf_counter()
             run()
+            launching.append(time.perf_counter() - before)
+        wait = int(CLOCKS * (2 * min(launching) + 1e-4))
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         host = []
         for start, end in events:
             self.flush.zero_()
             if ahead:
-                torch.cuda._sleep(AHEAD)
+                torch.cuda._sleep(wait)
             start.record()
             before = time.perf_counter()
             run()
@@ -61,9 +75,9 @@ class Bench:
             "host": statistics.median(host),
         }
 
-    def watch(self, run: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+    def watch(self, run: Callable[[], object], repeats: int = 20, ahead: bool = False) -> dict[str, float]:
         """Return `time`'s numbers, how many kernels and copies one call launches, and the most memory it takes."""
-        times = self.time(run, repeats)
+        times = self.time(run, repeats, ahead)
         if self.rehearse:
             return {**times, "launches": float("nan"), "extra_bytes": float("nan")}
         torch.cuda.reset_peak_memory_stats()
@@ -90,6 +104,15 @@ class Bench:
     def keep(self, what: str, **row: Any) -> None:
         self.results.append({"what": what, **row})
         print(f"{what:24}" + "  ".join(f"{key} {number(value)}" for key, value in row.items()), flush=True)
+        self.write(self.results)
+
+    def attempt(self, what: str, run: Callable[[], dict[str, Any]], **row: Any) -> None:
+        """Keep a row with the numbers that `run` returns, or one that says how it failed."""
+        try:
+            row |= run()
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        self.keep(what, **row)
 
     def rows(self, m: int, parameters: int, dtype: torch.dtype, tensors: int = 1) -> list[list[Tensor]]:
         size = max(1, parameters // tensors)

@@ -35,12 +35,15 @@ def judge(bench: Bench) -> None:
     found: dict[str, list[float]] = {name: [] for name in TARGETS}
     share, step, times = found
     for row in bench.results:
+        if "failed" in row:
+            continue
         if row["what"] in ("gramian", "combine") and row["P"] != "1 M":
             found[share].append(row["share_of_copy"])
         if row["what"] == "step" and row["by"].startswith("gradsurg") and not row["model"].startswith(SMALL):
             found[step].append(-row["surgery_share"])
-    for m in sorted({row["m"] for row in bench.results if row["what"] == "surgery"}):
-        seconds = {row["by"]: row["seconds"] for row in bench.results if row["what"] == "surgery" and row["m"] == m}
+    surgeries = [row for row in bench.results if row["what"] == "surgery" and "failed" not in row]
+    for m in sorted({row["m"] for row in surgeries}):
+        seconds = {row["by"]: row["seconds"] for row in surgeries if row["m"] == m}
         peers = [value for by, value in seconds.items() if by.startswith(PEERS)]
         # Without a peer there is nothing to be faster than; where the time was up, ours may be missing.
         found[times].append(min(peers, default=math.nan) / seconds.get("gradsurg cone", math.nan))

@@ -1,7 +1,8 @@
-"""A real training step on the device, for benchmarks/gpu.py: ours, plain ones, and TorchJD in all its modes."""
+"""A whole training step on the device, for benchmarks/gpu.py: ours, plain ones, and TorchJD in all its modes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -81,25 +82,33 @@ def training_cases(bench: Bench) -> Iterator[tuple[str, nn.Module, Tensor, int]]
     yield "transformer 336 M", Transformer().to(device), torch.randint(32_768, (8, 512), device=device), 1024
 
 
-def contestants(model: nn.ModuleList, x: Tensor, batched: bool) -> Iterator[tuple[str, Callable[[], object], str]]:
-    """Yield a training step each: its name, itself, and the path that its surgery takes."""
+def contestants(
+    model: nn.ModuleList, x: Tensor, narrow: bool, batched: bool
+) -> Iterator[tuple[str, Callable[[], object], str]]:
+    """Yield a training step each: its name, itself, and the path that its surgery takes; `narrow` is autocast."""
+
+    def features() -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=narrow):
+            h: Tensor = model[0](x)
+        return h
 
     def losses_of(h: Tensor) -> list[Tensor]:
-        return [head(h).square().mean() for head in list(model)[1:]]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=narrow):
+            return [head(h).float().square().mean() for head in list(model)[1:]]
 
     def adamw() -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=1e-5)
+        return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     inner = adamw()
 
     def summed() -> None:
         inner.zero_grad()
-        torch.stack(losses_of(model[0](x))).sum().backward()
+        torch.stack(losses_of(features())).sum().backward()
         inner.step()
 
     def separate() -> None:
         inner.zero_grad()
-        for loss in (losses := losses_of(model[0](x))):
+        for loss in (losses := losses_of(features())):
             loss.backward(retain_graph=loss is not losses[-1])
         inner.step()
 
@@ -111,13 +120,15 @@ def contestants(model: nn.ModuleList, x: Tensor, batched: bool) -> Iterator[tupl
 
         def ours(optimizer: gradsurg.MultiTaskOptimizer = optimizer) -> None:
             optimizer.zero_grad()
-            optimizer.total(losses_of(model[0](x))).backward()
+            optimizer.total(losses_of(features())).backward()
             optimizer.step()
 
         ours()
         report = optimizer.report
         assert report is not None
         yield f"gradsurg, guarantee={guarantee}{', batched' if at_once else ''}", ours, report.path
+    if not narrow:  # theirs too are fastest in bfloat16, and time on a card is short
+        return
     try:
         from torchjd.aggregation import DualProj
         from torchjd.autojac import jac_to_grad, mtl_backward
@@ -130,7 +141,7 @@ def contestants(model: nn.ModuleList, x: Tensor, batched: bool) -> Iterator[tupl
 
             def theirs(chunk: int | None = chunk, gramians: bool = gramians) -> None:
                 inner.zero_grad()
-                h = model[0](x)
+                h = features()
                 mtl_backward(losses_of(h), h, parallel_chunk_size=chunk)
                 jac_to_grad(shared, aggregator, optimize_gramian_computation=gramians)
                 inner.step()
@@ -140,32 +151,39 @@ def contestants(model: nn.ModuleList, x: Tensor, batched: bool) -> Iterator[tupl
 
 
 def measure_training(bench: Bench) -> None:
-    """A step with surgery; its share is what it takes beyond as many backward passes, summed by autograd."""
-    for heads in (3,) if bench.rehearse else (2, 4):
-        for name, body, x, width in training_cases(bench):
-            model = nn.ModuleList([body, *(nn.Linear(width, 10) for _ in range(heads))]).to(bench.device)
-            count = sum(p.numel() for p in body.parameters())
-            separate = float("nan")
-            for by, run, path in contestants(model, x, name.startswith(SMALL)):
-                if bench.late(f"{name}, {heads} heads, {by}"):
-                    continue
-                try:
-                    watched = bench.watch(run, 10)
-                except RuntimeError as error:  # of memory, most likely: a peer that cannot is left out
-                    if by.startswith(("gradsurg", SEPARATE)):
-                        raise
-                    print(f"{name} {by}: {str(error).splitlines()[0]}")
-                    model.zero_grad()
-                    continue
-                separate = watched["seconds"] if by == SEPARATE else separate
-                work = [gramian_work(heads, torch.float32), combine_work(heads, torch.float32)]
-                bench.keep(
-                    "step",
-                    model=name,
-                    heads=heads,
-                    by=by,
-                    path=path,
-                    surgery_share=1 - separate / watched["seconds"],
-                    model_bytes_of_surgery=sum(one["bytes"] for one in work) * count,
-                    **watched,
-                )
+    """A step with surgery; its share is what it takes beyond as many backward passes, summed by autograd.
+
+    First as large models are trained, bfloat16 by autocast; then float32, whose longer passes flatter the share.
+    """
+    for narrow in (True, False):
+        for heads in (3,) if bench.rehearse else (2, 4, 8):
+            for name, body, x, width in training_cases(bench):
+                model = nn.ModuleList([body, *(nn.Linear(width, 10) for _ in range(heads))]).to(bench.device)
+                _measure_steps(bench, name, model, x, narrow)
+
+
+def _measure_steps(bench: Bench, name: str, model: nn.ModuleList, x: Tensor, narrow: bool) -> None:
+    heads, count = len(model) - 1, sum(p.numel() for p in model[0].parameters())
+    work = [gramian_work(heads, torch.float32), combine_work(heads, torch.float32)]
+    separate = float("nan")
+    for by, run, path in contestants(model, x, narrow, name.startswith(SMALL)):
+        if bench.late(f"{name}, {heads} heads, {by}"):
+            continue
+        bench.attempt(
+            "step",
+            functools.partial(_watched, bench, run, separate),
+            model=name,
+            autocast="bfloat16" if narrow else "no",
+            heads=heads,
+            by=by,
+            path=path,
+            model_bytes_of_surgery=sum(one["bytes"] for one in work) * count,
+        )
+        if by == SEPARATE:
+            separate = bench.results[-1].get("seconds", float("nan"))
+        model.zero_grad()
+
+
+def _watched(bench: Bench, run: Callable[[], object], separate: float) -> dict[str, float]:
+    watched = bench.watch(run, 5)
+    return {"surgery_share": 1 - separate / watched["seconds"], **watched}

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_passes, gpu_report, record
+from benchmarks import gpu, gpu_passes, gpu_report, gpu_training, record
+from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_training import SMALL
 
 ABOUT = {"date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA Some Card", "driver and clocks": "1.2"}
@@ -16,11 +17,12 @@ ABOUT = {"date": "2026-01-02T03:04:05+00:00", "card": "NVIDIA Some Card", "drive
 class Recorder:
     """A Bench that was filled by hand."""
 
-    def __init__(self, results):
-        self.results = results
+    def __init__(self, results, write=lambda results: None):
+        self.results, self.write = results, write
 
     def keep(self, what, **row):
         self.results.append({"what": what, **row})
+        self.write(self.results)
 
 
 def results(share=0.9, surgery_share=0.04, ours=1.0):
@@ -73,13 +75,14 @@ def test_a_machine_without_the_driver_s_tool(monkeypatch):
 def test_a_run_that_fails_leaves_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "Bench", lambda rehearse, minutes: Recorder([]))
+    monkeypatch.setattr(gpu, "Bench", lambda rehearse, minutes, write: Recorder([], write))
     monkeypatch.setattr(gpu, "machine", lambda: dict(ABOUT))
     monkeypatch.setattr(gpu_passes, "check_correctness", lambda bench: bench.keep("correct", m=2))
 
     def measure_copy(bench):
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(gpu_training, "measure_training", lambda bench: None)
     monkeypatch.setattr(gpu_passes, "measure_copy", measure_copy)
     with pytest.raises(torch.OutOfMemoryError):
         gpu.main([])
@@ -87,6 +90,24 @@ def test_a_run_that_fails_leaves_what_it_measured(tmp_path, monkeypatch):
     found = json.loads(file.read_text())
     assert found["results"] == [{"what": "correct", "m": 2}]
     assert found["machine"]["ended in"] == "measure copy, by OutOfMemoryError"
+
+
+def test_what_fails_is_a_row_that_says_so(capsys):
+    written = []
+    bench = Bench(rehearse=True, write=lambda results: written.append(len(results)))
+
+    def fail():
+        raise RuntimeError("no room\nand more")
+
+    bench.attempt("surgery", fail, m=2, by="a peer")
+    bench.attempt("surgery", lambda: {"seconds": 1.0}, m=2, by="gradsurg cone")
+    assert bench.results == [
+        {"what": "surgery", "m": 2, "by": "a peer", "failed": "RuntimeError: no room"},
+        {"what": "surgery", "m": 2, "by": "gradsurg cone", "seconds": 1.0},
+    ]
+    assert written == [1, 2]
+    gpu_report.judge(bench)
+    assert [row["verdict"] for row in bench.results[-3:]] == ["not measured"] * 3
 
 
 def test_both_files_hold_the_numbers(tmp_path, monkeypatch):
