@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradsurg.linalg.kernels import combine, cone, cone_active_set, dots, inner, pairs, reduce
+from gradsurg.linalg.kernels import combine, cone, cone_active_set, dots, inner, left, moved, pairs, reduce
 from gradsurg.linalg.kernels.dispatch import DTYPES, vector
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES
 
@@ -26,6 +26,7 @@ class Specialisation:
         wide_loads: How many 16-byte loads one turn of the main loop has per thread; 0 where loads are narrow (an
             unaligned tensor) or there is no such loop.
         registers: What the launcher allows ptxas; None leaves it to it.
+        narrow_loads: How many loads of single numbers it has besides, which only some numbers need.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Specialisation:
     warps: int
     wide_loads: int = 0
     registers: int | None = None
+    narrow_loads: int = 0
 
 
 def shipped() -> list[Specialisation]:
     """Return all specialisations."""
-    return [*_pairs(), *_dots(), _reduce(), *_inner(), *_combine(), *_cone()]
+    return [*_pairs(), *_dots(), _reduce(), *_inner(), *_combine(), *_left(), *_moved(), *_cone()]
 
 
 def _pairs() -> Iterator[Specialisation]:
@@ -125,33 +127,120 @@ def _inner() -> Iterator[Specialisation]:
 
 
 def _combine() -> Iterator[Specialisation]:
-    for tasks in combine.TASKS:
-        for row, out in _dtype_pairs():
+    for metric in (False, True):
+        for tasks in combine.TASKS:
+            for row, out in _dtype_pairs():
+                for aligned in (True, False):
+                    yield _combination(metric, tasks, row, out, aligned)
+
+
+def _combination(metric: bool, tasks: int, row: Any, out: Any, aligned: bool) -> Specialisation:
+    V, more = vector([row, out], aligned), tasks == combine.TASKS[-1]
+    return Specialisation(
+        f"{'correct' if metric else 'combine'} {tasks} tasks {_short(row)} rows {_short(out)} {_alignment(aligned)}",
+        combine.combine_kernel,
+        {
+            "pointers": "*i64",
+            "items": "*i64",
+            "weights": "*fp64",
+            "modes": "*i32",
+            "factors": "*fp64",
+            "flags": "*i32",
+            "width": "i32",
+            "m": "i32",
+        },
+        {
+            "METRIC": metric,
+            "TASKS": tasks,
+            "MORE": more,
+            "LANES": 32 * combine.WARPS,
+            "V": V,
+            "DTYPE": TRITON_DTYPES[row],
+            "OUT": TRITON_DTYPES[out],
+            "ALIGNED": aligned,
+        },
+        combine.WARPS,
+        ((1 + more) * tasks * row.itemsize + (1 + 2 * metric) * out.itemsize) * V // 16 if aligned else 0,
+        combine.registers_for(tasks, row.itemsize, out.itemsize, metric),
+    )
+
+
+def _left() -> Iterator[Specialisation]:
+    for kernel, name in ((left.still_kernel, "still"), (left.shorten_kernel, "shorten")):
+        for dtype in DTYPES:
             for aligned in (True, False):
-                V, more = vector([row, out], aligned), tasks == combine.TASKS[-1]
+                V = vector([dtype], aligned)
                 yield Specialisation(
-                    f"combine {tasks} tasks {_short(row)} rows {_short(out)} {_alignment(aligned)}",
-                    combine.combine_kernel,
+                    f"{name} {_short(dtype)} {_alignment(aligned)}",
+                    kernel,
                     {
                         "pointers": "*i64",
                         "items": "*i64",
-                        "weights": "*fp64",
                         "modes": "*i32",
+                        "shares": "*fp64",
+                        "partials": "*fp64",
                         "width": "i32",
                         "m": "i32",
                     },
                     {
-                        "TASKS": tasks,
-                        "MORE": more,
-                        "LANES": 32 * combine.WARPS,
+                        "LANES": 32 * left.WARPS,
                         "V": V,
-                        "DTYPE": TRITON_DTYPES[row],
-                        "OUT": TRITON_DTYPES[out],
+                        "MOVED": TRITON_DTYPES[dtype],
                         "ALIGNED": aligned,
                     },
-                    combine.WARPS,
-                    ((1 + more) * tasks * row.itemsize + out.itemsize) * V // 16 if aligned else 0,
-                    combine.registers_for(tasks, row.itemsize, out.itemsize),
+                    left.WARPS,
+                    2 if aligned else 0,
+                    left.registers_for(aligned),
+                    # p.grad of the numbers that stayed; of float64, a number is no narrow load.
+                    narrow_loads=V if name == "still" and dtype.itemsize < 8 else 0,
+                )
+    yield Specialisation(
+        "left",
+        left.left_kernel,
+        {
+            "partials": "*fp64",
+            "bounds": "*i64",
+            "limits": "*fp64",
+            "sizes": "*i64",
+            "flags": "*i32",
+            "farthest": "*fp64",
+            "some": "*i32",
+        },
+        {"SLOTS": left.SLOTS},
+        left.WARPS,
+    )
+
+
+def _moved() -> Iterator[Specialisation]:
+    for tasks in moved.TASKS:
+        for row, out in _dtype_pairs():
+            for aligned in (True, False):
+                V = moved.vector_for([row, out], aligned)
+                widest = max(row.itemsize, out.itemsize)
+                yield Specialisation(
+                    f"moved {tasks} tasks {_short(row)} rows {_short(out)} {_alignment(aligned)}",
+                    moved.moved_kernel,
+                    {
+                        "pointers": "*i64",
+                        "items": "*i64",
+                        "modes": "*i32",
+                        "flags": "*i32",
+                        "metric": "*fp64",
+                        "unions": "*i64",
+                        "partials": "*fp64",
+                        "width": "i32",
+                        "m": "i32",
+                    },
+                    {
+                        "M": tasks,
+                        "LANES": 32 * moved.WARPS,
+                        "V": V,
+                        "DTYPE": TRITON_DTYPES[row],
+                        "MOVED": TRITON_DTYPES[out],
+                        "ALIGNED": aligned,
+                    },
+                    moved.WARPS,
+                    tasks * (row.itemsize == widest) + 3 * (out.itemsize == widest) if aligned else 0,
                 )
 
 

@@ -32,9 +32,10 @@ def signs_of(optimizer: Optimizer) -> dict[int, float]:
 
 
 def rates_of(optimizer: Optimizer) -> dict[int, float]:
-    """Return id(parameter) -> learning rate of its group; 1 for all if a rate is missing, or would have to be awaited.
+    """Return id(parameter) -> learning rate of its group; 1 for all if rates say nothing about how far a step goes.
 
-    A rate in a tensor on a device is not read, because reading it would wait for the device.
+    That is so if one is missing, or if all are 0. A rate in a tensor on a device is not read, because reading it would
+    wait for the device.
     """
     rates: dict[int, float] = {}
     for group in optimizer.param_groups:
@@ -42,7 +43,7 @@ def rates_of(optimizer: Optimizer) -> dict[int, float]:
         if not isinstance(rate, (int, float)) and not (isinstance(rate, Tensor) and rate.device.type == "cpu"):
             return dict.fromkeys((id(p) for each in optimizer.param_groups for p in each["params"]), 1.0)
         rates.update(dict.fromkeys(map(id, group["params"]), abs(float(rate))))
-    return rates
+    return rates if any(rates.values()) else dict.fromkeys(rates, 1.0)
 
 
 def trained(optimizer: Optimizer) -> list[Tensor]:

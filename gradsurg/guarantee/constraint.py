@@ -135,6 +135,7 @@ class UpdateConstraintCUDA(UpdateConstraint):
             G = torch.stack([G[k] for k in there])
         if any(len(mine[k]) < len(self.partitions[k]) for k in there):  # the rest belongs to another optimizer
             G = gramian(table, partitions=numbers)
+        rates, gradients = self._meant(optimizer, chosen)
         return project_update_cuda(
             table,
             G,
@@ -144,4 +145,6 @@ class UpdateConstraintCUDA(UpdateConstraint):
             numbers,
             self.allowed,
             self.finite,
+            rates,
+            [None if g.is_sparse else g for g in gradients],
         )

@@ -16,12 +16,14 @@ from gradsurg.solvers.nonnegative import nonnegative
 
 __all__ = [
     "ATTEMPTS",
+    "LARGEST",
     "TOLERANCE",
     "TOLERANCE_16_BIT",
     "Update",
     "least_of",
     "length_of",
     "lengths",
+    "metric_matters",
     "project_in_metric",
     "take_back",
     "tolerance_of",
@@ -134,6 +136,11 @@ def project_in_metric(
             for old, new in zip(update.before, update.after, strict=True):
                 new.copy_(torch.where(new == old, old, torch.lerp(_wide(old), _wide(new), share)))
     return update.settle_rounding(least)
+
+
+def metric_matters(rates: Sequence[float]) -> bool:
+    """Tell whether rates differ, or numbers with rate 0 may not be corrected; otherwise M drops out."""
+    return len(set(rates)) > 1 or 0.0 in rates
 
 
 def _largest_steps(update: Update, rates: Sequence[float]) -> Tensor:

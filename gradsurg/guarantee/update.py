@@ -14,6 +14,7 @@ from gradsurg.guarantee.metric import (
     least_of,
     length_of,
     lengths,
+    metric_matters,
     project_in_metric,
     take_back,
     tolerance_of,
@@ -102,7 +103,7 @@ def project_update(
     update = Update(rows, before, after, signs, allowed, measure, G.diagonal().sqrt(), G)
     rates, gradients = ([1.0] * len(after), [None] * len(after)) if meant is None else meant()
     in_place = left_in_place(before, after, gradients)
-    if len(set(rates)) > 1 or measure.any_rank(pulled(rows, in_place)):
+    if metric_matters(rates) or measure.any_rank(pulled(rows, in_place)):
         return project_in_metric(update, asked, rates, in_place)
     rest, spread = lengths(G, inner + least, square, coefficients)
     # If most of d is taken away, what is left needs every digit: the quick sums err by up to 4e-13 of ‖d‖ ‖g_i‖.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsurg.guarantee.metric import ATTEMPTS, TOLERANCE, TOLERANCE_16_BIT
+from gradsurg.guarantee.metric import ATTEMPTS, LARGEST, TOLERANCE, TOLERANCE_16_BIT, metric_matters
 from gradsurg.guarantee.movement import DeferredMovement, stream_of
 from gradsurg.linalg.blocks import Rows, real_of
 from gradsurg.linalg.kernels.table import constant
@@ -28,11 +29,14 @@ def project_update_cuda(
     partitions: Sequence[int],
     allowed: Tensor | None,
     finite: Tensor,
+    rates: Sequence[float] | None = None,
+    gradients: Sequence[Tensor | None] | None = None,
 ) -> DeferredMovement:
     """Do what `project_update` does, for all partitions of the parameters at once.
 
     What the host would decide becomes a mode per partition that the kernels read: correct it, take it back, or leave
-    it. Every launch is made; one that finds nothing to do reads no parameter.
+    it; and a flag per parameter: which of its numbers stay. Every launch is made; one that finds nothing to do reads no
+    parameter. Learning rates are known on the host, so launches that only they need are made only if rates differ.
 
     Args:
         rows: m lists of gradients per parameter.
@@ -43,10 +47,14 @@ def project_update_cuda(
         partitions: Which partition each parameter belongs to, ascending from 0.
         allowed: Which tasks are protected, bool (m,); None is all.
         finite: Bool (); if False, nothing is done.
+        rates: The learning rate of each parameter; None is one for all.
+        gradients: p.grad of each parameter at the step; None if it is unknown.
     """
-    from gradsurg.linalg.kernels.combine import correct
+    from gradsurg.linalg.kernels import combine
     from gradsurg.linalg.kernels.cone import nonnegative
     from gradsurg.linalg.kernels.inner import inner, layout_of
+    from gradsurg.linalg.kernels.left import left_in_place, shorten
+    from gradsurg.linalg.kernels.moved import gramian_moved
 
     norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     # First pass over rows and parameters: ⟨d, g_i⟩ and ‖d‖² of every partition.
@@ -56,22 +64,42 @@ def project_update_cuda(
     coefficients = nonnegative(G, products, allowed=allowed, scale=square.sqrt(), rounding=ROUNDING_CUDA)
     coefficients = torch.where(live.unsqueeze(-1), coefficients, 0)
     corrected = (coefficients != 0).any(-1)
-    left, spread = _lengths(norms, products, square, coefficients)
-    held = corrected & (left <= STATIONARY * ROUNDING_CUDA * spread)
-    # Second pass: d ← d + Σ λ_i g_i, or back to the parameters before the step.
-    write = partial(correct, rows, after=after, before=before, signs=signs, partitions=partitions)
-    writing = write(coefficients, modes=_modes(corrected & ~held, held))
+    # Second pass, where some task would get worse: which numbers did the optimizer leave in place?
+    m, metric = len(rows), _metric_of([1.0] * len(after) if rates is None else rates, partitions)
+    gradients = [None] * len(after) if gradients is None else gradients
+    lay_out = partial(combine.layout_of, rows, after, after, before, gradients, signs=signs, partitions=partitions)
+    writing = lay_out()
+    left = left_in_place(writing, m, partitions, _modes(corrected))
+    # Third pass, where it left some or rates differ: the Gramian in the metric of the step.
+    limited = corrected & constant(metric.differ, G.device, torch.bool) if any(metric.differ) else None
+    asked = left.some if limited is None else torch.maximum(left.some, _modes(limited))
+    moved, length, pulled = gramian_moved(writing, m, constant(metric.factors, G.device), left.flags, asked)
+    measured = pulled if limited is None else pulled | limited
+    gramian = torch.where(measured[:, None, None], moved, G)
+    scale = torch.where(measured, length, square).sqrt()
+    step = nonnegative(gramian, products, allowed=allowed, scale=scale, rounding=ROUNDING_CUDA)
+    coefficients = torch.where(measured.unsqueeze(-1), step, coefficients)
+    rest, spread = _lengths(norms, products, square, coefficients)
+    held = corrected & ~measured & (rest <= STATIONARY * ROUNDING_CUDA * spread)
+    # Fourth pass: d ← d + M Σ λ_i g_i, or back to the parameters before the step.
+    signed = [sign * factor for sign, factor in zip(signs, metric.factors, strict=True)]
+    write = partial(combine.correct, rows, after=after, metric=(constant(signed, G.device), left.flags))
+    write(coefficients, modes=_modes(corrected & ~held, held), layout=writing)
     # If numbers had to be copied to be read, the pointer tables point to the copies, which are out of date now.
-    reading_again = reading if _in_place(reading.keep, after, place=len(rows) + 1) else None
-    write = partial(write, layout=writing if _in_place(writing.keep, after, place=len(rows)) else None)
+    reading_again = reading if _in_place(reading.keep, after, place=m + 1) else None
+    in_place = _in_place(writing.keep, after, place=m)
+    if limited is not None:
+        farthest = left_in_place(layout := writing if in_place else lay_out(), m, partitions, _modes(limited)).farthest
+        shorten(layout, m, metric.shares(left.farthest, farthest), after)
     tolerance, half_place = _precision(after, partitions)
-    moved = torch.where(corrected.unsqueeze(-1), products + (G @ coefficients.unsqueeze(-1)).squeeze(-1), products)
-    movement = DeferredMovement(moved, torch.where(corrected, left, square), corrected, held)
-    small = half_place * _norms(after, partitions) <= 0.5 * tolerance * left.clamp(min=0).sqrt()
-    unsure = corrected & ~held & ~small
+    effect = torch.where(corrected.unsqueeze(-1), products + (G @ coefficients.unsqueeze(-1)).squeeze(-1), products)
+    movement = DeferredMovement(effect, torch.where(corrected, rest, square), corrected, held)
+    small = half_place * _norms(after, partitions) <= 0.5 * tolerance * rest.clamp(min=0).sqrt()
+    unsure = corrected & ~held & (measured | ~small)
     watched = norms > 0 if allowed is None else (norms > 0) & allowed
-    # Where rounding is not small against the movement, measure what is stored, and aim further inside.
-    margin = torch.zeros_like(norms)
+    # Where rounding is not small against the movement, or a metric was needed, measure what is stored, and aim further
+    # inside.
+    margin, sizes = torch.zeros_like(norms), gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     for _ in range(ATTEMPTS):
         found, length = inner(
             rows, before, after, signs=signs, partitions=partitions, modes=_modes(unsure), layout=reading_again
@@ -84,14 +112,14 @@ def project_update_cuda(
         slack = found + (tolerance * length.sqrt()).unsqueeze(-1) * norms
         unsure = unsure & (watched & (slack < 0)).any(-1)
         margin = margin + torch.where(unsure.unsqueeze(-1) & watched, (-found).clamp(min=0), 0)
-        step = nonnegative(G, found - margin, allowed=allowed, scale=length.sqrt(), rounding=ROUNDING_CUDA)
+        step = nonnegative(gramian, found - margin, allowed=allowed, scale=length.sqrt(), rounding=ROUNDING_CUDA)
         step = torch.where(unsure.unsqueeze(-1), step, 0)
         # A longer step means that the cone has next to no inside: the tasks are opposed to within rounding.
-        hopeless = unsure & ~((step * norms).sum(-1) <= 2 * length.sqrt())
+        hopeless = unsure & ~((step * sizes).sum(-1) <= 2 * length.sqrt())
         held, unsure = held | hopeless, unsure & ~hopeless
-        write(step, modes=_modes(unsure, hopeless))
-    write(coefficients, modes=_modes(torch.zeros_like(unsure), unsure))
-    held = held | unsure
+        write(step, modes=_modes(unsure, hopeless), layout=writing if in_place else lay_out())
+    write(coefficients, modes=_modes(torch.zeros_like(unsure), unsure), layout=writing if in_place else lay_out())
+    held = held | unsure | (corrected & (movement.square == 0))
     return replace(
         movement,
         inner=torch.where(held.unsqueeze(-1), 0, movement.inner),
@@ -99,6 +127,39 @@ def project_update_cuda(
         held=held,
         stream=stream_of(held.device),
     )
+
+
+class _Metric(NamedTuple):
+    """What learning rates say about the metric of a step, on the host.
+
+    Attributes:
+        factors: M per parameter: its rate as a share of the highest one of its partition.
+        differ: Whether M matters in each partition.
+        groups: The number of each parameter's rate among all rates of all partitions.
+        owners: The partition of each of these rates.
+    """
+
+    factors: list[float]
+    differ: list[bool]
+    groups: list[int]
+    owners: list[int]
+
+    def shares(self, plain: Tensor, corrected: Tensor) -> Tensor:
+        """Return the share that each partition may keep, given max |d| of each parameter before and after."""
+        groups, owners = (constant(each, plain.device, torch.int64) for each in (self.groups, self.owners))
+        none = plain.new_zeros(len(self.owners))
+        before, after = (none.scatter_reduce(0, groups, far, "amax") for far in (plain, corrected))
+        share = (LARGEST * before / after).nan_to_num(nan=1.0)
+        return plain.new_ones(len(self.differ)).scatter_reduce(0, owners, share, "amin")
+
+
+def _metric_of(rates: Sequence[float], partitions: Sequence[int]) -> _Metric:
+    both = list(zip(partitions, rates, strict=True))
+    found = sorted(set(both))
+    highest = dict(found)  # of each partition the last one, which is the highest
+    differ = [metric_matters([rate for k, rate in found if k == partition]) for partition in highest]
+    factors = [rate / highest[k] if differ[k] and highest[k] > 0 else 1.0 - differ[k] for k, rate in both]
+    return _Metric(factors, differ, [found.index(pair) for pair in both], [k for k, _ in found])
 
 
 def _modes(write: Tensor, take_back: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsurg.gradients.rows import Row
 from gradsurg.guarantee.constraint import UpdateConstraint, UpdateConstraintCUDA
+from gradsurg.guarantee.foreign import is_foreign
 from gradsurg.guarantee.movement import catch_up, stream_of
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.dispatch import PROGRAM_UP_TO
@@ -50,22 +51,37 @@ def compute_direction_cuda(inputs: StepInputs, partitions: Partitions) -> StepRe
     firsts = [next(g for g in column if g is not None) for column in zip(*table, strict=True)]
     gradients = [torch.empty_like(g, dtype=p.dtype) for g, p in zip(firsts, parameters, strict=True)]
     combine(table, weights, gradients, partitions=partition_of)
-    constraint: UpdateConstraint | None
-    if len(table) > PROGRAM_UP_TO:
-        # The kernel that corrects an update holds no more tasks; this reads the device, as the weights of so many do.
-        protected = pipeline.protected(problem)
-        constraint = UpdateConstraint(inputs.rows, partitions, problem.gramian, protected) if bool(finite) else None
-    else:
-        protected = pipeline.protected(replace(problem, gramian=G))
-        constraint = UpdateConstraintCUDA(inputs.rows, partitions, G, protected, finite=finite)
     return StepResult(
         gradients=Row(zip(parameters, gradients, strict=True)),
         report=later(
             inputs, partitions, problem, direction, path="triton", fetch=partial(_fetched, stream_of(G.device))
         ),
-        constraint=constraint,
+        constraint=_constraint(inputs, partitions, problem, G, finite),
         state=state,
     )
+
+
+def _constraint(
+    inputs: StepInputs, partitions: Partitions, problem: Problem, G: Tensor, finite: Tensor
+) -> UpdateConstraint | None:
+    """Return what the next update must satisfy; it is enforced on the device, unless it has to be on the host.
+
+    The host's twin knows foreign tensor classes, which only their own operations may read, and more tasks than the
+    device's programs do.
+    """
+    protected, update = inputs.options.pipeline.protected, inputs.options.guarantee == "update"
+    if update and (len(inputs.rows) > PROGRAM_UP_TO or any(is_foreign(p) for each in partitions for p in each)):
+        return _constraint_on_the_host(inputs, partitions, problem, G)
+    return UpdateConstraintCUDA(inputs.rows, partitions, G, protected(replace(problem, gramian=G)), finite=finite)
+
+
+def _constraint_on_the_host(
+    inputs: StepInputs, partitions: Partitions, problem: Problem, G: Tensor
+) -> UpdateConstraint | None:
+    problem = replace(problem, gramian=G.cpu(), preferences=problem.preferences.cpu())
+    if not all_finite(problem.gramian):
+        return None
+    return UpdateConstraint(inputs.rows, partitions, problem.gramian, inputs.options.pipeline.protected(problem))
 
 
 def _problem(inputs: StepInputs, G: Tensor) -> Problem:

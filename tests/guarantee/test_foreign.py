@@ -66,6 +66,31 @@ def test_a_sphere_is_never_left_and_nobody_is_hurt():
     assert corrected > 5
 
 
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_where_nothing_but_a_sphere_is_shared_a_conflicting_step_is_taken_back(granularity):
+    torch.manual_seed(0)
+    spheres = [OnSphere(torch.randn(5)) for _ in range(2)]
+    with pytest.warns(UserWarning, match="leaves parameters of class OnSphere"):
+        optimizer = gradsurg.wrap(
+            Riemannian(spheres, lr=0.05, momentum=0.9), surgery="mean", normalize="none", granularity=granularity
+        )
+    held = 0
+    for _ in range(20):
+        rows = torch.randn(2, 10)
+        rows[1] -= 1.5 * rows[0]
+        flat, before = torch.cat(spheres), torch.cat([*map(plain, spheres)])
+        optimizer.zero_grad()
+        optimizer.total({"a": flat @ rows[0], "b": flat @ rows[1]}).backward()
+        optimizer.step()
+        moves = (before - torch.cat([*map(plain, spheres)])).double()
+        for part in [slice(0, 10)] if granularity == "model" else [slice(0, 5), slice(5, 10)]:
+            d, g = moves[part], rows[:, part].double()
+            assert (g @ d >= -1e-4 * g.norm(dim=1) * d.norm()).all()
+            held += not d.any()
+        assert all(abs(float(plain(p).norm()) - 1) <= 3e-7 for p in spheres)
+    assert held > 3
+
+
 def test_what_cannot_be_copied_and_subtracted_is_refused_at_wrap():
     inner = torch.optim.SGD([Opaque(torch.randn(3))], lr=0.1)
     with pytest.raises(TypeError, match=r"Opaque of shape \(3,\).*Use guarantee='gradient'"):

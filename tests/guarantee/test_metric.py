@@ -94,6 +94,30 @@ def test_a_group_with_rate_zero_stays(make):
     assert corrected > 10
 
 
+class OwnRate(torch.optim.SGD):
+    """Finds its step size itself, and keeps lr at 0."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.sub_(self.state[p].setdefault("m", torch.zeros_like(p)).mul_(0.9).add_(p.grad), alpha=0.1)
+
+
+def test_rates_that_are_all_zero_say_nothing():
+    torch.manual_seed(0)
+    w, v = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+    optimizer = gradsurg.wrap(OwnRate([w, v], lr=0.0), surgery="mean", normalize="none")
+    corrected = 0
+    for _ in range(10):
+        rows = torch.randn(2, 12)
+        rows[1] -= 1.5 * rows[0]
+        moved, gradients = step(optimizer, [w, v], {str(i): torch.cat([w, v]) @ row for i, row in enumerate(rows)})
+        assert worst_cosine(moved, gradients) >= -1e-4
+        assert all(d.any() for d in moved)
+        corrected += bool(optimizer.report.movement.corrected)
+    assert corrected > 3
+
+
 class Nonnegative(torch.optim.SGD):
     """Projected gradient descent: no number falls below 0."""
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: its kernels are tested where it is")
 
 HERE = Path(__file__).parent
-FILES = ["gramians", "combinations", "movements", "cones", "guards", "steps", "reports"]
+FILES = ["gramians", "combinations", "movements", "cones", "guards", "metrics", "steps", "reports"]
 
 
 def run(*arguments):

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.machine_code import compile_for
 from benchmarks.kernels.shipped import shipped
-from gradsurg.linalg.kernels import combine, cone, gramian, inner
+from gradsurg.linalg.kernels import combine, cone, gramian, inner, left, moved
 from gradsurg.linalg.kernels.dispatch import DTYPES
 
 OPTIONS = {"num_warps", "maxnreg", "enable_fp_fusion"}
@@ -29,6 +29,12 @@ def run_all(m, row, out, unaligned):
     combine.combine(rows, torch.ones(m, dtype=torch.float64), [tensor(out)])
     combine.correct(rows, torch.ones(m, dtype=torch.float64), [tensor(out)], before=[tensor(out)])
     inner.inner(rows, [tensor(out)], [tensor(out)])
+    after, modes, ones = [tensor(out)], torch.ones(1, dtype=torch.int32), torch.ones(1, dtype=torch.float64)
+    layout = combine.layout_of(rows, after, after, [tensor(out)], [tensor(out)], partitions=[0])
+    flags = left.left_in_place(layout, m, [0], modes).flags
+    moved.gramian_moved(layout, m, ones, flags, modes)
+    combine.correct(rows, torch.ones(m, dtype=torch.float64), after, layout=layout, metric=(ones, flags))
+    left.shorten(layout, m, ones, after)
     if m <= cone.MOST_TASKS:
         G = torch.eye(m, dtype=torch.float64)
         cone.nonnegative(G, G[0])
@@ -93,7 +99,7 @@ def compare_code():
     JITFunction.__getitem__ = compile_only
     run_all(3, torch.float32, torch.float32, 0)
     run_all(16, torch.bfloat16, torch.float32, 1)
-    assert len(compiled) == 11
+    assert len(compiled) == 20
     for one in shipped():
         mine = compiled.pop(key(one.kernel, one.constants, one.warps, one.registers), None)
         assert mine is None or mine.asm["cubin"] == compile_for(one, 90).asm["cubin"], one.name

@@ -22,6 +22,8 @@ HOT = [
     "linalg/kernels/dispatch.py",
     "linalg/kernels/gramian.py",
     "linalg/kernels/inner.py",
+    "linalg/kernels/left.py",
+    "linalg/kernels/moved.py",
     "linalg/kernels/table.py",
     "surgery/pipeline.py",
     "surgery/priority.py",
@@ -49,6 +51,7 @@ HOT = [
 ALLOWED = {
     "optimizer/direction_cuda.py": {
         "_on_the_host": "methods whose `waits` is True find their weights there",
+        "_constraint_on_the_host": "foreign tensor classes, and more than 32 tasks",
         "_fetched": "runs when somebody reads the report",
     },
     "linalg/kernels/table.py": {"_upload": "a table in host memory, before it is copied without waiting"},

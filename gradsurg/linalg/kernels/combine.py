@@ -10,9 +10,9 @@ from torch import Tensor
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES
 from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
-from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE, row_start
+from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE, left_there, row_start
 
-__all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for"]
+__all__ = ["TASKS", "combine", "combine_kernel", "correct", "layout_of", "registers_for", "write_back"]
 
 WARPS = 4
 # How many rows are loaded together. Further rows come in a loop that looks up their addresses again.
@@ -21,12 +21,15 @@ TASKS = (4, 8)
 
 @triton.jit(do_not_specialize=["width", "m"])
 def combine_kernel(
-    pointers,  # int64 (parameters, m + 3): the rows' addresses, those of out, of start and of before; 0 is none
+    pointers,  # int64 (parameters, m + 3 or 4): addresses of the rows, of out, start, before and p.grad; 0 is none
     items,  # int64 (programs, 6): see table.py
     weights,  # float64 (partitions, m)
     modes,  # int32 (partitions,)
+    factors,  # float64 (parameters,): sign · M; read if METRIC
+    flags,  # int32 (parameters,): which numbers stay, as vectors.py numbers it; read if METRIC
     width,
     m,
+    METRIC: tl.constexpr,
     TASKS: tl.constexpr,
     MORE: tl.constexpr,  # whether m may exceed TASKS
     LANES: tl.constexpr,
@@ -40,15 +43,28 @@ def combine_kernel(
     Added up in float64 and rounded once (16-bit results: to float32 first, as torch rounds float64). float64 is free:
     up to m = 8 the kernel waits for memory, even if float64 units run at 1/64 of the float32 rate (MODEL: a processor
     takes 4.5 clocks per parameter, and reading takes 11 at 1 TB/s). A row of weight 0 is not read.
+
+    METRIC: M takes part in the sign, and numbers that were left in place stay. Only a parameter that has some is looked
+    at for them.
     """
     BLOCK: tl.constexpr = LANES * V
     item = items + 6 * tl.program_id(0).to(tl.int64)
-    row = pointers + tl.load(item) * width
+    parameter = tl.load(item)
+    row = pointers + parameter * width
     first = tl.load(item + 1)
     partition = tl.load(item + 4)
     sign = tl.load(item + 5).to(tl.float64)
     mode = tl.load(modes + partition)
     count = tl.where(mode == LEAVE, 0, tl.load(item + 2).to(tl.int32))
+    if METRIC:
+        sign = tl.load(factors + parameter)
+        count = tl.where((mode == WRITE) & (sign == 0.0), 0, count)
+        flag = tl.load(flags + parameter)
+        looked_at = tl.where((mode == WRITE) & (flag != 0), count, 0)
+        gradient = tl.load(row + m + 3)
+        known = tl.where(gradient != 0, looked_at, 0)
+        befores = row_start(tl.load(row + m + 2), first, OUT, ALIGNED)
+        gradients = row_start(gradient, first, OUT, ALIGNED)
     whole = (count // V) * V
     out = row_start(tl.load(row + m), first, OUT, ALIGNED)
     source = tl.where(mode == HOLD, tl.load(row + m + 2), tl.load(row + m + 1))
@@ -57,20 +73,21 @@ def combine_kernel(
     row_count = tl.where(mode == WRITE, count, 0)
     starts = ()
     counts = ()
-    factors = ()
+    weighted = ()
     for i in tl.static_range(TASKS):
         start, there, factor = _row(row, weights + partition * m, i, m, first, row_count, DTYPE, ALIGNED)
         starts = starts + (start,)
         counts = counts + (there,)
-        factors = factors + (sign * factor,)
+        weighted = weighted + (sign * factor,)
     for offset in range(0, whole, BLOCK):
         at = offset + tl.arange(0, BLOCK)
         loaded = ()
         for i in tl.static_range(TASKS):
             loaded = loaded + (tl.load(starts[i] + at, mask=at < (counts[i] // V) * V, other=0.0),)
-        total = tl.load(sources + at, mask=at < (source_count // V) * V, other=0.0).to(tl.float64)
+        source_here = tl.load(sources + at, mask=at < (source_count // V) * V, other=0.0)
+        total = source_here.to(tl.float64)
         for i in tl.static_range(TASKS):
-            total += factors[i] * loaded[i].to(tl.float64)
+            total += weighted[i] * loaded[i].to(tl.float64)
         if MORE:
             for task in range(TASKS, m, TASKS):
                 for i in tl.static_range(TASKS):
@@ -79,15 +96,25 @@ def combine_kernel(
                     )
                     g = tl.load(start + at, mask=at < (there // V) * V, other=0.0)
                     total += sign * factor * g.to(tl.float64)
+        if METRIC:
+            old = tl.load(befores + at, mask=at < (looked_at // V) * V, other=0.0)
+            grad = tl.load(gradients + at, mask=at < (known // V) * V, other=1.0)
+            total = tl.where(left_there(old, source_here, grad, flag), source_here.to(tl.float64), total)
         tl.store(out + at, _rounded(total, OUT), mask=at < whole)
     # The last elements of a tensor: fewer than V.
     if whole < count:
         tail = whole + tl.arange(0, V)
-        total = tl.load(sources + tail, mask=tail < source_count, other=0.0).to(tl.float64)
+        source_tail = tl.load(sources + tail, mask=tail < source_count, other=0.0)
+        total = source_tail.to(tl.float64)
         for task in range(0, m):
             start, there, factor = _row(row, weights + partition * m, task, m, first, row_count, DTYPE, ALIGNED)
             g = tl.load(start + tail, mask=tail < there, other=0.0)
             total += sign * factor * g.to(tl.float64)
+        if METRIC:
+            old_tail = tl.load(befores + tail, mask=tail < looked_at, other=0.0)
+            grad_tail = tl.load(gradients + tail, mask=tail < known, other=1.0)
+            stays = left_there(old_tail, source_tail, grad_tail, flag)
+            total = tl.where(stays, source_tail.to(tl.float64), total)
         tl.store(out + tail, _rounded(total, OUT), mask=tail < count)
 
 
@@ -128,8 +155,8 @@ def combine(
         accumulate: out ← out + u instead of out ← u.
         partitions: The row of `weights` that each parameter takes, ascending from 0; None is one for all.
     """
-    start: Sequence[Tensor | None] = out if accumulate else [None] * len(out)
-    _launch(rows, weights, out, start, [None] * len(out), partitions, None, None)
+    start = out if accumulate else None
+    _launch(rows, weights, out, layout_of(rows, out, start=start, partitions=partitions))
 
 
 def correct(
@@ -142,52 +169,66 @@ def correct(
     partitions: Sequence[int] | None = None,
     modes: Tensor | None = None,
     layout: Plan | None = None,
-) -> Plan:
-    """Correct an update in place: after ← before − ((before − after) + sign · Σ λ_i g_i), each number rounded once.
+    metric: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Correct an update in place: after ← before − ((before − after) + sign · M Σ λ_i g_i), each number rounded once.
 
     Args:
         rows: As for `gramian`.
         coefficients: λ, float64, (m,) or (partitions, m), on the device; a row with 0 is not read.
-        after: The parameters; written. `before` cancels in the formula, and is read only if a mode is HOLD.
+        after: The parameters; written. `before` cancels in the formula, and is read only if a mode is HOLD, or if
+            numbers may stay.
         before: The parameters before the step; needed if a mode may be HOLD.
         signs: +1 per parameter, −1 if the optimizer maximises; None is +1.
         partitions: The row of `coefficients` that each parameter takes, ascending from 0; None is one for all.
         modes: int32 (partitions,), on the device, from vectors.py: WRITE corrects, HOLD takes back the update (after ←
             before, to the bit), LEAVE touches nothing. None is WRITE.
-        layout: The result of an earlier call with the same tensors, so that they are not laid out again.
-
-    Returns:
-        The tables of this pass.
+        layout: The result of `layout_of` for the same tensors, so that they are not laid out again.
+        metric: sign · M of each parameter, float64, and which of its numbers stay: flags of moved.left_in_place. Needs
+            a layout with p.grad. None is M = 1, and no number stays.
     """
-    kept: Sequence[Tensor | None] = [None] * len(after) if before is None else before
-    return _launch(rows, -coefficients, after, after, kept, partitions, signs, modes, layout)
+    layout = layout_of(rows, after, after, before, signs=signs, partitions=partitions) if layout is None else layout
+    _launch(rows, -coefficients, after, layout, modes, metric)
 
 
-def registers_for(tasks: int, row: int, out: int) -> int | None:
+def layout_of(
+    rows: Rows,
+    out: Sequence[Tensor],
+    start: Sequence[Tensor] | None = None,
+    before: Sequence[Tensor] | None = None,
+    gradients: Sequence[Tensor | None] | None = None,
+    *,
+    signs: Sequence[float] | None = None,
+    partitions: Sequence[int] | None = None,
+) -> Plan:
+    """Return the tables of a pass that writes `out`; with p.grad or None of each parameter, those of left.py too."""
+    none: Sequence[Tensor | None] = [None] * len(out)
+    kept = [*rows, out, start or none, before or none, *([] if gradients is None else [gradients])]
+    return plan(kept, roles=[0] * len(rows) + [1] * (len(kept) - len(rows)), partitions=partitions, signs=signs)
+
+
+def registers_for(tasks: int, row: int, out: int, metric: bool = False) -> int | None:
     """Return how many registers ptxas may use, given the bytes of a row's number and of out's; None lets it choose.
 
     On sm_80 it would choose 72 for 8 tasks in float64 and spill 7 times; and 64 for 4 tasks in float32 with a 16-bit
-    result, and spill 5 times.
+    result, and spill 5 times. In a metric, 4 tasks with a 16-bit result spill 6 times in the 80 that it would choose.
     """
     if row == 8:
         return 128
-    return 96 if tasks == TASKS[0] and (row, out) == (4, 2) else None
+    if tasks == TASKS[0] and out == 2 and (metric or row == 4):
+        return 128 if metric else 96
+    return None
 
 
 def _launch(
     rows: Rows,
     weights: Tensor,
     out: Sequence[Tensor],
-    start: Sequence[Tensor | None],
-    before: Sequence[Tensor | None],
-    partitions: Sequence[int] | None,
-    signs: Sequence[float] | None,
-    modes: Tensor | None,
-    layout: Plan | None = None,
-) -> Plan:
+    layout: Plan,
+    modes: Tensor | None = None,
+    metric: tuple[Tensor, Tensor] | None = None,
+) -> None:
     m, device = len(rows), device_of([out])
-    if layout is None:
-        layout = plan([*rows, out, start, before], roles=[0] * m + [1] * 3, partitions=partitions, signs=signs)
     weights = weights.expand(layout.partitions, m).contiguous()
     if weights.dtype != torch.float64:
         raise ValueError(f"weights are {weights.dtype}: they must be float64")
@@ -203,8 +244,10 @@ def _launch(
                 launch.items,
                 weights,
                 modes,
+                *((weights, modes) if metric is None else metric),  # without a metric, neither is read
                 layout.width,
                 m,
+                METRIC=metric is not None,
                 TASKS=tasks,
                 MORE=not few,
                 LANES=32 * WARPS,
@@ -213,11 +256,16 @@ def _launch(
                 OUT=TRITON_DTYPES[out_dtype],
                 ALIGNED=launch.aligned,
                 num_warps=WARPS,
-                maxnreg=registers_for(tasks, row_dtype.itemsize, out_dtype.itemsize),
+                maxnreg=registers_for(tasks, row_dtype.itemsize, out_dtype.itemsize, metric is not None),
                 enable_fp_fusion=True,
             )
+    write_back(layout, m, out)
+
+
+def write_back(layout: Plan, place: int, out: Sequence[Tensor]) -> None:
+    """Bring what a kernel wrote, to the tensors at this place of the table, to where it belongs."""
     for target, column in zip(out, layout.keep, strict=True):
-        written = column[m]
+        written = column[place]
         assert written is not None
         if written.data_ptr() != target.data_ptr():
             # `out` is not dense, so flattening had to copy it.
@@ -226,4 +274,3 @@ def _launch(
         else:
             # Autograd does not see that the kernel writes.
             torch.autograd.graph.increment_version(target)
-    return layout

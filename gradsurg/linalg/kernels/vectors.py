@@ -8,12 +8,16 @@ bound (n // V) * V as the last operand.
 import triton
 import triton.language as tl
 
-__all__ = ["HOLD", "LEAVE", "WRITE", "lanes", "row_start"]
+__all__ = ["EVERY", "HOLD", "LEAVE", "MEANT", "WRITE", "lanes", "left_there", "row_start", "wide"]
 
 # Modes of a partition of parameters, decided on the device: nothing; out = start + Σ w_i g_i; out = before.
 LEAVE = tl.constexpr(0)
 WRITE = tl.constexpr(1)
 HOLD = tl.constexpr(2)
+# Which of a parameter's numbers the step left in place by intent, also decided on the device: of those that stayed, the
+# ones that are 0 or have a p.grad of 0; or every one. 0 is none.
+MEANT = tl.constexpr(1)
+EVERY = tl.constexpr(2)
 
 
 @triton.jit
@@ -43,3 +47,20 @@ def lanes(x, LANES: tl.constexpr, V: tl.constexpr):
         even_even, even_odd = tl.split(even)
         odd_even, odd_odd = tl.split(odd)
         return tl.split(even_even) + tl.split(even_odd) + tl.split(odd_even) + tl.split(odd_odd)
+
+
+@triton.jit
+def wide(x):
+    """Return x in float64 if it is, else in float32, in which every narrower number can be compared."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def left_there(old, new, gradient, flag):
+    """Tell which numbers the step left in place by intent, given the parameter's flag and p.grad (1 if unknown)."""
+    old = wide(old)
+    meant = (old == 0.0) | (wide(gradient) == 0.0)
+    return (old == wide(new)) & ((flag == EVERY) | ((flag == MEANT) & meant))

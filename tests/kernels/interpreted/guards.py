@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradsurg.linalg.kernels import combine, gramian, inner
+from gradsurg.linalg.kernels import combine, gramian, inner, left, moved
 from tests.kernels.interpreted.harness import DTYPES, guarded, make_rows
 
 SIZES = [1, 8, 1025]  # less than a vector of 16 bytes, one and no more, whole blocks and one element
@@ -22,6 +22,17 @@ def test_all_kernels_stay_inside(m, dtype):
     weights = torch.ones(m, dtype=torch.float64)
     combine.combine(rows, weights, after)
     combine.correct(rows, weights, after, before=before)
+    # In a step of which some numbers stay, for the passes that look for them.
+    gradients = [guarded(torch.randn(p.shape).to(dtype)) for p in like]
+    for p, old in zip(after, before, strict=True):
+        p[::2], old[::3] = old[::2], 0
+    layout = combine.layout_of(rows, after, after, before, gradients, partitions=[0] * len(like))
+    ones, modes = torch.ones(len(like), dtype=torch.float64), torch.ones(1, dtype=torch.int32)
+    flags = left.left_in_place(layout, m, [0] * len(like), modes).flags
+    assert flags.any()
+    assert torch.isfinite(moved.gramian_moved(layout, m, ones, flags, modes)[0]).all()
+    combine.correct(rows, weights, after, layout=layout, metric=(ones, flags))
+    left.shorten(layout, m, torch.full((1,), 0.5, dtype=torch.float64), after)
 
 
 if __name__ == "__main__":  # the control: one element more than there are must be a fault
