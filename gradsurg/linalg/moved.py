@@ -38,9 +38,10 @@ def left_in_place(
 
 
 def _left(old: Tensor, new: Tensor, gradient: Tensor | None) -> Tensor | None:
-    old, new = real_of(old.detach()), real_of(new.detach())
+    old, new = real_of(old), real_of(new)
     still = old == new
-    count = int(still.sum())
+    # A third of the time of sum(), which widens every flag.
+    count = int(still.count_nonzero())
     if count == 0 or count == still.numel():
         return still if count else None
     if count > FEW * still.numel():
