@@ -64,7 +64,8 @@ def shares_of(name: str, seed: int) -> list[float]:
     make, options = OPTIMIZERS[name]
     groups = [{"params": [*layer.parameters()], "lr": 1e-2 * DECAY ** (DEPTH - k)} for k, layer in enumerate(linears)]
     optimizer = gradsurg.wrap(make(groups, **options))
-    x, y, shares = torch.randn(128, WIDTH), torch.randn(128, 3) * torch.tensor([1.0, -1.0, 1.0]), []
+    x, y = torch.randn(128, WIDTH), torch.randn(128, 3) * torch.tensor([1.0, -1.0, 1.0])
+    shares: list[float] = []
 
     def watched(constraint: UpdateConstraint, inner: Optimizer, before: ParameterCopies) -> Any:
         steps = largest_steps(inner, before)
@@ -120,8 +121,9 @@ def opposed(work: Workload) -> Step:
         losses = work.losses()
         optimizer.total([*losses[:-1], losses[-1] - 3 * losses[0]]).backward()
         optimizer.step()
-        report = optimizer.report
-        assert report is not None and report.movement is not None and report.movement.corrected
+        movement = None if optimizer.report is None else optimizer.report.movement
+        assert movement is not None
+        assert movement.corrected
 
     return step
 
@@ -160,7 +162,7 @@ def looks(rounds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=300, help="of the second table")
+    parser.add_argument("--rounds", type=int, default=100, help="of the second table")
     parser.add_argument("--dry", action="store_true", help="keep no result file")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ class Judge(User):
 
     def __init__(self, program: Program) -> None:
         super().__init__(*build(program))
-        self.program, self.reuses, self.way = program, "refresh_every" in program.options, ""
+        self.program, self.reuses, self.way, self.added = program, "refresh_every" in program.options, "", False
         self.rows: Rows | None = {}
         self.seen: list[Tensor | None] | None = None
         self.twin: User | None = None
@@ -151,7 +151,8 @@ class Judge(User):
                 self.optimizer = wrapped(self.net, bare, self.program.options)
                 state = copy.deepcopy(self.optimizer.state_dict())
             self.optimizer.load_state_dict(state)
-        self.rows, self.twin = {}, old
+        # What waits is not part of a state dict, and before a closure is called, it is finished or refused.
+        self.rows, self.twin = {}, None if old.optimizer._gradsurg.step.pending else old
 
     def wrong_arguments(self) -> None:
         """Call the library in ways that it has to refuse."""
@@ -187,14 +188,15 @@ class Judge(User):
                 what = "a call that failed" if failed else "a call outside of step()"
                 check_same(after[0], before[0], f"{what} moved parameters")
                 check_same(after[2], before[2], f"{what} changed the optimizer's state")
-            if failed and not surgery:
+            # A penalty beside a total that fails may have run backward, as beside any other loss.
+            if failed and not surgery and not self.added:
                 check_same(after[1], before[1], "a call that failed changed p.grad")
         return value
 
     def clear(self, step: Spec) -> None:
         """Clear p.grad, and the rows with it."""
         super().clear(step)
-        self.way = step.get("way")
+        self.way, self.added = step.get("way"), step.get("added", False)
         if step.get("clear") != "no":
             self.rows = {}
 
@@ -230,6 +232,8 @@ class Judge(User):
             losses = plain.losses(step, step["batch"] + k, False)[1]
             total = sum(losses.values()) * step.get("scale", 1.0)
             if step.get("plain") and step.get("way") in ("total", "backward", "features"):
+                total = total + plain.penalty() * step.get("scale", 1.0)
+            if step.get("added") and step.get("way", "total") in ("total", "features", "two totals"):
                 total = total + plain.penalty() * step.get("scale", 1.0)
             if total.requires_grad:
                 total.backward()

@@ -271,6 +271,7 @@ def draw_step(rng: random.Random, model: Spec, options: Spec) -> Spec:
     coin(rng, step, 0.6, "clear", "zeros", "model", "by hand", "no")
     coin(rng, step, 0.5, "change", "clip", "half", "mask", "rows", "masked copy", "none of one")
     coin(rng, step, 0.1, "preferences", {"a": 2.0}, {"a": 0.0})
+    coin(rng, step, 0.2, "added", True)
     return step
 
 

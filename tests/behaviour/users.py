@@ -144,12 +144,17 @@ class User:
         elif way == "two totals" and len(losses) > 1:
             first = {name: losses[name] for name in list(losses)[:1]}
             others = {name: losses[name] for name in list(losses)[1:]}
-            self.call(lambda: ((optimizer.total(first) + optimizer.total(others)) * scale).backward())
+            both = lambda: optimizer.total(first) + optimizer.total(others)  # noqa: E731
+            self.call(lambda: (self.with_penalty(both(), step) * scale).backward())
         else:
             if way == "features":
                 more["features"] = z
-            self.call(lambda: (optimizer.total(given, **more) * scale).backward())
+            self.call(lambda: (self.with_penalty(optimizer.total(given, **more), step) * scale).backward())
         self.brought(step, batch, last, [*losses])
+
+    def with_penalty(self, total: Tensor, step: Spec) -> Tensor:
+        """Add a penalty to a total; its gradient may reach p.grad before the tasks' do."""
+        return total + self.penalty() if step.get("added") else total
 
     def penalty(self) -> Tensor:
         """Return a loss on weights that all tasks share."""
