@@ -1,10 +1,15 @@
 """Tables of pointers and items: what is cut where, and what is cached."""
 
+import threading
+import time
+from collections import OrderedDict
+
 import pytest
 import torch
 
 from gradsurg.linalg.kernels import table
 from gradsurg.linalg.kernels.table import CHUNK_LEAST, CHUNK_MOST, CHUNK_TARGET_PROGRAMS, chunk_for, launches_for, plan
+from gradsurg.linalg.kernels.usual import usual_of
 
 
 @pytest.mark.parametrize(
@@ -92,3 +97,81 @@ def test_reserve_runs_out_with_advice(monkeypatch):
     assert table._from_reserve(torch.tensor([7, 8, 9])).tolist() == [7, 8, 9]
     with pytest.raises(Exception, match="capture fewer graphs"):
         table._from_reserve(torch.tensor([1, 2]))
+
+
+def tables(layout):
+    launches = [(one.dtypes, one.aligned, one.items.tolist()) for one in layout.launches]
+    return layout.pointers.tolist(), launches, layout.slots, layout.bounds.tolist(), layout.partitions
+
+
+def of(*shape, dtype=torch.float32, skip=0):
+    size = torch.Size(shape).numel()
+    return torch.zeros(size + skip, dtype=dtype)[skip:].view(shape)
+
+
+ROWS = [of(5000), of(3, 4), of()]
+
+
+@pytest.mark.parametrize(
+    ("lists", "roles", "usual"),
+    [
+        ([ROWS, [t.clone() for t in ROWS]], None, True),
+        ([ROWS, [None] * 3, [torch.nn.Parameter(t) for t in ROWS]], [0, 0, 1], True),
+        ([ROWS, [t.bfloat16() for t in ROWS]], [0, 1], True),
+        ([[None] * 3, [t.bfloat16() for t in ROWS]], [0, 1], True),
+        ([ROWS, [t.bfloat16() for t in ROWS]], None, False),  # two dtypes in a role
+        ([ROWS, [ROWS[0], None, ROWS[2]]], None, False),
+        ([[of(5000), of(4, 3).T, of()]], None, False),  # another order in memory
+        ([[of(5000, skip=1), of(3, 4), of()]], None, False),  # not aligned
+        ([[of(5000), of(0, 4), of()]], None, False),  # no items
+        ([[of(5000), of(3, 4).double(), of()]], None, False),
+        ([[t.to(torch.complex64) for t in ROWS]], None, False),
+        ([[None] * 3], None, False),
+        ([[]], None, False),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"partitions": [0, 1, 1], "signs": [1, -1, 1]}], ids=str)
+def test_usual_lists_have_the_tables_of_all_others(monkeypatch, lists, roles, usual, more):
+    assert (usual_of(lists, roles or [0] * len(lists)) is not None) is usual
+    more = more if lists[0] else {}
+    if not usual:
+        return
+    short = plan(lists, roles=roles, **more)
+    monkeypatch.setattr(table, "usual_of", lambda lists, roles: None)
+    assert tables(short) == tables(plan(lists, roles=roles, **more))
+    assert all(
+        a is b
+        for mine, column in zip(short.keep, zip(*lists, strict=True), strict=True)
+        for a, b in zip(mine, column, strict=True)
+    )
+
+
+class Slow(OrderedDict):
+    """Lets another thread run after each look."""
+
+    def get(self, key, default=None):
+        found = super().get(key, default)
+        time.sleep(1e-4)
+        return found
+
+
+def test_two_threads_do_not_disturb_each_other(monkeypatch):
+    """Autograd has one thread per device: so many tables that each thread drops those of the other."""
+    monkeypatch.setattr(table, "KEPT", 3)
+    monkeypatch.setattr(table, "_tables", Slow())
+    failures = []
+
+    def work(seed):
+        try:
+            for k in range(200):
+                values = [float((seed + k) % 5)]
+                assert table.constant(values, torch.device("cpu")).tolist() == values
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -7,6 +7,7 @@ addresses change when memory is allocated anew and sizes don't. Nothing here wai
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +21,11 @@ from gradsurg.errors import MultiTaskError
 from gradsurg.linalg.blocks import Block, flat_column
 from gradsurg.linalg.buffers import may_be_kept
 from gradsurg.linalg.kernels.dispatch import vector
+from gradsurg.linalg.kernels.usual import Shape, usual_of
 
 __all__ = ["FIELDS", "Launch", "Plan", "chunk_for", "constant", "device_of", "launches_for", "on_device", "plan"]
 
 T = TypeVar("T")
-# Dtypes, whether aligned, number of elements, partition and sign of one parameter.
-Shape = tuple[tuple[torch.dtype, ...], bool, int, int, int]
 
 # Fields of an item: parameter, first element, number of elements, slot of its partial sums, partition, sign.
 FIELDS = 6
@@ -102,6 +102,16 @@ def plan(
     """
     width = len(lists)
     roles = [0] * width if roles is None else roles
+    device = device_of(lists)
+    count = 1 + (partitions[-1] if partitions else 0)
+    usual = usual_of(lists, roles)
+    if usual is not None:
+        key = (usual.dtypes, usual.sizes, None if partitions is None else tuple(partitions), signs and tuple(signs))
+        launches, slots, bounds = _cached(
+            (device, count, key), device, lambda: _items(usual.shapes(partitions, signs), count, device)
+        )
+        pointers = _pointers(usual.addresses(), width, device)
+        return Plan(pointers, width, launches, slots, bounds, count, tuple(map(list, zip(*lists, strict=True))))
     columns, addresses, shapes = [], [], []
     for k, column in enumerate(zip(*lists, strict=True)):
         # The flat view of a[:, ::2] has a stride, but kernels read neighbours.
@@ -114,13 +124,14 @@ def plan(
         size = next((t.numel() for t in flat if t is not None), 0)
         sign = 1 if signs is None else int(signs[k])
         shapes.append((dtypes, aligned, size, 0 if partitions is None else partitions[k], sign))
-    device = device_of(lists)
-    count = (1 + (partitions[-1] if partitions else 0)) if columns else 1
     launches, slots, bounds = _cached((device, count, tuple(shapes)), device, lambda: _items(shapes, count, device))
-    pointers = _cached(
+    return Plan(_pointers(addresses, width, device), width, launches, slots, bounds, count, tuple(columns))
+
+
+def _pointers(addresses: list[int], width: int, device: torch.device) -> Tensor:
+    return _cached(
         (device, width, tuple(addresses)), device, lambda: _upload(addresses, device).view(-1, width), fleeting=True
     )
-    return Plan(pointers, width, launches, slots, bounds, count, tuple(columns))
 
 
 def chunk_for(total: int) -> int:
@@ -154,6 +165,8 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+# Autograd has a thread of its own for each device, and two optimizers may step at the same time.
+_lock = threading.RLock()
 _tables: OrderedDict[Hashable, object] = OrderedDict()
 # Tables that captured CUDA graphs read. They are kept for good, since we can't know how long a graph lives.
 _captured: list[object] = []
@@ -165,7 +178,11 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
     capturing = _is_capturing(device)
     # The upload runs on the current stream, and work on another one would not wait for it.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (key, stream)
+    with _lock:
+        return _found((key, stream), make, capturing, fleeting)
+
+
+def _found(key: Hashable, make: Callable[[], T], capturing: bool, fleeting: bool) -> T:
     found = _tables.get(key)
     if found is not None and not (capturing and fleeting):
         _tables.move_to_end(key)
