@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ __all__ = [
     "check_row",
     "check_scalar",
     "detached",
+    "of_one_stack",
     "parse_losses",
     "seed_of",
     "task_name",
     "value_of",
 ]
 
+# The nodes that lead from a part of a tensor to the whole, which may be weighted, and those that make it of several.
+PARTS = {"UnbindBackward0", "SelectBackward0", "SplitBackward0", "MulBackward0", "DivBackward0"}
+WHOLES = {"StackBackward0", "CatBackward0"}
 Losses = Mapping[str, "Tensor | None"] | Iterable["Tensor | None"]
 Compute = Callable[[], "Tensor | None"]
 Computations = Mapping[str, "Tensor | Compute | None"] | Iterable["Tensor | Compute | None"]
@@ -72,6 +77,18 @@ def parse_losses(
             f"losses has no task to train on (given: {list(result)}): at least one must be a tensor that requires grad"
         )
     return result
+
+
+def of_one_stack(losses: Iterable[object]) -> bool:
+    """Whether a loss is a part of a tensor that torch.stack or torch.cat made of several, perhaps weighted since."""
+    for loss in losses:
+        node: Any = loss.grad_fn if isinstance(loss, Tensor) else None
+        while type(node).__name__ in PARTS:
+            # The other operand of a product may be a constant.
+            node = next((after for after, _ in node.next_functions if after is not None), None)
+        if type(node).__name__ in WHOLES:
+            return True
+    return False
 
 
 def task_name(label: str, name: object) -> str:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradsurg.distributed.detect import several_ranks
 from gradsurg.gradients.compile import outside_compilation
-from gradsurg.gradients.losses import Computations, Losses, check_scalar, parse_losses, value_of
+from gradsurg.gradients.losses import Computations, Losses, check_scalar, of_one_stack, parse_losses, value_of
 from gradsurg.gradients.total import Total
 from gradsurg.optimizer.backward import run_backward, set_rows, task_block
 from gradsurg.optimizer.cheap.features import check_features
@@ -78,11 +78,13 @@ class MultiTaskOptimizer(Optimizer):
         """
         engine = self._gradsurg
         if isinstance(losses, Tensor) and losses.dim() == 1:
-            losses = _apart(engine, losses, features)
+            losses = _apart(engine, losses.unbind(), features)
         # With other ranks, this one may have no task in a step, and takes part in what the others have.
         others = several_processes() and several_ranks()
         # Without functions=True, each is a tensor or None.
         parsed = cast("dict[str, Tensor | None]", parse_losses(losses, engine.options.tasks, empty=others))
+        if of_one_stack(parsed.values()):
+            _apart(engine, losses, features)
         plain = None if plain is None else check_scalar("plain", plain)
         own = {} if preferences is None else check_mapping("preferences", preferences, zero=True)
         given = {**engine.options.preferences, **engine.step.preferences, **own}
@@ -146,10 +148,12 @@ class MultiTaskOptimizer(Optimizer):
         """
         engine = self._gradsurg
         if isinstance(losses, Tensor) and losses.dim() == 1:
-            losses = _apart(engine, losses, features)
+            losses = _apart(engine, losses.unbind(), features)
         functions = features is None and engine.options.refresh_every == 1
         others = several_processes() and several_ranks()
         parsed = parse_losses(losses, engine.options.tasks, functions=functions, empty=others)
+        if of_one_stack(parsed.values()):
+            _apart(engine, losses, features)
         plain = None if plain is None else check_scalar("plain", plain)
         given = None if features is None else check_features(features, engine.options)
         own = {} if preferences is None else check_mapping("preferences", preferences, zero=True)
@@ -279,8 +283,8 @@ class MultiTaskOptimizer(Optimizer):
         engine.rotation.replace_averages(self, averages)
 
 
-def _apart(engine: Engine, losses: Tensor, features: object) -> Losses:
-    """Return the losses in a tensor of shape (m,), whose graph gives each task zeros for the heads of all others."""
+def _apart(engine: Engine, losses: Any, features: object) -> Any:
+    """Return the losses, which are parts of one tensor: its graph gives each task zeros for the heads of all others."""
     options = engine.options
     for option, used in (
         ("features=", features is not None),
@@ -289,8 +293,8 @@ def _apart(engine: Engine, losses: Tensor, features: object) -> Losses:
     ):
         if used:
             raise ValueError(
-                f"losses is one tensor of shape {tuple(losses.shape)}, in whose graph all losses depend on all heads: "
-                f"{option} cannot tell whose head is whose: pass the losses that it was made of, as a list or a dict"
+                f"losses are parts of one tensor, in whose graph all losses depend on all heads, so {option} cannot "
+                "tell whose head is whose: pass the losses that it was made of, as a list or a dict"
             )
     engine.capture.stacked = True
-    return losses.unbind()
+    return losses

@@ -6,7 +6,7 @@ from torch import nn
 
 import gradsurg
 from tests.gradients.ways import gradients, wrapped
-from tests.networks import build, rows_of, run_backward, same, trained, twins
+from tests.networks import TASKS, build, rows_of, run_backward, same, trained, twins
 
 
 def test_losses_as_a_list_get_numbers_or_the_declared_names():
@@ -119,9 +119,55 @@ def test_losses_without_names(kind, way):
         assert torch.equal(model.heads[name].bias.grad, plain)
 
 
+def rows(tensor):
+    return dict(zip(TASKS, tensor, strict=True))
+
+
+STACKS = {
+    "iterated": lambda losses: rows(torch.stack(losses)),
+    "by number": lambda losses: {name: torch.stack(losses)[i] for i, name in enumerate(TASKS)},
+    "weighted": lambda losses: rows(torch.tensor([1.0, 2.0, 3.0]) * torch.stack(losses)),
+    "weighted in place": lambda losses: rows(torch.stack(losses).mul_(torch.tensor([1.0, 2.0, 3.0]))),
+    "cat": lambda losses: rows(torch.cat([loss[None] for loss in losses])),
+    "split": lambda losses: rows(torch.stack(losses).split(1)),
+    "scaled later": lambda losses: {name: 2 * loss for name, loss in rows(torch.stack(losses)).items()},
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("way", ["total", "backward"])
+def test_parts_of_a_stack_are_the_losses_that_it_was_made_of(kind, way):
+    """Autograd gives each task zeros for the heads of all others: they are not shared for that."""
+    model, other = twins()
+    optimizer, apart = (gradsurg.wrap(torch.optim.Adam(trained(m), lr=0.01)) for m in (model, other))
+    weights = {"weighted": (1, 2, 3), "weighted in place": (1, 2, 3), "scaled later": (2, 2, 2)}.get(kind, (1, 1, 1))
+    for batch in range(4):
+        given = STACKS[kind](list(model.losses(batch).values()))
+        expected = {name: w * loss for w, (name, loss) in zip(weights, other.losses(batch).items(), strict=True)}
+        plain = {n: torch.autograd.grad(expected[n], other.heads[n].bias, retain_graph=True)[0] for n in TASKS}
+        for o, losses in ((optimizer, given), (apart, expected)):
+            o.zero_grad()
+            o.total(losses).backward() if way == "total" else o.backward(losses)
+        for name in TASKS:
+            torch.testing.assert_close(model.heads[name].bias.grad, plain[name])
+        for p, q in zip(trained(model), trained(other), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        for o in (optimizer, apart):
+            o.step()
+
+
+def test_a_stack_inside_the_model_makes_no_parts():
+    model = build("all shared")
+    (x, y), w = torch.randn(2, 6, 5), torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurg.wrap(torch.optim.SGD([*trained(model), w], lr=0.1), batched=True)
+    errors = torch.stack([model.body(x)[:, k] - w[k] * y[:, k] for k in range(3)]).square().mean(1)
+    optimizer.total(list(errors.unbind())).backward()  # with batched=, parts of a stack would be refused
+
+
 @pytest.mark.parametrize("options", [{"refresh_every": 2}, {"batched": True}])
-def test_one_tensor_of_losses_where_heads_cannot_be_told_apart(options):
+@pytest.mark.parametrize("given", [torch.stack, lambda losses: rows(torch.stack(losses))], ids=["tensor", "parts"])
+def test_one_tensor_of_losses_where_heads_cannot_be_told_apart(given, options):
     model = twins()[0]
     optimizer = gradsurg.wrap(torch.optim.SGD(trained(model), lr=0.1), **options)
     with pytest.raises(ValueError, match="cannot tell whose head is whose"):
-        optimizer.total(torch.stack(list(model.losses(0).values())))
+        optimizer.total(given(list(model.losses(0).values())))
