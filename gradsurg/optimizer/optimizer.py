@@ -100,7 +100,7 @@ class MultiTaskOptimizer(Optimizer):
         engine.lay_out()
         engine.step.unrun += 1
         engine.told.add("no losses")
-        run = Run(parsed, plain, through, own, nested=True, owner=self)
+        run = Run(parsed, plain, through, own, nested=True, owner=self, on_live_rows=True)
         if engine.step.losses or engine.step.constraint is not None:
             run.on_live_rows = engine.capture.is_untouched()
         # On the loss's device: only then autograd makes later work wait for the streams of these backward passes.

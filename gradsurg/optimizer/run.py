@@ -42,7 +42,7 @@ class Run:
         joins: Whether it adds rows to a run that another total opened in the same backward pass.
         joined: Whether another total did so to this one.
         owner: The optimizer, kept alive for as long as the total may run backward.
-        on_live_rows: Whether rows of earlier micro-batches stood in p.grad when the total was built.
+        on_live_rows: Whether what stood in p.grad when the total was built, or ran last, was all ours.
         others: How many other totals were built and have not run, at most.
         unbatched: Why the passes could not be run as one, if an attempt showed it.
     """
@@ -87,6 +87,7 @@ class Run:
 
     def end(self) -> None:
         """Drop the losses, and their graphs with them, unless another run may come."""
+        self.on_live_rows = self.nested
         if self.nested and not self.retain_graph:
             self.losses, self.plain, self.features, self._used = {}, None, None, True
 

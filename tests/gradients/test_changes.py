@@ -102,3 +102,16 @@ def test_what_torch_cannot_see_is_no_penalty(penalised):
     assert w.grad.tolist() == (0.5 * ROWS.sum(0) + 2 * ROWS[0] + ROWS[1]).tolist()
     if not penalised:
         assert torch.equal(optimizer._gradsurg.capture.rows["a"][w], 2 * ROWS[0])
+
+
+@pytest.mark.parametrize("order", ["one twice", "both built first"])
+def test_totals_that_were_built_before_the_rows_came(order):
+    w, s, v, t = (nn.Parameter(torch.ones(n)) for n in (3, 1, 3, 1))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w, s], lr=0.1), **PLAIN)
+    totals = [optimizer.total(losses_of(w, s[0], 0))]
+    totals.append(totals[0] if order == "one twice" else optimizer.total(losses_of(w, s[0], 0)))
+    for k, total in enumerate(totals):
+        (total + w.square().sum()).backward(retain_graph=k == 0)
+        (sum(losses_of(v, t[0], 0).values()) + v.square().sum()).backward()
+    torch.testing.assert_close([w.grad, s.grad], [v.grad, t.grad])
+    assert torch.equal(optimizer._gradsurg.capture.rows["a"][w], 2 * ROWS[0])
