@@ -37,6 +37,7 @@ class Averaged:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            # FSDP2's own reduction may find out here that another rank is gone, and says so better than `error`.
             self._quiet.__exit__(kind, error, trace)
         except BaseException as said_better:
             self.drop(said_better)
@@ -60,6 +61,7 @@ class Averaged:
         """Average what was in p.grad, what was added, and what the rest of the outer backward pass left there."""
         if self._exchange is None:
             return
+        # A penalty in the same outer backward pass may have run since, and is averaged with the rest.
         together = self.held_gradients.standing()
         for p, gradient in (pair for row in (*self._results, self.held_gradients.lift()) for pair in row.items()):
             together[p] = added(together.get(p), gradient)

@@ -50,6 +50,7 @@ def plan(parameters: Sequence[Tensor], members: Sequence[int], ranks: int) -> li
         # Complex numbers travel by themselves: a pair of reals is seen as one only if it lies at an even offset.
         key = (p.dtype, p.device)
         size = share(p, ranks)
+        # Messages of a few numbers cost as much as those of some thousand, so small gradients share one.
         if key not in latest or (latest[key].width + size) * ranks > CAPACITY:
             latest[key] = Bucket([], [], 0, p.dtype.to_real(), p.device)
             buckets.append(latest[key])
@@ -88,6 +89,7 @@ def unpack(bucket: Bucket, part: Tensor, parameters: Sequence[Tensor], ranks: in
 def cut(tensor: Tensor, ranks: int, rank: int) -> Tensor:
     """Return the piece of a whole tensor that a rank owns, flat, filled up with zeros."""
     size = -(-tensor.numel() // ranks)
+    # The last ranks may own fewer numbers, or none, and messages have equal parts.
     piece = tensor.detach().reshape(-1)[rank * size : (rank + 1) * size]
     if piece.numel() < size:
         piece = torch.cat([piece, piece.new_zeros(size - piece.numel())])

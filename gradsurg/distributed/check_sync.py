@@ -47,9 +47,11 @@ def compare(group: Group, named: Sequence[tuple[str, Tensor]], who: str) -> None
     from gradsurg.distributed.fsdp import local, shard_of
 
     names, shards = [name for name, _ in named], [shard_of(p) for _, p in named]
+    # First the names: checksums of different models would be of different shapes, and hang.
     heard = group.gather(torch.tensor([fingerprint(names), any(shards)]))
     if bool((heard[:, 0] != heard[0, 0]).any()):
         raise RanksError(f"{who}: the ranks have models with different parameters; build the same on every rank")
+    # Only of sharded models: to send names of shards takes pickling.
     held: list[list[Any]] = group.objects(shards) if bool(heard[:, 1].any()) else [shards] * group.size
     heard = group.gather(torch.stack([checksum(local(p, p)).to(group.device) for _, p in named]))
     for k, name in enumerate(names):

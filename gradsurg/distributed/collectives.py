@@ -64,6 +64,7 @@ class Group:
 
     def start(self, numbers: Tensor) -> tuple[Tensor, Any]:
         """Begin to add numbers up over ranks, and return where the sum will be, and what to wait for."""
+        # The sum is written in place, and the caller keeps its own numbers.
         there = numbers.to(self.device, copy=True)
         return there, dist.all_reduce(there, group=self.group, async_op=True)
 
@@ -81,6 +82,7 @@ class Group:
         """Return the mean over ranks of numbers that all ranks have, by name; they stay on the device."""
         if not named:
             return {}
+        # In float64, so that the mean over ranks is that of one process to the last place of a float32 loss.
         numbers = torch.stack([number.double().to(self.device).view(()) for number in named.values()])
         return dict(zip(named, self.total(numbers) / self.size, strict=True))
 
@@ -154,6 +156,7 @@ def checksum(tensor: Tensor) -> Tensor:
     for start in range(0, words.numel(), PIECE):
         piece = words[start : start + PIECE].to(torch.int64)
         position = torch.arange(start + 1, start + piece.numel() + 1, device=tensor.device)
+        # Odd factors: int64 wraps around, and a multiplication by an odd number loses no bit.
         mixed = (piece + 1) * (position * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01)
         sums += torch.stack([mixed.sum(), (mixed ^ (mixed >> 31)).sum()])
     return sums
@@ -161,5 +164,6 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def fingerprint(parts: Sequence[object]) -> int:
     """Return 63 bits that are equal in every process if the parts are; hash() is salted differently in each process."""
+    # One bit less than 64: the sum over ranks is one of int64.
     digest = hashlib.sha256("\x00".join(map(repr, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

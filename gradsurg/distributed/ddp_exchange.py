@@ -126,6 +126,7 @@ class SliceExchange:
         self._names: list[str] | None = None
         self._preferences = sorted(preferences.items())
         reach = fingerprint(sorted((name, sorted(reached)) for name, reached in slicing.reach.items()))
+        # Sent before the first backward pass, and waited for after it: it costs no time of its own.
         header = torch.tensor([fingerprint(names), fingerprint([slicing.signature, self._preferences]), reach])
         self._header, self._header_work = self._group.start_gather(header)
 
@@ -142,6 +143,7 @@ class SliceExchange:
                     "the optimizers of the ranks train parameters of different shapes, dtypes or order: build the same "
                     "model and the same parameter groups on every rank"
                 )
+            # A rank that joined late, or loaded another state, expects other parameters than the rest.
             if not same_reach:
                 self._slicing.reach.clear()
             self._names = merged([self._mine] if same_names else self._group.objects(self._mine))
@@ -161,6 +163,7 @@ class SliceExchange:
         assert len(self._shipments) == len(self.names), "finish() came before every task was offered"
         heard = self._compare(foreign, losses, untouched)
         if heard.failed:
+            # What is on its way has to arrive: a later message would be taken for it.
             self._land()
             raise RanksError(
                 f"rank {heard.failed[0]} raised in the backward passes of this step, so no rank keeps anything of it: "
@@ -171,6 +174,7 @@ class SliceExchange:
                 "no rank has a task in this step: at least one must have a loss that requires grad. Parameters, p.grad "
                 "and optimizer state are as before."
             )
+        # What was reached for the first time was not expected, so no rank has sent it yet.
         for name, used in zip(self.names, heard.used, strict=True):
             self._send(self._shipments[name], used - self._shipments[name].sent)
         averaged = self._average(foreign, heard)
@@ -214,6 +218,7 @@ class SliceExchange:
         parameters, outside = self._slicing.parameters, self._slicing.outside
         n, ranks, tasks, device = len(parameters), self._group.size, self.names, self._group.device
         measured = merged([tasks, self._measured])
+        # Flags and losses go in one message of float64: counts up to 2^53 are exact.
         flags = [failed and rank == self._group.rank for rank in range(ranks)]
         for name in tasks:
             reached = self._shipments[name].reached

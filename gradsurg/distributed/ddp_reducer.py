@@ -52,6 +52,7 @@ class Replica:
     @property
     def module(self) -> DistributedDataParallel:
         """The module itself."""
+        # Callers ask `alive` first: the model may be gone while its optimizer is still there.
         module = self._module()
         assert module is not None
         return module
@@ -84,6 +85,7 @@ class Replica:
         """Make forward passes prepare nothing and backward passes reduce nothing; buffers are still broadcast."""
         module = self.module
         sync, enqueued = module.require_backward_grad_sync, getattr(module, ENQUEUED, None)
+        # DDP reads this in forward() and leaves its reducer alone then.
         module.require_backward_grad_sync = False
         # With a static graph, the first backward pass that finds this unset reduces everything at its end. It must
         # not be the first task's.
@@ -101,6 +103,7 @@ class Replica:
                 getattr(module.reducer, RESET)()
 
     def _before_forward(self, module: DistributedDataParallel, _: Any) -> None:
+        # The user's no_sync() sets the same flag, so it is kept and put back as it was.
         self._armed = module.require_backward_grad_sync
         module.require_backward_grad_sync = False
 
@@ -128,6 +131,7 @@ class _FirstPass:
         for hook in module._forward_hooks.values():
             if isinstance(hook, cls):
                 return hook
+        # A copy of the module, as of deepcopy, brings its hook along: it is found among the hooks, not by id.
         hook = cls()
         module.register_forward_hook(hook)
         return hook
@@ -151,6 +155,7 @@ class _FirstPass:
         if not (self._prepared and self._miscounted):
             return
         self._miscounted = False
+        # From here on, what DistributedDataParallel itself does when it is built, but for broadcasting the parameters.
         module.reducer._remove_autograd_hooks()
         parameters, sparse = module._build_params_for_reducer()
         names = module._build_debug_param_to_name_mapping(parameters)
@@ -158,6 +163,7 @@ class _FirstPass:
         module.reducer._set_static_graph()
         assert module.logger is not None
         module.logger._set_static_graph()
+        # A new reducer has none of the hooks that the user registered, as for compression.
         for hook, state in module._comm_hooks:
             torch._C._distributed_c10d._register_comm_hook(module.reducer, state, hook)
         module.reducer.prepare_for_forward()

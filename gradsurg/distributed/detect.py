@@ -70,6 +70,7 @@ class Ranks:
         key, group = tuple(map(id, parameters)), torch.distributed.group.WORLD
         gone = any(not replica.alive for replica in getattr(self._layout, "replicas", ()))
         if self._layout is None or key != self._key or group is not self._group or gone:
+            # This searches the process, so only if something is new: parameters, the group, or a module is gone.
             self._layout, self._key, self._group = self._find(parameters), key, group
         return self._layout
 
@@ -91,6 +92,7 @@ class Ranks:
                 "DistributedDataParallel(model) (and pass it as wrap(..., model=ddp) if it cannot be found), or "
                 "fully_shard(model) before the optimizer."
             )
+        # Two groups would need two sums, and no rank of one knows what those of the other do.
         groups = {id(replica.module.process_group): replica.module.process_group for replica in replicas}
         if len(groups) > 1:
             raise MultiTaskError(

@@ -45,6 +45,7 @@ class ShardedLayout(Layout):
         self._cuts = {id(p): cut for p, cut in zip(parameters, _cuts(parameters, self.group), strict=True)}
         self._position = {id(p): k for k, p in enumerate(parameters)}
         self._modules = modules_of(FSDPModule, parameters, model)
+        # Nobody averages the gradients of these. Ranks have to compute equal ones, which is checked in every step.
         self.plain = [p for p in parameters if not isinstance(p, DTensor)]
 
     def begin(self) -> None:
@@ -58,6 +59,7 @@ class ShardedLayout(Layout):
                     "returned, and pass other losses as total(losses, plain=other)."
                 )
             module.set_requires_gradient_sync(True)
+            # The user's own accumulation may have left this one off, too.
             module.set_is_last_backward(True)
 
     def sends(self, waiting: bool) -> bool:
@@ -175,6 +177,7 @@ def local(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     if isinstance(parameter, DTensor) and tensor.placements != parameter.placements:
         tensor = tensor.redistribute(placements=parameter.placements)  # Partial, of sequence-parallel norms
+    # The backward pass may still be sending it; numbers are read only after that.
     shard = tensor.to_local()
     wait = getattr(shard, "wait", None)
     return shard if wait is None else wait()
@@ -201,6 +204,7 @@ def _placed_like(parameter: Tensor, shard: Tensor) -> Tensor:
 
 def _group_of(parameters: Sequence[Tensor]) -> Group:
     meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
+    # Smaller meshes are taken to be parts of the largest one.
     mesh = max(meshes, key=lambda mesh: mesh.size())
     group: Any = None
     if mesh.size() < dist.get_world_size():
@@ -219,6 +223,7 @@ def _cuts(parameters: Sequence[Tensor], group: Group) -> list[slice | None]:
     cuts: list[slice | None] = []
     for k, p in enumerate(parameters):
         if isinstance(p, DTensor):
+            # Ranks with this parameter on other meshes hold the same numbers as well.
             twins = sorted({each[k] for each in of_ranks})
             copies, which = len(twins), twins.index(mine[k])
             coordinate = p.device_mesh.get_coordinate()

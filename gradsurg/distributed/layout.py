@@ -135,6 +135,7 @@ class Layout:
 
     def on_any_rank(self, names: Iterable[str], mine: Sequence[str]) -> list[str]:
         """Return those of `names`, equal and in one order on all ranks, that are in `mine` on any rank."""
+        # Ranks give flags of one length, so that no names have to travel.
         flags = self.added(torch.tensor([name in mine for name in names], dtype=torch.float64))
         return [name for name, flag in zip(names, flags, strict=True) if flag]
 

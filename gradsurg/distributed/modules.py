@@ -31,6 +31,7 @@ def modules_of(kind: type, parameters: Iterable[Tensor], model: nn.Module | None
 
 def refuse_optimizer(optimizer: object) -> None:
     """Refuse optimizers that shard themselves (ZeRO)."""
+    # By name: DeepSpeed need not be installed, and ZeRO's module is not imported for nothing.
     for each in type(optimizer).__mro__:
         if each.__name__ == "ZeroRedundancyOptimizer" or each.__module__.split(".")[0] == "deepspeed":
             raise TypeError(

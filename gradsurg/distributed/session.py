@@ -67,6 +67,7 @@ class Session:
             self._open(fresh, [] if arrived else self._capture.to_send())
             for name in fresh:
                 self.captured(name)
+            # The rows of a second total of this backward pass came after the first exchange was under way.
             arrived.append(self._finish(losses))
         rows = [row for delivery in arrived for row in delivery.rows.items()]
         self._capture.arrived(rows, arrived[-1].foreign, arrived[-1].blank)

@@ -73,6 +73,7 @@ class UpdateConstraint:
             measure = Measure() if self.layout is ALONE else self.layout.measure(mine)
             if not all_mine:  # several optimizers share the rows: each is held to its own part
                 G = measure.gramian(table, exact=True)
+            # The copies are cut apart only if the first look at them is not enough.
             old: Sequence[Tensor] = Part(before, mine)
             new: Sequence[Tensor] = mine
             if self.layout is not ALONE:
@@ -89,6 +90,7 @@ class UpdateConstraint:
                 self._asked if self.margin else None,
                 partial(self._meant, optimizer, mine),
             )
+            # Under DDP each rank corrected its own slices.
             if movement.corrected:
                 self.layout.put_back(mine, new)
             movements.append(movement)

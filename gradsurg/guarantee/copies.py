@@ -99,6 +99,7 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer, copied: Row) -> None:
         self._optimizer = optimizer
         self._parameters = Row((p, copied[p] if p in copied else p.detach().clone()) for p in trained(optimizer))
+        # State may hold anything: numbers, tensors, lists of either.
         self._state = _copied(dict(optimizer.state))
         # Many optimizers count their steps in their groups, and Prodigy keeps the rate that it has found there.
         self._groups = [dict(group) for group in optimizer.param_groups]

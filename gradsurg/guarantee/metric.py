@@ -129,6 +129,7 @@ def project_in_metric(
     update = replace(update, gramian=gramian, metric=metric, left=left)
     limited = asked is None and len(set(rates)) > 1
     plain = _largest_steps(update, rates) if limited else None
+    # J M Jᵀ is a Gramian too, of the rows times √M, so the same program solves it.
     update.correct(nonnegative(gramian, inner - least, allowed=update.allowed, scale=length_of(length)))
     if plain is not None:
         # A shorter step in the same direction is in the cone too.

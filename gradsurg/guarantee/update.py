@@ -87,6 +87,7 @@ def project_update(
     """
     measure = Measure() if measure is None else measure
     if asked is None and measure.alone:
+        # Most steps hurt no task by far, and float32 can tell that.
         norms = [max(square, 0.0) ** 0.5 for square in G.diagonal().tolist()]
         seen = first_look(rows, norms, before, after, signs)
         if seen is not None:
@@ -98,8 +99,10 @@ def project_update(
     cosines = None if asked is None else asked(G)
     least = least_of(G, cosines, square)
     coefficients = nonnegative(G, inner - least, allowed=allowed, scale=length_of(square), rounding=ROUNDING_QUICK)
+    # Only tasks that the guarantee does not protect got worse.
     if not coefficients.any():
         return Movement(inner, square)
+    # From here on the step is changed. Its own meaning comes first: what it left in place, and its rates.
     update = Update(rows, before, after, signs, allowed, measure, G.diagonal().sqrt(), G)
     rates, gradients = ([1.0] * len(after), [None] * len(after)) if meant is None else meant()
     in_place = left_in_place(before, after, gradients)

@@ -48,6 +48,7 @@ class OneByOne:
 
     def run(self, engine: Engine, run: Run) -> None:
         """Fill one row per task; the surgery follows when the backward pass around it is complete."""
+        # If another total of this backward pass opened a run, its surgery takes these rows too.
         passes = engine.open_or_join(run)
         with undoing(engine, run):
             if not run.joins:
@@ -67,12 +68,14 @@ class OneByOne:
                         watch.check(task, "plain=" if name is None else repr(name))
                 else:
                     run.known.update(_run_function(engine, run, str(name), task))
+                # The plain loss is no task: nothing protects it, and it is added after surgery.
                 if name is None:
                     engine.capture.take_plain()
                     continue
                 # A task is absent if its function returned no loss.
                 if isinstance(task, Tensor) or name in run.known:
                     engine.capture.take(name)
+                # Its row travels to the other ranks while the next task runs backward.
                 if engine.session.layout is not ALONE and not run.joins:
                     engine.session.captured(name)
             if not run.known and run.plain is None and not engine.session.layout.several:
@@ -110,6 +113,7 @@ def undoing(engine: Engine, run: Run) -> Iterator[None]:
 
 def _run_function(engine: Engine, run: Run, name: str, compute: Compute) -> dict[str, Tensor]:
     """Compute a task's loss and run its backward pass; return the loss by name, or nothing if it is absent."""
+    # The user's function may call anything, even what drops the run that it is part of.
     opened = engine.run
     with engine.doing("function", name), torch.enable_grad():
         found = compute()
@@ -140,6 +144,7 @@ def task_block(engine: Engine, name: str, preferences: Mapping[str, float] | Non
     declared = engine.options.tasks
     if declared is not None and name not in declared:
         raise unknown_name("task()", name, declared)
+    # A preference may be for a task whose block comes later, if its name was met or declared.
     own = check_mapping("preferences", preferences, zero=True)
     check_names((tuple(own),), {name, *engine.checkpoint.tasks, *(declared or ())}, "preferences")
     run = Run(preferences=own)
@@ -181,6 +186,7 @@ def set_rows(
     if engine.options.tasks is not None:
         check_names((tuple(gradients),), engine.options.tasks, "gradients")
     parameters = engine.parameters() if engine.options.shared is None else list(engine.options.shared)
+    # All rows are checked before p.grad is taken away.
     rows = {name: check_row(name, tensors, parameters) for name, tensors in gradients.items()}
     own = check_mapping("preferences", preferences, zero=True)
     engine.lay_out()

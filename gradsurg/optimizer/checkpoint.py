@@ -82,6 +82,7 @@ class Checkpoint:
         """Return the parameter group that has the entry; if there is none, the first group gets a fresh one."""
         optimizers = [optimizer for each in self.references if (optimizer := each()) is not None]
         for optimizer in optimizers:
+            # Looked for at each call: load_state_dict() and trainers replace the groups.
             group: dict[str, Any] = optimizer.param_groups[0]
             entry = group.get(KEY)
             if isinstance(entry, dict) and entry.get("version") == 1 and entry.keys() >= FRESH.keys():
@@ -105,6 +106,7 @@ def sealed(state_dict: dict[str, Any], methods: Mapping[str, str], **inside: Any
 
     def seal(group: dict[str, Any]) -> dict[str, Any]:
         had = group.get(KEY)
+        # A seal of an earlier save would be sealed again, and grow with each save.
         entry = {k: v for k, v in had.items() if k != SEAL} if isinstance(had, dict) else {}
         if not entry and not inside:
             return group

@@ -142,11 +142,13 @@ def _checked_entry(entry: object, pipeline: Pipeline) -> dict[str, Any]:
         )
     if missing := FRESH.keys() - entry.keys():
         raise unreadable(f"it lacks {', '.join(map(repr, sorted(missing)))}")
+    # Everyone's types are checked here; only the methods know what their own state must hold.
     for key, (what, holds) in PARTS.items():
         if key in entry and not holds(entry[key]):
             raise unreadable(f"{key!r} is {entry[key]!r:.80}, and must be {what}")
     theirs, ours = entry.get(METHODS, pipeline.methods), pipeline.methods
     state = {stage: _usable(stage, kept, theirs.get(stage), entry, pipeline) for stage, kept in entry["state"].items()}
+    # Weights that another method found are not reused.
     dropped = {METHODS} if theirs == ours else {METHODS, "refresh"}
     return {k: v for k, v in {**entry, "state": state}.items() if k not in dropped}
 
@@ -186,6 +188,7 @@ def _works(method: Callable[[Problem, State], tuple[Tensor, State]], state: Stat
     for count in sorted({1, *_lengths(state)})[:TOGETHER]:
         for start in range(0, len(tasks), TOGETHER):
             names = tuple(tasks[start : start + TOGETHER])
+            # A method that fails on made-up steps even without a state is not to blame the state for it.
             if not _runs(method, state, names, count) and _runs(method, {}, names, count):
                 return False
     return True

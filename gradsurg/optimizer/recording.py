@@ -45,6 +45,7 @@ def later(
     It keeps neither rows nor parameters alive, nor a state, which may be as large. `fetch` brings the numbers from a
     device to the host.
     """
+    # Names and losses are taken now: they are of this step, and `inputs` is gone by the time of reading.
     told = inputs.step, dict(inputs.losses), inputs.skipped, block_names(inputs, partitions)
     if any(direction.state.values()):
         direction = replace(direction, state={})
@@ -66,6 +67,7 @@ def report_of(
 ) -> Report:
     """Return the report of a surgery; the first three arguments are those of StepInputs."""
     G, tasks = problem.gramian, problem.tasks
+    # One bad number in a row makes its diagonal entry NaN or infinite.
     finite = torch.isfinite(G.diagonal(dim1=-2, dim2=-1)).all(0).tolist()
     return _report(
         step,
@@ -85,6 +87,7 @@ def report_of(
 
 def unmeasured(inputs: StepInputs) -> Report:
     """Return the report of a step in which no two tasks share a parameter: there is nothing to compare."""
+    # Every gradient goes to its own parameters as it is, which is a weight of 1.
     ones = torch.ones(1, len(inputs.rows), dtype=torch.float64)
     unknown = torch.diag_embed(ones * float("nan"))
     return _report(inputs.step, inputs.losses, tuple(inputs.rows), unknown, ones, ones, nonfinite=inputs.skipped)

@@ -83,6 +83,7 @@ class Run:
                 "backward() ran through this total(losses) a second time: build it anew from this step's losses, or "
                 "pass retain_graph=True the first time."
             )
+        # torch tells our node nothing of retain_graph=True but through the graph itself.
         self.retain_graph = graph_is_kept()
 
     def end(self) -> None:

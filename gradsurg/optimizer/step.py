@@ -60,6 +60,7 @@ def before_step(engine: Engine, optimizer: Optimizer, closure: bool) -> Attempt:
         _warn_of_what_is_reached(engine)
     if engine.options.check_sync_every and engine.checkpoint.step % engine.options.check_sync_every == 0:
         _check_sync(engine, optimizer)
+    # Copied last: surgery that waited has just decided which parameters are shared.
     copies = _copies(engine, optimizer, closure)
     search = LineSearch() if closure and searches(optimizer) else None
     snapshot = Snapshot(optimizer, copies.row) if engine.options.atomic else None
@@ -78,6 +79,7 @@ def _check_sync(engine: Engine, optimizer: Optimizer) -> None:
 
 def _send_what_waits(engine: Engine) -> None:
     """Let the ranks exchange what backward passes in no_sync() left on each of them: now is the last time."""
+    # The layout was told by no_sync() to keep everything back.
     engine.session.layout.send_now()
     if not engine.step.pending and any(p.grad is not None for p in engine.parameters()):
         with Averaged(engine.parameters(), engine.session.layout).begin() as averaged:
@@ -93,6 +95,7 @@ def _copies(engine: Engine, optimizer: Optimizer, closure: bool) -> ParameterCop
     # Which parameters are shared is known only once the closure has run.
     if closure or constraint is None:
         return ParameterCopies(mine)
+    # A p.grad that is ours, clipped or not, tells that the step follows from the rows.
     judged = constraint.among(mine)
     if any(map(engine.capture.still_ours, judged)):
         return ParameterCopies([p for p in mine if p.grad is not None], constraint.packs())

@@ -80,6 +80,7 @@ def inner_class(optimizer: MultiTaskOptimizer) -> type[Optimizer]:
 def extend(optimizer: Optimizer, engine: Engine) -> MultiTaskOptimizer:
     """Give the optimizer the extended class, in place, and the engine that several optimizers may share."""
     patched = scheduler_patch(optimizer)
+    # A scheduler's patch on the instance would hide the new class's step().
     vars(optimizer).pop("step", None)
     optimizer.__class__ = _extended_class(type(optimizer))
     wrapped = cast(MultiTaskOptimizer, optimizer)
@@ -110,6 +111,7 @@ def scheduler_patch(optimizer: Optimizer) -> bool:
 def patch_for_scheduler(optimizer: Optimizer) -> None:
     """Patch step() as LRScheduler.__init__ does, so that the scheduler notices steps and does not warn."""
     vars(optimizer).pop("step", None)
+    # A strong reference would make a circle, and the optimizer would outlive its last user.
     owner = weakref.ref(optimizer)
     method = type(optimizer).step
 
@@ -145,6 +147,7 @@ def _step(self: MultiTaskOptimizer, closure: Callable[[], Any] | None = None, *m
 
 
 def _reduce(self: MultiTaskOptimizer, protocol: Any) -> Any:
+    # Averages of rotate= are as large as the rows, and live outside of the parameter groups.
     averages = self._gradsurg.rotation.averages_of(self)
     return _rebuild, (inner_class(self), self._gradsurg, averages), self.__getstate__()
 

@@ -137,6 +137,7 @@ def wrap(
     """
     given = cast(WrapOptions, {name: value for name, value in locals().items() if name != "optimizer"})
     several = isinstance(optimizer, (list, tuple))
+    # Everything is checked before anything changes: a refused optimizer stays as it was.
     optimizers: list[Optimizer] = list(optimizer) if several else [optimizer]  # type: ignore[list-item, arg-type]
     if not optimizers:
         raise TypeError("wrap([]) has no optimizer: pass an optimizer, or a list of them")
@@ -154,6 +155,7 @@ def wrap(
     engine = Engine(options, passes, checked)
     wrapped = []
     for each, (entry, averages) in zip(optimizers, brought, strict=True):
+        # What a bare optimizer loaded from a checkpoint of a wrapped one goes on from there.
         each.param_groups[0].pop(KEY, None)
         each.param_groups[0].update(entry)
         wrapped.append(extend(each, engine))
@@ -174,6 +176,7 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     """
     wrapped = find_wrapped(optimizer)
     engine = wrapped._gradsurg
+    # Gradients in p.grad stay: the bare optimizer may step with them.
     engine.forget()
     engine.checkpoint.references.remove(weakref.ref(wrapped))
     for group in wrapped.param_groups:
@@ -195,6 +198,7 @@ def _check_optimizer(optimizer: object) -> None:
             f"wrap() was given a {type(optimizer).__name__}: pass an instance of torch.optim.Optimizer, such as "
             "torch.optim.AdamW(model.parameters(), lr=3e-4)"
         )
+    # Told by name: the package need not be installed.
     if type(optimizer).__module__.split(".")[0] == "opacus" or hasattr(optimizer, "original_optimizer"):
         raise TypeError(
             f"wrap() was given a {type(optimizer).__name__}, which replaces p.grad in step() by a noisy sum of "

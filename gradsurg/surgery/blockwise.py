@@ -89,6 +89,7 @@ def each_block(
         if not isfinite(sum(map(sum, gramian))):
             weights = [nan] * m
         elif rows := [i for i in range(m) if gramian[i][i] > 0]:
+            # Published methods divide by the length of a row.
             if len(rows) < m:
                 gramian = [[gramian[i][j] for j in rows] for i in rows]
             tasks = tuple(problem.tasks[i] for i in rows)
@@ -113,6 +114,7 @@ def resumed(block: Block) -> Vector:
     known = [block.memory[name] for name in block.tasks if name in block.memory]
     if not known:
         return block.shares
+    # A mean, and not 1: weights of the others may have shrunk by orders of magnitude since they began.
     typical = sum(known) / len(known)
     found = [block.memory.get(name, typical) for name in block.tasks]
     total = sum(found)

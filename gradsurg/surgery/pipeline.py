@@ -106,6 +106,7 @@ class Pipeline:
         kept = None
         if self.margin or (self.guarantee == "gradient" and not (self.surgery.conflict_free and self.levels is None)):
             allowed = self.protected(problem)
+            # The nearest direction without conflict, after whatever the surgery did.
             products = (scaled.gramian @ weights.unsqueeze(-1)).squeeze(-1)
             if self.margin:
                 margins, kept = self.margins(scaled, allowed, rounding)
@@ -154,6 +155,7 @@ class Pipeline:
     def weights(self, problem: Problem) -> Tensor:
         """Return the weights of `direction` alone, in less time, for a caller who keeps no state."""
         scaled, weights, scales, _, _ = self.solve(problem, {}, ROUNDING_EXACT)
+        # Others may leave conflicts, and u near 0 is theirs to choose.
         if self.conflict_free:
             weights = settled(scaled, weights, self.protected(problem))
         return weights if isinstance(self.normalizer, Unscaled) else weights * scales
@@ -198,6 +200,7 @@ class Pipeline:
         states: dict[str, Any] = dict(state)
 
         def surgery(gramian: Tensor, level: list[int]) -> Tensor:
+            # Each level's surgery remembers by the tasks that it has: levels change as tasks come and go.
             key = "+".join(problem.tasks[i] for i in level)
             weights, states[key] = self._weights(_part(problem, gramian, level), states.get(key, {}))
             return weights
@@ -241,6 +244,7 @@ def _settle(
     square = torch.linalg.vecdot(weights, products)
     length = torch.linalg.vecdot(weights.abs(), problem.norms)
     cancellation = length / square.clamp(min=0).sqrt()
+    # Only a promise can be broken by rounding.
     if not conflict_free:
         return weights, torch.zeros_like(square, dtype=torch.bool), cancellation
     in_conflict = products < -CONFLICT * problem.norms * square.clamp(min=0).sqrt().unsqueeze(-1)

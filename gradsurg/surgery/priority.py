@@ -52,6 +52,7 @@ def levels_of(tasks: Sequence[str], levels: Levels | None) -> list[list[int]] | 
     if levels is None:
         return None
     index = {name: i for i, name in enumerate(tasks)}
+    # A task that is absent in this step leaves its level, and an empty level is none.
     named = [[index[name] for name in level if name in index] for level in levels]
     seen = {i for level in named for i in level}
     rest = [i for i in range(len(tasks)) if i not in seen]
@@ -116,6 +117,7 @@ def order(
 
 def _direction(gramian: Tensor, level: list[int], surgery: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
     index = constant(level, gramian.device, torch.int64)
+    # Weights over all rows, so that directions of different levels can be added.
     weights = torch.zeros(gramian.shape[:-1], dtype=gramian.dtype, device=gramian.device)
     weights[..., index] = surgery(gramian[..., index[:, None], index], level)
     return weights
