@@ -190,7 +190,7 @@ def layers(decay, width=16, depth=6, rate=1e-2):
     ],
 )
 def test_no_number_jumps_when_rates_differ_by_layer(decay, make, options):
-    """With the plain projection, numbers jump by up to 276 (Adam) and 1 580 (momentum) plain steps: benchmarks.jumps."""
+    """With the plain projection, numbers jump by up to 276 (Adam) and 1 580 (momentum) steps: benchmarks.jumps."""
     torch.manual_seed(1)
     net, groups = layers(decay)
     optimizer = gradsurg.wrap(make(groups, **options))
