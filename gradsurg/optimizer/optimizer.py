@@ -294,7 +294,7 @@ def _apart(engine: Engine, losses: Any, features: object) -> Any:
         if used:
             raise ValueError(
                 f"losses are parts of one tensor, in whose graph all losses depend on all heads, so {option} cannot "
-                "tell whose head is whose: pass the losses that it was made of, as a list or a dict"
+                "tell whose head is whose: pass the losses that it was made of, as a list or dict, or leave that out"
             )
     engine.capture.stacked = True
     return losses
