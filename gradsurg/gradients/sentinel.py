@@ -43,7 +43,7 @@ class Sentinel:
 
         Returns:
             "gone" if it was zeroed or replaced, "added to" if a foreign backward ran, "scaled" if a part of all numbers
-            is left, "in part" if others are zero.
+            is left, "in part" if others are zero or cannot be told from a foreign gradient.
         """
         gradient = self.parameter.grad
         same = gradient is self._tensor
@@ -67,8 +67,9 @@ class Sentinel:
         if not same:
             # backward(create_graph=True) puts the sum into another tensor.
             return "in part" if gradient.requires_grad else "gone"
-        # Zeros that were added would have left the signal.
-        return "in part" if lost and self._signal == SIGNAL else "added to"
+        # Zeros that were added would have left the signal. Of several writes, the first may have been zero_grad().
+        writes = (version_of(gradient) - self._version) / (2 if hasattr(gradient, "to_local") else 1)
+        return "in part" if (lost and self._signal == SIGNAL) or writes > 1 else "added to"
 
     def below(self) -> Tensor | None:
         """Return the foreign gradient that lies under the sentinel, or None."""

@@ -122,9 +122,9 @@ class Engine:
         if handed_scale or self.capture.sentinels_were_changed():
             absent = [name for name in self.options.tasks or () if name not in self.capture.rows]
             raise MultiTaskError(
-                "p.grad was clipped, unscaled, masked or zeroed in part while surgery was waiting, which would undo "
-                "it. It waits inside accumulate() and no_sync(), and for declared tasks that have not come (now: "
-                f"{absent}): do it after a backward outside, or wrap without tasks=. zero_grad() starts afresh."
+                "p.grad was clipped, unscaled, masked, written to twice or zeroed in part while surgery was waiting, "
+                "which would undo it. It waits inside accumulate() and no_sync(), and for declared tasks that have not "
+                f"come (now: {absent}): do it after a backward outside. optimizer.zero_grad() starts afresh."
             )
 
     # -- a run --------------------------------------------------------------------------------------------------

@@ -238,6 +238,25 @@ def test_changing_p_grad_while_surgery_waits_is_refused(change, before):
     optimizer.step()
 
 
+def test_zeros_and_a_penalty_while_surgery_waits_are_not_taken_for_a_penalty():
+    w, v = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))
+    optimizer = gradsurg.wrap(torch.optim.SGD([w, v], lr=0.1))
+
+    def backward():
+        optimizer.total({"a": w.sum() + v.sum(), "b": w.square().sum() - v.sum()}).backward()
+
+    with optimizer.accumulate():
+        backward()
+    for p in (w, v):  # as model.zero_grad(set_to_none=False) does
+        p.grad.zero_()
+    (w.square().sum() + v.square().sum()).backward()
+    with pytest.raises(MultiTaskError, match="written to twice"):
+        backward()
+    optimizer.zero_grad()
+    backward()
+    optimizer.step()
+
+
 CHANGES = {
     "none of one": lambda p: setattr(p, "grad", None),
     "zeros in one": lambda p: p.grad.zero_(),

@@ -102,9 +102,9 @@ def test_a_foreign_gradient_scaled_says_so(scale):
 
 
 def test_a_foreign_gradient_added_to_holds_the_sum():
-    p, was, mark = foreign()
+    was = foreign()[1]
     for added in (was, torch.tensor([0.0, 2.0, 0.0]), -was - 1):  # the same again, one number, another sign
-        p.grad.copy_(was)
+        p, _, mark = foreign()
         p.grad.add_(added)
         assert mark.fate() == "added to"
         assert torch.equal(mark.below(), was + added)
@@ -159,6 +159,14 @@ def test_a_penalty_after_zeroing_in_place_shows_if_it_has_zeros():
     p, mark = marked()
     p.grad.zero_()
     p.grad.add_(torch.tensor([0.0, 1.0, 2.0]))
+    assert mark.fate() == "in part"
+
+
+@pytest.mark.parametrize("before", ["nothing", "foreign"])
+def test_of_two_writes_the_first_may_have_been_zeros(before):
+    p, mark = marked() if before == "nothing" else foreign()[::2]
+    for write in (torch.Tensor.zero_, lambda g: g.add_(torch.tensor([1.0, -2.0, 3.0]))):
+        write(p.grad)
     assert mark.fate() == "in part"
 
 
