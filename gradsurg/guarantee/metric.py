@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,7 +140,7 @@ def project_in_metric(
     return update.settle_rounding(least)
 
 
-def metric_matters(rates: Sequence[float]) -> bool:
+def metric_matters(rates: Collection[float]) -> bool:
     """Tell whether rates differ, or numbers with rate 0 may not be corrected; otherwise M drops out."""
     return len(set(rates)) > 1 or 0.0 in rates
 

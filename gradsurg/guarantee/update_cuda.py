@@ -155,11 +155,14 @@ class _Metric(NamedTuple):
 
 def _metric_of(rates: Sequence[float], partitions: Sequence[int]) -> _Metric:
     both = list(zip(partitions, rates, strict=True))
-    found = sorted(set(both))
-    highest = dict(found)  # of each partition the last one, which is the highest
-    differ = [metric_matters([rate for k, rate in found if k == partition]) for partition in highest]
+    found: dict[int, set[float]] = {}
+    for k, rate in both:
+        found.setdefault(k, set()).add(rate)
+    highest = [max(some) for some in found.values()]
+    differ = [metric_matters(some) for some in found.values()]
     factors = [rate / highest[k] if differ[k] and highest[k] > 0 else 1.0 - differ[k] for k, rate in both]
-    return _Metric(factors, differ, [found.index(pair) for pair in both], [k for k, _ in found])
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(both))}
+    return _Metric(factors, differ, [numbers[pair] for pair in both], [k for k, _ in numbers])
 
 
 def _modes(write: Tensor, take_back: Tensor | None = None) -> Tensor:
