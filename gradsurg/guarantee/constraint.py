@@ -148,5 +148,5 @@ class UpdateConstraintCUDA(UpdateConstraint):
             self.allowed,
             self.finite,
             rates,
-            [None if g.is_sparse else g for g in gradients],
+            [None if g.is_sparse else g.to(p.dtype) for g, p in zip(gradients, chosen, strict=True)],
         )

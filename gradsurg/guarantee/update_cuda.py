@@ -50,7 +50,7 @@ def project_update_cuda(
         rates: The learning rate of each parameter; None is one for all.
         gradients: p.grad of each parameter at the step; None if it is unknown.
     """
-    from gradsurg.linalg.kernels import combine
+    from gradsurg.linalg.kernels.combine import correct
     from gradsurg.linalg.kernels.cone import nonnegative
     from gradsurg.linalg.kernels.inner import inner, layout_of
     from gradsurg.linalg.kernels.left import left_in_place, shorten
@@ -58,22 +58,20 @@ def project_update_cuda(
 
     norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     # First pass over rows and parameters: ⟨d, g_i⟩ and ‖d‖² of every partition.
-    reading = layout_of(rows, before, after, signs=signs, partitions=partitions)
-    products, square = inner(rows, before, after, signs=signs, partitions=partitions, layout=reading)
+    layout = layout_of(rows, before, after, gradients, signs=signs, partitions=partitions)
+    measure = partial(inner, rows, before, after, partitions=partitions, layout=layout)
+    products, square = measure()
     live = finite & (square > 0) & torch.isfinite(square) & torch.isfinite(products).all(-1)
     coefficients = nonnegative(G, products, allowed=allowed, scale=square.sqrt(), rounding=ROUNDING_CUDA)
     coefficients = torch.where(live.unsqueeze(-1), coefficients, 0)
     corrected = (coefficients != 0).any(-1)
     # Second pass, where some task would get worse: which numbers did the optimizer leave in place?
     m, metric = len(rows), _metric_of([1.0] * len(after) if rates is None else rates, partitions)
-    gradients = [None] * len(after) if gradients is None else gradients
-    lay_out = partial(combine.layout_of, rows, after, after, before, gradients, signs=signs, partitions=partitions)
-    writing = lay_out()
-    left = left_in_place(writing, m, partitions, _modes(corrected))
+    left = left_in_place(layout, m, partitions, _modes(corrected))
     # Third pass, where it left some or rates differ: the Gramian in the metric of the step.
     limited = corrected & constant(metric.differ, G.device, torch.bool) if any(metric.differ) else None
     asked = left.some if limited is None else torch.maximum(left.some, _modes(limited))
-    moved, length, pulled = gramian_moved(writing, m, constant(metric.factors, G.device), left.flags, asked)
+    moved, length, pulled = gramian_moved(layout, m, constant(metric.factors, G.device), left.flags, asked)
     measured = pulled if limited is None else pulled | limited
     gramian = torch.where(measured[:, None, None], moved, G)
     scale = torch.where(measured, length, square).sqrt()
@@ -83,13 +81,11 @@ def project_update_cuda(
     held = corrected & ~measured & (rest <= STATIONARY * ROUNDING_CUDA * spread)
     # Fourth pass: d ← d + M Σ λ_i g_i, or back to the parameters before the step.
     signed = [sign * factor for sign, factor in zip(signs, metric.factors, strict=True)]
-    write = partial(combine.correct, rows, after=after, metric=(constant(signed, G.device), left.flags))
-    write(coefficients, modes=_modes(corrected & ~held, held), layout=writing)
-    # If numbers had to be copied to be read, the pointer tables point to the copies, which are out of date now.
-    reading_again = reading if _in_place(reading.keep, after, place=m + 1) else None
-    in_place = _in_place(writing.keep, after, place=m)
+    factors = constant(signed, G.device)
+    write = partial(correct, rows, after=after, before=before, layout=layout, factors=factors, flags=left.flags)
+    write(coefficients, modes=_modes(corrected & ~held, held))
     if limited is not None:
-        farthest = left_in_place(layout := writing if in_place else lay_out(), m, partitions, _modes(limited)).farthest
+        farthest = left_in_place(layout, m, partitions, _modes(limited)).farthest
         shorten(layout, m, metric.shares(left.farthest, farthest), after)
     tolerance, half_place = _precision(after, partitions)
     effect = torch.where(corrected.unsqueeze(-1), products + (G @ coefficients.unsqueeze(-1)).squeeze(-1), products)
@@ -101,9 +97,7 @@ def project_update_cuda(
     # inside.
     margin, sizes = torch.zeros_like(norms), gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     for _ in range(ATTEMPTS):
-        found, length = inner(
-            rows, before, after, signs=signs, partitions=partitions, modes=_modes(unsure), layout=reading_again
-        )
+        found, length = measure(modes=_modes(unsure))
         movement = replace(
             movement,
             inner=torch.where(unsure.unsqueeze(-1), found, movement.inner),
@@ -117,8 +111,8 @@ def project_update_cuda(
         # A longer step means that the cone has next to no inside: the tasks are opposed to within rounding.
         hopeless = unsure & ~((step * sizes).sum(-1) <= 2 * length.sqrt())
         held, unsure = held | hopeless, unsure & ~hopeless
-        write(step, modes=_modes(unsure, hopeless), layout=writing if in_place else lay_out())
-    write(coefficients, modes=_modes(torch.zeros_like(unsure), unsure), layout=writing if in_place else lay_out())
+        write(step, modes=_modes(unsure, hopeless))
+    write(coefficients, modes=_modes(torch.zeros_like(unsure), unsure))
     held = held | unsure | (corrected & (movement.square == 0))
     return replace(
         movement,
@@ -193,11 +187,3 @@ def _norms(parameters: Sequence[Tensor], partitions: Sequence[int]) -> Tensor:
     squares = torch.stack([norm.double() for norm in torch._foreach_norm(list(map(real_of, parameters)))]).square()
     place, count = constant(partitions, squares.device, torch.int64), partitions[-1] + 1
     return torch.zeros(count, dtype=torch.float64, device=squares.device).index_add(0, place, squares).sqrt()
-
-
-def _in_place(keep: Sequence[Sequence[Tensor | None]], after: Sequence[Tensor], place: int) -> bool:
-    """Whether the pointer tables point to the parameters themselves."""
-    return all(
-        column[place] is not None and column[place].data_ptr() == p.data_ptr()  # type: ignore[union-attr]
-        for column, p in zip(keep, after, strict=True)
-    )

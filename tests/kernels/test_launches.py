@@ -30,10 +30,10 @@ def run_all(m, row, out, unaligned):
     combine.correct(rows, torch.ones(m, dtype=torch.float64), [tensor(out)], before=[tensor(out)])
     inner.inner(rows, [tensor(out)], [tensor(out)])
     after, modes, ones = [tensor(out)], torch.ones(1, dtype=torch.int32), torch.ones(1, dtype=torch.float64)
-    layout = combine.layout_of(rows, after, after, [tensor(out)], [tensor(out)], partitions=[0])
+    layout = inner.layout_of(rows, [tensor(out)], after, [tensor(out)], partitions=[0])
     flags = left.left_in_place(layout, m, [0], modes).flags
     moved.gramian_moved(layout, m, ones, flags, modes)
-    combine.correct(rows, torch.ones(m, dtype=torch.float64), after, layout=layout, metric=(ones, flags))
+    combine.correct(rows, torch.ones(m, dtype=torch.float64), after, layout=layout, factors=ones, flags=flags)
     left.shorten(layout, m, ones, after)
     if m <= cone.MOST_TASKS:
         G = torch.eye(m, dtype=torch.float64)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from gradsurg.linalg.blocks import Rows
 from gradsurg.linalg.kernels.gramian import TRITON_DTYPES
-from gradsurg.linalg.kernels.table import Plan, device_of, on_device, plan
+from gradsurg.linalg.kernels.inner import layout_of
+from gradsurg.linalg.kernels.table import Plan, constant, device_of, on_device, plan
 from gradsurg.linalg.kernels.vectors import HOLD, LEAVE, WRITE, left_there, row_start
 
-__all__ = ["TASKS", "combine", "combine_kernel", "correct", "layout_of", "registers_for", "write_back"]
+__all__ = ["TASKS", "combine", "combine_kernel", "correct", "registers_for", "write_back"]
 
 WARPS = 4
 # How many rows are loaded together. Further rows come in a loop that looks up their addresses again.
@@ -21,10 +22,10 @@ TASKS = (4, 8)
 
 @triton.jit(do_not_specialize=["width", "m"])
 def combine_kernel(
-    pointers,  # int64 (parameters, m + 3 or 4): addresses of the rows, of out, start, before and p.grad; 0 is none
+    pointers,  # int64 (parameters, m + 2): addresses of the rows, of out and of start; of inner.layout_of if METRIC
     items,  # int64 (programs, 6): see table.py
     weights,  # float64 (partitions, m)
-    modes,  # int32 (partitions,)
+    modes,  # int32 (partitions,); read if METRIC
     factors,  # float64 (parameters,): sign · M; read if METRIC
     flags,  # int32 (parameters,): which numbers stay, as vectors.py numbers it; read if METRIC
     width,
@@ -35,17 +36,16 @@ def combine_kernel(
     LANES: tl.constexpr,
     V: tl.constexpr,
     DTYPE: tl.constexpr,
-    OUT: tl.constexpr,  # dtype of out, start and before
+    OUT: tl.constexpr,  # dtype of all but rows
     ALIGNED: tl.constexpr,
 ):
-    """By the partition's mode: out = start + sign · Σ w_i g_i (WRITE), out = before (HOLD), or nothing (LEAVE).
+    """Out = start + Σ w_i g_i; if METRIC, after += sign · M Σ w_i g_i (WRITE), after = before (HOLD), or none (LEAVE).
 
     Added up in float64 and rounded once (16-bit results: to float32 first, as torch rounds float64). float64 is free:
     up to m = 8 the kernel waits for memory, even if float64 units run at 1/64 of the float32 rate (MODEL: a processor
     takes 4.5 clocks per parameter, and reading takes 11 at 1 TB/s). A row of weight 0 is not read.
 
-    METRIC: M takes part in the sign, and numbers that were left in place stay. Only a parameter that has some is looked
-    at for them.
+    METRIC: numbers that were left in place stay. Only a parameter that has some is looked at for them.
     """
     BLOCK: tl.constexpr = LANES * V
     item = items + 6 * tl.program_id(0).to(tl.int64)
@@ -53,24 +53,29 @@ def combine_kernel(
     row = pointers + parameter * width
     first = tl.load(item + 1)
     partition = tl.load(item + 4)
-    sign = tl.load(item + 5).to(tl.float64)
-    mode = tl.load(modes + partition)
-    count = tl.where(mode == LEAVE, 0, tl.load(item + 2).to(tl.int32))
+    count = tl.load(item + 2).to(tl.int32)
+    row_count = count
+    sign = 1.0
+    target = tl.load(row + m)
+    source = tl.load(row + m + 1)
     if METRIC:
+        before = target
+        target = source
+        mode = tl.load(modes + partition)
+        source = tl.where(mode == HOLD, before, target)
         sign = tl.load(factors + parameter)
-        count = tl.where((mode == WRITE) & (sign == 0.0), 0, count)
+        count = tl.where((mode == LEAVE) | ((mode == WRITE) & (sign == 0.0)), 0, count)
+        row_count = tl.where(mode == WRITE, count, 0)
         flag = tl.load(flags + parameter)
-        looked_at = tl.where((mode == WRITE) & (flag != 0), count, 0)
-        gradient = tl.load(row + m + 3)
+        looked_at = tl.where(flag != 0, row_count, 0)
+        gradient = tl.load(row + m + 2)
         known = tl.where(gradient != 0, looked_at, 0)
-        befores = row_start(tl.load(row + m + 2), first, OUT, ALIGNED)
+        befores = row_start(before, first, OUT, ALIGNED)
         gradients = row_start(gradient, first, OUT, ALIGNED)
     whole = (count // V) * V
-    out = row_start(tl.load(row + m), first, OUT, ALIGNED)
-    source = tl.where(mode == HOLD, tl.load(row + m + 2), tl.load(row + m + 1))
+    out = row_start(target, first, OUT, ALIGNED)
     sources = row_start(source, first, OUT, ALIGNED)
     source_count = tl.where(source != 0, count, 0)
-    row_count = tl.where(mode == WRITE, count, 0)
     starts = ()
     counts = ()
     weighted = ()
@@ -155,8 +160,9 @@ def combine(
         accumulate: out ← out + u instead of out ← u.
         partitions: The row of `weights` that each parameter takes, ascending from 0; None is one for all.
     """
-    start = out if accumulate else None
-    _launch(rows, weights, out, layout_of(rows, out, start=start, partitions=partitions))
+    start: Sequence[Tensor | None] = out if accumulate else [None] * len(out)
+    layout = plan([*rows, out, start], roles=[0] * len(rows) + [1] * 2, partitions=partitions)
+    _launch(rows, weights, out, layout, len(rows))
 
 
 def correct(
@@ -169,7 +175,8 @@ def correct(
     partitions: Sequence[int] | None = None,
     modes: Tensor | None = None,
     layout: Plan | None = None,
-    metric: tuple[Tensor, Tensor] | None = None,
+    factors: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> None:
     """Correct an update in place: after ← before − ((before − after) + sign · M Σ λ_i g_i), each number rounded once.
 
@@ -179,45 +186,38 @@ def correct(
         after: The parameters; written. `before` cancels in the formula, and is read only if a mode is HOLD, or if
             numbers may stay.
         before: The parameters before the step; needed if a mode may be HOLD.
-        signs: +1 per parameter, −1 if the optimizer maximises; None is +1.
+        signs: +1 per parameter, −1 if the optimizer maximises; None is +1. Not needed beside `factors`.
         partitions: The row of `coefficients` that each parameter takes, ascending from 0; None is one for all.
         modes: int32 (partitions,), on the device, from vectors.py: WRITE corrects, HOLD takes back the update (after ←
             before, to the bit), LEAVE touches nothing. None is WRITE.
-        layout: The result of `layout_of` for the same tensors, so that they are not laid out again.
-        metric: sign · M of each parameter, float64, and which of its numbers stay: flags of moved.left_in_place. Needs
-            a layout with p.grad. None is M = 1, and no number stays.
+        layout: The result of inner.layout_of for the same tensors, so that they are not laid out again.
+        factors: sign · M of each parameter, float64, on the device; None is its sign.
+        flags: Which numbers of each parameter stay, int32, from left.left_in_place; None is none.
     """
-    layout = layout_of(rows, after, after, before, signs=signs, partitions=partitions) if layout is None else layout
-    _launch(rows, -coefficients, after, layout, modes, metric)
-
-
-def layout_of(
-    rows: Rows,
-    out: Sequence[Tensor],
-    start: Sequence[Tensor] | None = None,
-    before: Sequence[Tensor] | None = None,
-    gradients: Sequence[Tensor | None] | None = None,
-    *,
-    signs: Sequence[float] | None = None,
-    partitions: Sequence[int] | None = None,
-) -> Plan:
-    """Return the tables of a pass that writes `out`; with p.grad or None of each parameter, those of left.py too."""
-    none: Sequence[Tensor | None] = [None] * len(out)
-    kept = [*rows, out, start or none, before or none, *([] if gradients is None else [gradients])]
-    return plan(kept, roles=[0] * len(rows) + [1] * (len(kept) - len(rows)), partitions=partitions, signs=signs)
+    device, m = device_of([after]), len(rows)
+    if layout is None:
+        layout = layout_of(rows, before or [None] * len(after), after, partitions=partitions)
+    if modes is None:
+        modes = torch.full((layout.partitions,), WRITE.value, dtype=torch.int32, device=device)
+    if factors is None:
+        factors = constant([1.0] * len(after) if signs is None else signs, device)
+    if flags is None:
+        flags = torch.zeros(len(after), dtype=torch.int32, device=device)
+    _launch(rows, -coefficients, after, layout, m + 1, (modes, factors, flags))
 
 
 def registers_for(tasks: int, row: int, out: int, metric: bool = False) -> int | None:
     """Return how many registers ptxas may use, given the bytes of a row's number and of out's; None lets it choose.
 
     On sm_80 it would choose 72 for 8 tasks in float64 and spill 7 times; and 64 for 4 tasks in float32 with a 16-bit
-    result, and spill 5 times. In a metric, 4 tasks with a 16-bit result spill 6 times in the 80 that it would choose.
+    result, and spill 5 times; and 128 for 8 such tasks, and spill twice. In a metric, 4 tasks with a 16-bit result
+    spill 6 times in the 80 that it would choose.
     """
     if row == 8:
         return 128
-    if tasks == TASKS[0] and out == 2 and (metric or row == 4):
+    if out == 2 and tasks == TASKS[0] and (metric or row == 4):
         return 128 if metric else 96
-    return None
+    return 144 if out == 2 and row == 4 and not metric else None
 
 
 def _launch(
@@ -225,15 +225,13 @@ def _launch(
     weights: Tensor,
     out: Sequence[Tensor],
     layout: Plan,
-    modes: Tensor | None = None,
-    metric: tuple[Tensor, Tensor] | None = None,
+    place: int,
+    metric: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     m, device = len(rows), device_of([out])
     weights = weights.expand(layout.partitions, m).contiguous()
     if weights.dtype != torch.float64:
         raise ValueError(f"weights are {weights.dtype}: they must be float64")
-    if modes is None:
-        modes = torch.full((layout.partitions,), WRITE.value, dtype=torch.int32, device=device)
     few = m <= TASKS[0]
     tasks = TASKS[0] if few else TASKS[1]
     with on_device(device):
@@ -243,8 +241,7 @@ def _launch(
                 layout.pointers,
                 launch.items,
                 weights,
-                modes,
-                *((weights, modes) if metric is None else metric),  # without a metric, neither is read
+                *((weights,) * 3 if metric is None else metric),  # without a metric, none of the three is read
                 layout.width,
                 m,
                 METRIC=metric is not None,
@@ -259,7 +256,7 @@ def _launch(
                 maxnreg=registers_for(tasks, row_dtype.itemsize, out_dtype.itemsize, metric is not None),
                 enable_fp_fusion=True,
             )
-    write_back(layout, m, out)
+    write_back(layout, place, out)
 
 
 def write_back(layout: Plan, place: int, out: Sequence[Tensor]) -> None:

@@ -23,7 +23,7 @@ TASKS = (4, 8)
 
 @triton.jit(do_not_specialize=["width", "m"])
 def inner_kernel(
-    pointers,  # int64 (parameters, m + 2): the rows' addresses, those of before and of after; 0 is none
+    pointers,  # int64 (parameters, m + 3): addresses of the rows, of before, after and p.grad; 0 is none
     items,  # int64 (programs, 6): see table.py
     modes,  # int32 (partitions,): if LEAVE, nothing is read and the sums are 0
     partials,  # float64 (slots, tiles * (TASKS + 1))
@@ -160,16 +160,20 @@ def inner(
 
 def layout_of(
     rows: Rows,
-    before: Sequence[Tensor],
+    before: Sequence[Tensor | None],
     after: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor | None] | None = None,
     *,
-    signs: Sequence[float] | None,
-    partitions: Sequence[int] | None,
+    signs: Sequence[float] | None = None,
+    partitions: Sequence[int] | None = None,
 ) -> Plan:
-    """Return the tables of a pass of `inner`."""
-    moved: list[Sequence[Tensor | None]] = [before, [None] * len(before) if after is None else after]
-    roles = [0] * len(rows) + [1, 1]
-    return plan([*rows, *moved], roles=roles, partitions=partitions, signs=signs)
+    """Return the tables of `inner`, and of all passes that correct an update: rows, before, after and p.grad.
+
+    If `after` had to be copied to be read, kernels write to the copy first, so the tables stay true.
+    """
+    none: Sequence[Tensor | None] = [None] * len(before)
+    lists = [*rows, before, after or none, gradients or none]
+    return plan(lists, roles=[0] * len(rows) + [1] * 3, partitions=partitions, signs=signs)
 
 
 def registers_for(tasks: int, aligned: bool) -> int | None:

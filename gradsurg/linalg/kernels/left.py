@@ -1,6 +1,6 @@
 """Which numbers a step left in place, how far the others went, and the shortening of a step. Twin of linalg/moved.py.
 
-All launchers take the tables of combine.layout_of with p.grad: after the m rows come out, start, before and p.grad.
+All launchers take the tables of inner.layout_of with p.grad.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Left(NamedTuple):
 
 @triton.jit(do_not_specialize=["width", "m"])
 def still_kernel(
-    pointers,  # int64 (parameters, m + 4): see combine.py
+    pointers,  # int64 (parameters, m + 3): see inner.py
     items,  # int64 (programs, 6): see table.py
     modes,  # int32 (partitions,): if LEAVE, nothing is read and the results are 0
     partials,  # float64 (slots, 4)
@@ -77,9 +77,9 @@ def still_kernel(
     count = tl.where(mode == LEAVE, 0, tl.load(item + 2).to(tl.int32))
     slot = tl.load(item + 3)
     whole = (count // V) * V
-    news = row_start(tl.load(row + m), first, MOVED, ALIGNED)
-    olds = row_start(tl.load(row + m + 2), first, MOVED, ALIGNED)
-    gradient = tl.load(row + m + 3)
+    news = row_start(tl.load(row + m + 1), first, MOVED, ALIGNED)
+    olds = row_start(tl.load(row + m), first, MOVED, ALIGNED)
+    gradient = tl.load(row + m + 2)
     grads = row_start(gradient, first, MOVED, ALIGNED)
     known = tl.where(gradient != 0, count, 0)
     stayed = tl.zeros([BLOCK], tl.int32)
@@ -152,7 +152,7 @@ def left_kernel(
 
 @triton.jit(do_not_specialize=["width", "m"])
 def shorten_kernel(
-    pointers,  # int64 (parameters, m + 4): see combine.py
+    pointers,  # int64 (parameters, m + 3): see inner.py
     items,  # int64 (programs, 6): see table.py
     shares,  # float64 (partitions,): from 1 on, nothing is read
     width,
@@ -169,8 +169,8 @@ def shorten_kernel(
     first = tl.load(item + 1)
     share = tl.load(shares + tl.load(item + 4))
     count = tl.where(share < 1.0, tl.load(item + 2).to(tl.int32), 0)
-    news = row_start(tl.load(row + m), first, MOVED, ALIGNED)
-    olds = row_start(tl.load(row + m + 2), first, MOVED, ALIGNED)
+    news = row_start(tl.load(row + m + 1), first, MOVED, ALIGNED)
+    olds = row_start(tl.load(row + m), first, MOVED, ALIGNED)
     whole = (count // V) * V
     for offset in range(0, whole, BLOCK):
         _shorten_there(news, olds, offset + tl.arange(0, BLOCK), whole, share, MOVED)
@@ -199,7 +199,7 @@ def left_in_place(layout: Plan, m: int, partitions: Sequence[int], modes: Tensor
         partitions: The partition of each parameter, ascending from 0.
         modes: int32 (partitions,), on the device: a partition of mode LEAVE is not read, and has nothing left in place.
     """
-    tensors = [column[m] for column in layout.keep]
+    tensors = [column[m + 1] for column in layout.keep]
     sizes = [0 if t is None else t.numel() for t in tensors]
     limits = [[FEW * t.numel(), FAR * torch.finfo(t.dtype).eps] for t in tensors if t is not None]
     chunk = chunk_for(sum(sizes))
@@ -242,7 +242,7 @@ def shorten(layout: Plan, m: int, shares: Tensor, after: Sequence[Tensor]) -> No
             shorten_kernel[(len(launch.items),)](
                 layout.pointers, launch.items, shares, layout.width, m, **_constants(launch)
             )
-    write_back(layout, m, after)
+    write_back(layout, m + 1, after)
 
 
 def registers_for(aligned: bool) -> int | None:

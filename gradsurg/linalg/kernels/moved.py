@@ -25,7 +25,7 @@ TASKS = (4, 8)
 
 @triton.jit(do_not_specialize=["width", "m"])
 def moved_kernel(
-    pointers,  # int64 (parameters, m + 4): see combine.py
+    pointers,  # int64 (parameters, m + 3): see inner.py
     items,  # int64 (programs, 6): see table.py
     modes,  # int32 (partitions,): if LEAVE, nothing is read and the results are 0
     flags,  # int32 (parameters,), of left_kernel
@@ -59,9 +59,9 @@ def moved_kernel(
     count = tl.where((mode == LEAVE) | (factor == 0.0), 0, tl.load(item + 2).to(tl.int32))
     slot = tl.load(item + 3)
     whole = (count // V) * V
-    news = row_start(tl.load(row + m), first, MOVED, ALIGNED)
-    olds = row_start(tl.load(row + m + 2), first, MOVED, ALIGNED)
-    gradient = tl.load(row + m + 3)
+    news = row_start(tl.load(row + m + 1), first, MOVED, ALIGNED)
+    olds = row_start(tl.load(row + m), first, MOVED, ALIGNED)
+    gradient = tl.load(row + m + 2)
     grads = row_start(gradient, first, MOVED, ALIGNED)
     known = tl.where((gradient != 0) & (flag == MEANT), count, 0)
     starts = ()
@@ -135,7 +135,7 @@ def gramian_moved(layout: Plan, m: int, metric: Tensor, flags: Tensor, modes: Te
     """Return J M Jᵀ and Σ d²/M of the numbers that moved, and whether some row would move one that stays.
 
     Args:
-        layout: The tables of combine.layout_of, with p.grad.
+        layout: The tables of inner.layout_of, with p.grad.
         m: The number of rows in them.
         metric: M ≥ 0 per parameter, float64, on the device; where it is 0, nothing counts.
         flags: Which numbers of each parameter stay, int32, from left.left_in_place.

@@ -26,12 +26,12 @@ def test_all_kernels_stay_inside(m, dtype):
     gradients = [guarded(torch.randn(p.shape).to(dtype)) for p in like]
     for p, old in zip(after, before, strict=True):
         p[::2], old[::3] = old[::2], 0
-    layout = combine.layout_of(rows, after, after, before, gradients, partitions=[0] * len(like))
+    layout = inner.layout_of(rows, before, after, gradients, partitions=[0] * len(like))
     ones, modes = torch.ones(len(like), dtype=torch.float64), torch.ones(1, dtype=torch.int32)
     flags = left.left_in_place(layout, m, [0] * len(like), modes).flags
     assert flags.any()
     assert torch.isfinite(moved.gramian_moved(layout, m, ones, flags, modes)[0]).all()
-    combine.correct(rows, weights, after, layout=layout, metric=(ones, flags))
+    combine.correct(rows, weights, after, layout=layout, factors=ones, flags=flags)
     left.shorten(layout, m, torch.full((1,), 0.5, dtype=torch.float64), after)
 
 

@@ -11,7 +11,7 @@ from gradsurg.guarantee.update import project_update
 from gradsurg.guarantee.update_cuda import project_update_cuda
 from gradsurg.linalg import moved
 from gradsurg.linalg.gramian import gramian
-from gradsurg.linalg.kernels import combine, left
+from gradsurg.linalg.kernels import combine, inner, left
 from gradsurg.linalg.kernels.dispatch import DTYPES as PAIRS
 from gradsurg.linalg.kernels.moved import gramian_moved, moved_places
 from gradsurg.linalg.kernels.vectors import EVERY, HOLD, LEAVE, MEANT, WRITE
@@ -55,7 +55,7 @@ def step(sizes, dtype, seed=0):
 
 
 def tables(rows, before, after, gradients, partitions):
-    return combine.layout_of(rows, after, after, before, gradients, partitions=partitions)
+    return inner.layout_of(rows, before, after, gradients, partitions=partitions)
 
 
 def masks(flags, before, after, gradients):
@@ -163,14 +163,14 @@ def test_a_correction_in_the_metric_is_rounded_once_and_leaves_what_stays(m, row
     layout = tables(rows, before, after, gradients, [0] * 8)
     flags = left.left_in_place(layout, m, [0] * 8, ones(1)).flags
     start = [p.clone() for p in after]
-    combine.correct(rows, lam, after, layout=layout, metric=(factors, flags))
+    combine.correct(rows, lam, after, layout=layout, factors=factors, flags=flags)
     for k, stays in enumerate(masks(flags, before, start, gradients)):
         total = start[k].double()
         for i in range(m):
             total = total - factors[k] * lam[i] * rows[i][k].double()
         wanted = total if out == torch.float64 else total.float().to(out)
         assert torch.equal(after[k], torch.where(stays | (factors[k] == 0), start[k], wanted))
-    combine.correct(rows, lam, after, layout=layout, metric=(factors, flags), modes=ones(1) * HOLD.value)
+    combine.correct(rows, lam, after, layout=layout, factors=factors, flags=flags, modes=ones(1) * HOLD.value)
     assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
 
 
