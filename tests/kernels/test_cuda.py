@@ -1,6 +1,6 @@
 """On a real device: correctness at scale, no waiting, CUDA graphs. Skipped, and said so, where there is none."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from tests.kernels.whole_step import (  # noqa: E402
     CAPTURABLE,
     WITHOUT_WAITING,
     Model,
+    masked_steps,
     replayed_and_eager,
     step,
     trained,
@@ -186,6 +187,21 @@ def test_a_whole_step_does_not_wait(options, optimizer):
             eps = torch.finfo(b.dtype).eps if b.dtype == torch.bfloat16 else 2e-5
             assert ((a - b).abs() <= eps * b.abs().max()).all()
     assert after.report.step == report.step + 2
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_what_was_left_in_place_stays_and_rates_count(make):
+    mine = masked_steps(make, "triton", error_on_waiting, "cuda")
+    seen = []
+    for (moves, _, corrected), (wanted, _, due) in zip(
+        mine, masked_steps(make, "torch", nullcontext, "cuda"), strict=True
+    ):
+        assert not moves[0][:5].any()
+        assert not moves[2].any()
+        assert (torch.cat(moves) - torch.cat(wanted)).abs().max() <= 1e-5 * torch.cat(wanted).abs().max()
+        assert corrected == due
+        seen.append(due)
+    assert any(seen)
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")

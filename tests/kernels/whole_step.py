@@ -11,6 +11,7 @@ __all__ = [
     "COEFFICIENTS",
     "WITHOUT_WAITING",
     "Model",
+    "masked_steps",
     "replayed_and_eager",
     "step",
     "trained",
@@ -133,3 +134,29 @@ def replayed_and_eager(model, optimizer, capture, alone):
             eager = [t.clone() for t in numbers()]
         assert not all(map(torch.equal, eager, start))
         yield replayed, eager
+
+
+def masked_steps(make, backend, watch, device="cpu"):
+    """Yield the movement and the task gradients, by autograd, of four steps in which not every number may move.
+
+    Three groups, of which one has rate 0; five numbers of the first have their gradient set to zero.
+    """
+    draw = torch.Generator().manual_seed(5)
+    parameters = [torch.nn.Parameter(torch.randn(n, generator=draw).to(device)) for n in (12, 30, 9)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (0.1, 0.002, 0.0), strict=True)]
+    optimizer = gradsurg.wrap(make(groups, lr=0.1), surgery="mean", normalize="none", backend=backend)
+    for k in range(4):
+        rows = torch.randn(3, 51, generator=draw)
+        rows[1] -= 1.5 * rows[0]
+        losses = {str(i): torch.cat(parameters) @ row for i, row in enumerate(rows.to(device))}
+        gradients = [torch.autograd.grad(x, parameters, retain_graph=True) for x in losses.values()]
+        before = [p.detach().clone() for p in parameters]
+        optimizer.zero_grad()
+        # The first steps compile, make the optimizer's state, and look at tensors on the CPU for what tasks reach.
+        with watch() if k > 1 else nullcontext():
+            optimizer.total(losses).backward()
+            parameters[0].grad[:5] = 0
+            optimizer.step()
+        assert optimizer.report.path == backend
+        moves = [old - p.detach() for old, p in zip(before, parameters, strict=True)]
+        yield moves, gradients, bool(optimizer.report.movement.corrected)

@@ -16,8 +16,10 @@ from gradsurg.linalg.kernels.dispatch import DTYPES as PAIRS
 from gradsurg.linalg.kernels.moved import gramian_moved, moved_places
 from gradsurg.linalg.kernels.vectors import EVERY, HOLD, LEAVE, MEANT, WRITE
 from tests.guarantee.test_foreign import OnSphere, Riemannian
+from tests.guarantee.test_metric import step as one_step
 from tests.guarantee.test_metric import worst_cosine
 from tests.kernels.interpreted.harness import make_rows, reads, times_read
+from tests.kernels.whole_step import masked_steps
 from tests.no_waiting import no_waiting
 
 COMBINATIONS = [(row, out) for row, outs in PAIRS.items() for out in sorted(outs, key=str)]
@@ -255,48 +257,20 @@ def test_the_guarantee_in_a_metric_decides_as_the_host_does(dtype):
     assert any(held for _, _, held in seen), seen
 
 
-def one_step(optimizer, parameters, rows, watch, mask):
-    """Do a step whose task gradients, by autograd, are `rows`; return the movement and these gradients."""
-    flat = torch.cat([p.reshape(-1) for p in parameters])
-    losses = {str(i): flat @ row for i, row in enumerate(rows)}
-    gradients = [torch.autograd.grad(x, parameters, retain_graph=True) for x in losses.values()]
-    before = [p.detach().clone() for p in parameters]
-    optimizer.zero_grad()
-    with watch():
-        optimizer.total(losses).backward()
-        mask()
-        optimizer.step()
-    return [old - p.detach() for old, p in zip(before, parameters, strict=True)], gradients
-
-
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
 def test_steps_with_a_mask_and_rates_by_layer_are_those_of_the_host(make):
-    """Three groups, of which one has rate 0, and masked numbers; judged by autograd, and by the torch path."""
-    found = {}
-    for backend, watch in {"triton": no_waiting, "torch": nullcontext}.items():
-        draw = torch.Generator().manual_seed(5)
-        parameters = [torch.nn.Parameter(torch.randn(n, generator=draw)) for n in (12, 30, 9)]
-        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (0.1, 0.002, 0.0), strict=True)]
-        optimizer = gradsurg.wrap(make(groups, lr=0.1), surgery="mean", normalize="none", backend=backend)
-        start, found[backend] = [p.detach().clone() for p in parameters], []
-
-        def mask(first=parameters[0]):
-            first.grad[:5] = 0
-
-        for k in range(4):
-            rows = torch.randn(3, 51, generator=draw)
-            rows[1] -= 1.5 * rows[0]
-            # The first step looks at tensors on the CPU for what tasks reach, as it never does on a device.
-            moves, gradients = one_step(optimizer, parameters, rows, watch if k else nullcontext, mask)
-            assert worst_cosine(moves, gradients) >= -1e-4
-            assert torch.equal(parameters[0][:5], start[0][:5])
-            assert torch.equal(parameters[2], start[2])
-            assert optimizer.report.path == backend
-            found[backend].append((torch.cat(moves), optimizer.report.movement.corrected))
-    assert any(corrected for _, corrected in found["torch"])
-    for (mine, corrected), (theirs, wanted) in zip(found["triton"], found["torch"], strict=True):
-        assert corrected == wanted
+    """Judged by autograd, and by the torch path."""
+    pairs = zip(masked_steps(make, "triton", no_waiting), masked_steps(make, "torch", nullcontext), strict=True)
+    seen = []
+    for (moves, gradients, corrected), (wanted, _, due) in pairs:
+        assert worst_cosine(moves, gradients) >= -1e-4
+        assert not moves[0][:5].any()
+        assert not moves[2].any()
+        mine, theirs = torch.cat(moves), torch.cat(wanted)
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert corrected == due
+        seen.append(due)
+    assert any(seen)
 
 
 def test_foreign_parameters_and_many_tasks_are_held_to_the_promise_on_the_host():
@@ -309,7 +283,7 @@ def test_foreign_parameters_and_many_tasks_are_held_to_the_promise_on_the_host()
     for _ in range(4):
         rows = torch.randn(3, 10)
         rows[1] -= 1.5 * rows[0]
-        moves, gradients = one_step(optimizer, [p, q], rows, nullcontext, lambda: None)
+        moves, gradients = one_step(optimizer, [p, q], dict(zip("abc", torch.cat([p, q]) @ rows.T, strict=True)))
         plain = [t.as_subclass(torch.Tensor) for t in moves]
         assert worst_cosine(plain, gradients) >= -1e-4
         assert abs(float(p.detach().norm()) - 1) <= 3e-7
@@ -317,7 +291,8 @@ def test_foreign_parameters_and_many_tasks_are_held_to_the_promise_on_the_host()
     assert corrected
     many = torch.nn.Parameter(torch.randn(40))
     optimizer = gradsurg.wrap(torch.optim.SGD([many], lr=0.1), surgery="mean", backend="triton")
-    moves, gradients = one_step(optimizer, [many], torch.randn(33, 40), nullcontext, lambda: None)
+    losses = {str(i): many @ row for i, row in enumerate(torch.randn(33, 40))}
+    moves, gradients = one_step(optimizer, [many], losses)
     assert worst_cosine(moves, gradients) >= -1e-4
     assert optimizer.report.movement.corrected
     assert optimizer.report.path == "triton"
