@@ -71,7 +71,6 @@ COVERED = {
     "gradsurg.gradients.reachability": "tests/gradients/test_losses.py",
     "gradsurg.guarantee.constraint": "tests/guarantee/test_update.py",
     "gradsurg.guarantee.movement": "tests/guarantee/test_update.py",
-    "gradsurg.guarantee.update_cuda": "tests/kernels/interpreted/steps.py",
     "gradsurg.linalg.elementwise": "tests/surgery/test_elementwise.py",
     "gradsurg.linalg.measure": "tests/distributed/test_promises.py",
     "gradsurg.linalg.reference": "tests/linalg/test_gramian.py",

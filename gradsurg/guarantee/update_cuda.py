@@ -184,6 +184,14 @@ def _precision(after: Sequence[Tensor], partitions: Sequence[int]) -> tuple[Tens
 
 def _norms(parameters: Sequence[Tensor], partitions: Sequence[int]) -> Tensor:
     """Return ‖θ‖ of every partition, float64."""
-    squares = torch.stack([norm.double() for norm in torch._foreach_norm(list(map(real_of, parameters)))]).square()
-    place, count = constant(partitions, squares.device, torch.int64), partitions[-1] + 1
-    return torch.zeros(count, dtype=torch.float64, device=squares.device).index_add(0, place, squares).sqrt()
+    norms = torch._foreach_norm(list(map(real_of, parameters)))
+    alike = len({norm.dtype for norm in norms}) == 1
+    squares = torch.stack(norms if alike else [norm.double() for norm in norms]).double().square()
+    # index_add would add in another order each time. Here every partition sums its own numbers, and a zero at the end.
+    members: list[list[int]] = [[] for _ in range(partitions[-1] + 1)]
+    for k, partition in enumerate(partitions):
+        members[partition].append(k)
+    most = max(map(len, members))
+    places = [k for each in members for k in (each + [len(squares)] * most)[:most]]
+    index = constant(places, squares.device, torch.int64).view(-1, most)
+    return torch.cat([squares, squares.new_zeros(1)])[index].sum(-1).sqrt()

@@ -261,6 +261,7 @@ def _launch(
 
 def write_back(layout: Plan, place: int, out: Sequence[Tensor]) -> None:
     """Bring what a kernel wrote, to the tensors at this place of the table, to where it belongs."""
+    in_place = []
     for target, column in zip(out, layout.keep, strict=True):
         written = column[place]
         assert written is not None
@@ -269,5 +270,6 @@ def write_back(layout: Plan, place: int, out: Sequence[Tensor]) -> None:
             shaped = written.view(*target.shape, 2) if target.is_complex() else written.view(target.shape)
             target.copy_(torch.view_as_complex(shaped) if target.is_complex() else shaped)
         else:
-            # Autograd does not see that the kernel writes.
-            torch.autograd.graph.increment_version(target)
+            in_place.append(target)
+    # Autograd does not see that the kernel writes.
+    torch.autograd.graph.increment_version(in_place)
