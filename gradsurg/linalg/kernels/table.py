@@ -35,9 +35,9 @@ FIELDS = 6
 CHUNK_LEAST, CHUNK_MOST = 4096, 65_536
 # From here on the largest pieces still give each of 132 processors (an H100) eight programs.
 CHUNK_TARGET_PROGRAMS = 1056
-# The number of tables that are kept before the oldest one is dropped. A step needs two for the gradients and two for
-# the movement, and a second model as many again.
-KEPT = 64
+# The number of tables that are kept before the oldest one is dropped. A step needs six for its passes and a dozen
+# constants, and a second model as many again.
+KEPT = 128
 # The most addresses in all tables that are made while CUDA graphs are captured: 1 MiB of pinned memory, enough for 40
 # graphs of a model with 400 parameters and 8 tasks.
 RESERVE = 131_072
