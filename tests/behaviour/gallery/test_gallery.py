@@ -18,6 +18,7 @@ SCRIPTS = {
     "loss_weighting": 18,
     "multitask_pretraining": 4,
     "noisy_labels": 7,
+    "pinn": 6,
     "regularizer": 3,
     "text_matching": 7,
     "unargmaxable": 2,
