@@ -50,18 +50,21 @@ class Reachability:
         return sum(parameter in self._known.get(name, ()) for name in names)
 
 
-def is_apart(gradients: Sequence[Tensor]) -> bool:
+def is_apart(gradients: Sequence[Tensor]) -> Tensor | None:
     """Whether no two tasks have a number other than 0 at one place, and together they have half of all places.
 
     Fewer may be chance, as with a table of embeddings of which each batch touches a few rows.
+
+    Returns:
+        Bool, shape (), on the gradients' device; None if it cannot be told.
     """
     if any(g.is_sparse for g in gradients):
-        return False
+        return None
     touched = [local_of(g) != 0 for g in gradients]
     if touched[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
+        return None
     count = torch.zeros_like(touched[0], dtype=torch.int32)
     for each in touched:
         count += each
     several = torch.stack([each.any() for each in touched]).sum() > 1
-    return bool(((count <= 1).all() & several & ((count > 0).sum() * 2 >= count.numel())).item())
+    return (count <= 1).all() & several & ((count > 0).sum() * 2 >= count.numel())

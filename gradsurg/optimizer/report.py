@@ -205,6 +205,15 @@ class DeferredReport:
         """Return the report with one more movement."""
         return replace(self, movements=(*self.movements, movement))
 
+    def reading(self, look: Callable[[], object]) -> DeferredReport:
+        """Return the report, and let `look` run when it is read."""
+
+        def make() -> Report:
+            look()
+            return self.make()
+
+        return replace(self, make=make)
+
     def read(self) -> Report:
         """Return the report, on the CPU."""
         report = self.make()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from gradsurg.distributed.averaging import Averaged
@@ -247,15 +249,23 @@ def _warn_of_what_is_reached(engine: Engine) -> None:
         )
     elif engine.options.shared is None and len(rows) > 1:
         names, shared = parameter_names(engine.optimizers), rows.shared(engine.parameters())
-        # On a device the numbers are not read, because that would wait for it.
-        apart = [names[id(p)] for p in shared if p.is_cpu and is_apart(rows.of(p))]
-        # If nothing else is shared, there is nothing that these tensors could outweigh.
-        if 0 < len(apart) < len(shared):
-            warn(
-                f"no two tasks touch the same number of {', '.join(apart)}, though each reaches the tensor: one output "
-                "or one log-variance per task, kept in one tensor. Surgery counts it as shared, so these numbers weigh "
-                "in all norms and cosines. Keep one tensor per task, or say what is shared: wrap(..., shared=trunk)."
-            )
+        flags = {names[id(p)]: flag for p in shared if (flag := is_apart(rows.of(p))) is not None}
+        if all(flag.is_cpu for flag in flags.values()):
+            _warn_of_apart(flags, len(shared))
+        elif isinstance(engine.latest, DeferredReport):
+            # On a device they are read with the report, which waits for it anyway.
+            engine.latest = engine.latest.reading(partial(_warn_of_apart, flags, len(shared)))
+
+
+def _warn_of_apart(flags: Mapping[str, Tensor], shared: int) -> None:
+    apart = [name for name, flag in flags.items() if flag]
+    # If nothing else is shared, there is nothing that these tensors could outweigh.
+    if 0 < len(apart) < shared:
+        warn(
+            f"no two tasks touch the same number of {', '.join(apart)}, though each reaches the tensor: one output "
+            "or one log-variance per task, kept in one tensor. Surgery counts it as shared, so these numbers weigh "
+            "in all norms and cosines. Keep one tensor per task, or say what is shared: wrap(..., shared=trunk)."
+        )
 
 
 def _warn_of_unknown_names(engine: Engine) -> None:

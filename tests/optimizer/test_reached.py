@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradsurg
+from tests.kernels.elsewhere import DEVICE, Elsewhere
 
 
 def trunk_of(tasks=2):
@@ -103,6 +104,27 @@ def test_a_tensor_with_one_part_per_task_is_named(kind, closure, recwarn):
     for warning in recwarn:
         assert f"same number of {', '.join(names)}, though" in str(warning.message)
         assert "shared=trunk" in str(warning.message)
+
+
+def test_on_a_device_it_is_named_when_the_report_is_read(recwarn):
+    """To look at once would wait for the device in every program."""
+    with Elsewhere() as device:
+        trunk, x = (each.to(DEVICE) for each in trunk_of())
+        head, names, outputs = heads("one Linear")
+        head.to(DEVICE)
+        optimizer = gradsurg.wrap(torch.optim.SGD([*nn.Sequential(trunk, head).named_parameters()], lr=0.01))
+        a, b = outputs(trunk(x).tanh())
+        optimizer.total({"a": (a - 1).square().mean(), "b": (b + 1).square().mean()}).backward()
+        optimizer.step()
+        assert not recwarn.list
+        before = device.reads
+        assert optimizer.report is not None
+        assert device.reads > before
+        (warning,) = recwarn.list
+        assert optimizer.report is not None
+    assert f"same number of {', '.join(names)}, though" in str(warning.message)
+    assert warning.filename == __file__
+    assert len(recwarn) == 1
 
 
 def test_declared_parameters_are_not_questioned():
