@@ -1,5 +1,6 @@
 """Which stream and which device are asked, told by a torch.cuda that only takes notes."""
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -39,6 +40,15 @@ def test_a_capture_on_a_card_that_is_not_current_is_noticed(card):
     assert table._cached("addresses", CARD, lambda: first, fleeting=True) is first
     assert table._cached("addresses", CARD, lambda: second, fleeting=True) is second
     assert table._captured == [first, second]
+
+
+def test_a_capture_takes_the_items_that_other_streams_uploaded(card, monkeypatch):
+    """The stream of a capture is a new one; items made again for every graph would use up the reserve."""
+    items, addresses, others = [1], [2], [3]
+    monkeypatch.setattr(table, "_tables", OrderedDict({("items", 3): items, ("addresses", 3): addresses}))
+    assert table._cached("items", CARD, lambda: others) is items
+    assert table._cached("addresses", CARD, lambda: others, fleeting=True) is others
+    assert table._captured == [items, others]
 
 
 def test_a_report_waits_for_the_streams_that_it_was_made_on(card):

@@ -167,7 +167,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 # Autograd has a thread of its own for each device, and two optimizers may step at the same time.
 _lock = threading.RLock()
-_tables: OrderedDict[Hashable, object] = OrderedDict()
+_tables: OrderedDict[tuple[Hashable, int], object] = OrderedDict()
 # Tables that captured CUDA graphs read. They are kept for good, since we can't know how long a graph lives.
 _captured: list[object] = []
 _reserve: list[Tensor] = []
@@ -182,8 +182,14 @@ def _cached(key: Hashable, device: torch.device, make: Callable[[], T], fleeting
         return _found((key, stream), make, capturing, fleeting)
 
 
-def _found(key: Hashable, make: Callable[[], T], capturing: bool, fleeting: bool) -> T:
+def _found(key: tuple[Hashable, int], make: Callable[[], T], capturing: bool, fleeting: bool) -> T:
     found = _tables.get(key)
+    if capturing and not fleeting and found is None:
+        # torch.cuda.graph waits for the device and captures on a stream of its own: what other streams uploaded is
+        # there. Made anew, the items of one large model would take most of the reserve.
+        found = next((table for (kind, _), table in _tables.items() if kind == key[0]), None)
+        if found is not None:
+            _tables[key] = found
     if found is not None and not (capturing and fleeting):
         _tables.move_to_end(key)
     elif capturing:
