@@ -241,6 +241,7 @@ def _moved() -> Iterator[Specialisation]:
                     },
                     moved.WARPS,
                     tasks * (row.itemsize == widest) + 3 * (out.itemsize == widest) if aligned else 0,
+                    moved.registers_for(tasks, row.itemsize, out.itemsize),
                 )
 
 

@@ -64,6 +64,6 @@ def compare(group: Group, named: Sequence[tuple[str, Tensor]], who: str) -> None
         if differing:
             ranks = ", ".join(f"rank {rank} from rank {holder}" for rank, holder in differing)
             raise RanksError(
-                f"{who}: the parameter {name!r} differs between ranks ({ranks}): they have left step. The cause is "
-                "gradients that were never averaged, or a parameter that was changed on some ranks only."
+                f"{who}: the parameter {name!r} differs between ranks ({ranks}), so they train different models. The "
+                "cause is gradients that were never averaged, or a parameter that was changed on some ranks only."
             )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsurg.distributed.collectives import Group, fingerprint
 from gradsurg.distributed.layout import ALONE, Layout
 from gradsurg.distributed.modules import modules_of, refuse_fsdp1
 from gradsurg.errors import MultiTaskError
@@ -71,7 +72,9 @@ class Ranks:
         gone = any(not replica.alive for replica in getattr(self._layout, "replicas", ()))
         if self._layout is None or key != self._key or group is not self._group or gone:
             # This searches the process, so only if something is new: parameters, the group, or a module is gone.
-            self._layout, self._key, self._group = self._find(parameters), key, group
+            layout = self._find(parameters)
+            _compare_options(layout.group, self._options())
+            self._layout, self._key, self._group = layout, key, group
         return self._layout
 
     def _find(self, parameters: Sequence[Tensor]) -> Layout:
@@ -79,7 +82,6 @@ class Ranks:
             from gradsurg.distributed.fsdp import ShardedLayout
 
             return ShardedLayout(parameters, self._model(), self._options())
-        from gradsurg.distributed.collectives import Group
         from gradsurg.distributed.ddp import DDPLayout, DDPWholeLayout
 
         replicas = self._early or self._replicas(parameters)
@@ -124,6 +126,14 @@ class Ranks:
         # In the order of their parameters: that of the garbage collector differs from rank to rank.
         found = modules_of(DistributedDataParallel, parameters, self._model())
         return [Replica(module) for module in sorted(found, key=first)]
+
+
+def _compare_options(group: Group | None, options: Mapping[str, str]) -> None:
+    """Raise an error on all ranks if their options differ: these decide which questions the ranks ask each other."""
+    if group is not None and group.size > 1:
+        heard = group.gather(torch.tensor(fingerprint(sorted(options.items()))))
+        if bool((heard != heard[0]).any()):
+            group.refuse_other_options(options, ())
 
 
 def _is_sharded(parameters: Sequence[Tensor]) -> bool:

@@ -137,6 +137,8 @@ OPTIONS = {
     "seed": lambda rank: {"surgery": "pcgrad", "guarantee": "none", "seed": rank},
     "surgery": lambda rank: {"surgery": ("upgrad", "mgda")[rank]},
     "guarantee": lambda rank: {"guarantee": ("update", "none")[rank]},
+    "rotate": lambda rank: {"rotate": (None, 1)[rank]},
+    "refresh_every": lambda rank: {"refresh_every": (2, 1)[rank]},
 }
 
 

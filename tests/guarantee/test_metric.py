@@ -129,6 +129,17 @@ class Nonnegative(torch.optim.SGD):
         return loss
 
 
+def test_numbers_that_a_nonnegative_optimizer_puts_at_zero_stay_there():
+    w = nn.Parameter(torch.tensor([0.1, 1.0]))
+    optimizer = gradsurg.wrap(Nonnegative([w], lr=0.1))
+    # The plain step ends at [0, 1.2], and conflicts with b; only the second number may mend that.
+    step(optimizer, [w], {"a": w @ torch.tensor([0.0, -3.0]), "b": w @ torch.tensor([4.0, 2.0])})
+    moved = torch.tensor([0.1, 1.0]) - w.detach()
+    assert w[0] == 0
+    assert moved @ torch.tensor([0.0, -3.0]) > 0
+    assert abs(moved @ torch.tensor([4.0, 2.0])) < 1e-6  # on the edge: the least change
+
+
 def test_the_zeros_of_a_nonnegative_optimizer_stay():
     torch.manual_seed(0)
     w = nn.Parameter(torch.cat([torch.zeros(4), torch.ones(4)]))

@@ -65,7 +65,7 @@ def still_kernel(
     MOVED: tl.constexpr,  # dtype of before and after
     ALIGNED: tl.constexpr,
 ):
-    """partials[slot] = how many numbers of an item stayed, how many of them by intent; max |d|; max |x| of those.
+    """partials[slot] = how many numbers of an item stayed; how many are there by intent; max |d|; max |x| of the first.
 
     p.grad is read only where a number stayed.
     """
@@ -107,7 +107,9 @@ def _tally(news, olds, grads, at, end, known, stayed, meant, farthest, largest):
     stays = (wide(old) == wide(new)) & (at < end)
     grad = tl.load(grads + at, mask=stays & (at < known), other=1.0)
     stayed += stays.to(tl.int32)
-    meant += (stays & ((wide(old) == 0.0) | (wide(grad) == 0.0))).to(tl.int32)
+    by_intent = stays & ((wide(old) == 0.0) | (wide(grad) == 0.0))
+    put_at_zero = (wide(new) == 0.0) & (wide(old) != 0.0)  # beyond the end, both are 0
+    meant += (by_intent | put_at_zero).to(tl.int32)
     farthest = tl.maximum(farthest, tl.abs(new.to(tl.float64) - old.to(tl.float64)))
     largest = tl.maximum(largest, tl.where(stays, tl.abs(old.to(tl.float64)), 0.0))
     return stayed, meant, farthest, largest

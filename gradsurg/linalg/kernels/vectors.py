@@ -14,8 +14,8 @@ __all__ = ["EVERY", "HOLD", "LEAVE", "MEANT", "WRITE", "lanes", "left_there", "r
 LEAVE = tl.constexpr(0)
 WRITE = tl.constexpr(1)
 HOLD = tl.constexpr(2)
-# Which of a parameter's numbers the step left in place by intent, also decided on the device: of those that stayed, the
-# ones that are 0 or have a p.grad of 0; or every one. 0 is none.
+# Which of a parameter's numbers the step wants where they are, also decided on the device: of those that stayed, the
+# ones that are 0 or have a p.grad of 0; or every one. With both, those that it put at exactly 0. 0 is none.
 MEANT = tl.constexpr(1)
 EVERY = tl.constexpr(2)
 
@@ -60,7 +60,8 @@ def wide(x):
 
 @triton.jit
 def left_there(old, new, gradient, flag):
-    """Tell which numbers the step left in place by intent, given the parameter's flag and p.grad (1 if unknown)."""
-    old = wide(old)
+    """Tell which numbers the step wants where they are, given the parameter's flag and p.grad (1 if unknown)."""
+    old, new = wide(old), wide(new)
     meant = (old == 0.0) | (wide(gradient) == 0.0)
-    return (old == wide(new)) & ((flag == EVERY) | ((flag == MEANT) & meant))
+    stays = (old == new) & ((flag == EVERY) | ((flag == MEANT) & meant))
+    return stays | ((flag != 0) & (new == 0.0) & (old != 0.0))

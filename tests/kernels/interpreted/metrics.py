@@ -29,7 +29,7 @@ SIZES = [1500, 1025, 700, 1027, 9, 130, 0, 3]
 
 
 def step(sizes, dtype, seed=0):
-    """Return parameters before and after a step, and p.grad, as STEPS says; a number triples or stays."""
+    """Return parameters before and after a step, and p.grad, as STEPS says; a number triples, stays, or becomes 0."""
     draw = torch.Generator().manual_seed(seed)
     before, after, gradients = [], [], []
     for kind, size in zip(STEPS, sizes, strict=True):
@@ -42,9 +42,10 @@ def step(sizes, dtype, seed=0):
             new[some] = old[some]
         elif kind == "a rest stays":
             new[some] = old[some]
+            new[1] = 0
         elif kind == "rounded away":
             new[:5] = old[:5]
-            g[3] = 0
+            g[3] = new[7] = 0
         elif kind == "zeros stay":
             old[some] = 0
             new[some] = -0.0
@@ -65,7 +66,8 @@ def masks(flags, before, after, gradients):
     found = []
     for flag, old, new, g in zip(flags.tolist(), before, after, gradients, strict=True):
         meant = (old == 0) | (torch.zeros_like(old, dtype=torch.bool) if g is None else g == 0)
-        found.append((old == new) & (meant if flag == MEANT.value else torch.full_like(meant, flag == EVERY.value)))
+        stays = (old == new) & (meant if flag == MEANT.value else torch.full_like(meant, flag == EVERY.value))
+        found.append(stays | ((new == 0) & (old != 0) & (flag != 0)))
     return found
 
 
